@@ -1,0 +1,19 @@
+"""Attention as the formula says: dense scores and a mask, in float32. Slow, and the oracle."""
+
+import torch
+from torch import Tensor
+
+from megatron_attnedit.attention.windows import causal_window_mask
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int] | None, scale: float
+) -> Tensor:
+    """Softmax attention; shapes as in the package docstring."""
+    heads_per_group = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(heads_per_group, dim=1).float()
+    v_per_head = v.repeat_interleave(heads_per_group, dim=1).float()
+    scores = torch.einsum("bnqd,bnkd->bnqk", q.float(), k) * scale
+    mask = causal_window_mask(q.shape[2], k.shape[2], window_size, q.device)
+    probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return torch.einsum("bnqk,bnkd->bnqd", probabilities, v_per_head).to(v.dtype)

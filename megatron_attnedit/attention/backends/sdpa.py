@@ -1,0 +1,72 @@
+"""torch's fused attention, on every device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# cuDNN first: on Hopper it is the fastest, and the only fused kernel that takes MLA's head sizes
+# 192 and 128.
+KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int] | None, scale: float
+) -> Tensor:
+    """Softmax attention; shapes as in the package docstring."""
+    if window_size is not None and window_size[0] + 1 < k.shape[2]:
+        return _windowed(q, k, v, window_size[0] + 1, scale)
+    return _fused(q, k, v, scale, mask=None)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Causal when ``mask`` is None."""
+    value_dim = v.shape[-1]
+    if q.is_cpu:
+        # The CPU's fused kernel wants equal head sizes and counts; the fallback is 6 times slower.
+        v = F.pad(v, (0, q.shape[-1] - value_dim)) if value_dim < q.shape[-1] else v
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    with sdpa_kernel(KERNELS, set_priority=True):
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+    return out[..., :value_dim]
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    """Sliding window in blocks of ``window`` queries, each of which sees two blocks of keys.
+
+    Costs ``2 s window`` scores instead of ``s^2``.
+    """
+    b, n, s, _ = q.shape
+    blocks = -(-s // window)
+    tail = blocks * window - s
+
+    def query_blocks(x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, tail)).unflatten(2, (blocks, window))
+        return x.transpose(1, 2).flatten(0, 1)
+
+    def key_blocks(x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, window, tail)).unfold(2, 2 * window, window)
+        return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    out = _fused(
+        query_blocks(q), key_blocks(k), key_blocks(v), scale,
+        mask=_block_mask(blocks, window, q.device).repeat(b, 1, 1, 1),
+    )
+    return out.unflatten(0, (b, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :s]
+
+
+def _block_mask(blocks: int, window: int, device: torch.device) -> Tensor:
+    """``[blocks, 1, window, 2 window]``; the first block has no block before it."""
+    queries = torch.arange(window, 2 * window, device=device)
+    distance = queries[:, None] - torch.arange(2 * window, device=device)[None, :]
+    mask = ((distance >= 0) & (distance < window)).repeat(blocks, 1, 1, 1)
+    mask[0, :, :, :window] = False
+    return mask

@@ -1,0 +1,65 @@
+"""Core attention (softmax of query times key, times value) for teacher and students.
+
+Replaces mcore's ``DotProductAttention``, which is unfused, wants equal head sizes of keys and
+values, and builds its masks on a CUDA device.
+"""
+
+from typing import Any
+
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_attnedit.attention.backends import attention_backend
+
+
+class CoreAttention(MegatronModule):
+    """Causal attention, sliding when a window is given.
+
+    Args:
+        config: For Megatron's bookkeeping; head counts are taken from the tensors.
+        backend: Name of an attention backend, or ``auto``.
+        window_size: Megatron's ``(left, 0)``, or None for full attention.
+        softmax_scale: Default: 1 / sqrt(query's head size).
+        unused: The rest of what mcore hands to a core attention.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        backend: str = "auto",
+        window_size: tuple[int, int] | None = None,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.backend = attention_backend(backend)
+        self.window_size = window_size
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: ``[s, b, n, d]``.
+            key: ``[s, b, g, d]``.
+            value: ``[s, b, g, dv]``.
+            attention_mask: Must be None: causality and window are this module's own.
+            unused: The rest of what mcore hands over.
+
+        Returns:
+            ``[s, b, n * dv]``.
+        """
+        assert attention_mask is None, "the attention mask is implied: causal, sliding or full"
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        scale = self.softmax_scale or q.shape[-1] ** -0.5
+        out = self.backend(q, k, v, self.window_size, scale)
+        return out.permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,106 @@
+"""The shape of a GateSWA student, and its side of the student-attention contract."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Generator, Tensor
+
+from megatron_attnedit.attention.gate_swa import init, rows
+from megatron_attnedit.attention.gate_swa.spec import gate_swa_spec
+from megatron_attnedit.attention.student_attention import StudentAttention
+from megatron_attnedit.attention.windows import FULL, SLIDING, parse_layers, uniform_full_layers
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.errors import UserError
+
+OUTPUT_GATES = ("elementwise", "headwise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSWA(StudentAttention):
+    """Layers in ``full_layers`` keep the teacher's attention, the others slide and have a gate.
+
+    Attributes:
+        num_layers: Of the teacher.
+        sliding_window: Tokens a sliding layer sees, the token itself counted.
+        full_layers: 0-based indices.
+        output_gate: ``elementwise`` (one gate per output dimension) or ``headwise``.
+    """
+
+    name: ClassVar[str] = "gate_swa"
+    num_layers: int
+    sliding_window: int
+    full_layers: tuple[int, ...]
+    output_gate: str = "elementwise"
+
+    def __post_init__(self) -> None:
+        if self.sliding_window < 1:
+            raise UserError(f"--sliding-window {self.sliding_window}: expected at least 1 token")
+        if self.output_gate not in OUTPUT_GATES:
+            raise UserError(
+                f"--output-gate {self.output_gate}: expected one of {', '.join(OUTPUT_GATES)}"
+            )
+        if len(self.full_layers) >= self.num_layers:
+            raise UserError("--full-layers names every layer: nothing is left to edit")
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], teacher: HFConfig) -> Self:
+        num_layers = teacher.num_hidden_layers
+        full_layers = uniform_full_layers(num_layers)
+        if flags.get("full_layers") is not None:
+            full_layers = parse_layers(
+                flags["full_layers"], num_layers=num_layers, flag="--full-layers"
+            )
+        return cls(
+            num_layers=num_layers,
+            sliding_window=flags.get("sliding_window") or 128,
+            full_layers=full_layers,
+            output_gate=flags.get("output_gate") or "elementwise",
+        )
+
+    def edits(self, layer_idx: int) -> bool:
+        return layer_idx not in self.full_layers
+
+    def spec(self, config: TransformerConfig, *, attention_backend: str) -> ModuleSpec:
+        return gate_swa_spec(
+            sliding_window=self.sliding_window,
+            output_gate=self.output_gate,
+            qk_layernorm=config.qk_layernorm,
+            attention_backend=attention_backend,
+        )
+
+    def rows(self, teacher: HFConfig, layer_idx: int) -> list[ParamRow]:
+        return rows.gate_swa_rows(teacher, self.output_gate, layer_idx)
+
+    def init_random(
+        self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, generator: Generator
+    ) -> dict[str, Tensor]:
+        return init.random_weights(self.output_gate, teacher_weights, teacher, generator)
+
+    def init_from_teacher(
+        self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, inputs: Tensor
+    ) -> dict[str, Tensor]:
+        return init.copy_of_teacher(self.output_gate, teacher_weights, teacher)
+
+    def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
+        layer_types = [SLIDING if self.edits(i) else FULL for i in range(self.num_layers)]
+        return rows.gate_swa_config(teacher, layer_types, self.sliding_window, self.output_gate)
+
+    def hf_modeling_files(self) -> Sequence[str]:
+        return ("configuration_gate_swa.py", "modeling_gate_swa.py")
+
+    def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
+        per_layer = 2 * teacher.num_key_value_heads * teacher.head_dim
+        sliding = self.num_layers - len(self.full_layers)
+        window = min(1.0, self.sliding_window / context)
+        return per_layer * (len(self.full_layers) + sliding * window)
+
+    def check(self, *, tp_size: int, seq_length: int) -> None:
+        if self.sliding_window >= seq_length:
+            raise UserError(
+                f"--seq-length {seq_length} is not longer than the student's sliding window "
+                f"{self.sliding_window}: sliding would equal full attention and nothing be learned"
+            )

@@ -1,0 +1,96 @@
+"""Sliding-window attention with an output gate, on mcore's self-attention.
+
+Shapes: s tokens (s/tp on each rank under sequence parallelism), b micro-batch, h hidden, n query
+heads on this rank, d head size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+@dataclass
+class GateSWASubmodules(SelfAttentionSubmodules):
+    """mcore's parts and the gate's projection, a column-parallel linear."""
+
+    linear_gate: type | None = None
+
+
+class GateSWASelfAttention(SelfAttention):
+    """The teacher's kind of attention, with a gate between core attention and output projection.
+
+    ``output = linear_proj(core_attn_out * sigmoid(linear_gate(x)))`` with x the layer's normed
+    input (arXiv:2505.06708, gate G1). mcore's own ``attention_output_gate`` lives inside
+    ``linear_qkv`` without a bias, so it cannot start nearly open.
+
+    Args:
+        config: The model's.
+        submodules: Classes of the parts; the core attention knows the window.
+        layer_number: 1-based.
+        output_gate: ``elementwise`` or ``headwise``.
+        kwargs: The rest of what mcore hands to a self-attention.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: GateSWASubmodules,
+        layer_number: int,
+        output_gate: str,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            config, submodules, layer_number, attn_mask_type=AttnMaskType.causal, **kwargs
+        )
+        assert submodules.linear_gate is not None and config.kv_channels is not None
+        self.gate_dim = config.kv_channels if output_gate == "elementwise" else 1
+        self.linear_gate = submodules.linear_gate(
+            config.hidden_size,
+            config.num_attention_heads * self.gate_dim,
+            config=config,
+            init_method=config.init_method,
+            bias=True,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_group=self.pg_collection.tp,
+        )
+        config.init_method(self.linear_gate.bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rotary_pos_emb: Tensor,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: ``[s, b, h]``, or ``[s/tp, b, h]`` under sequence parallelism.
+            attention_mask: None; the core attention is causal and slides.
+            rotary_pos_emb: ``[s, 1, 1, d]``, the model's rotary table.
+            unused: The rest of what a layer hands over.
+
+        Returns:
+            Output in the shape of ``hidden_states``, and no bias.
+        """
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        query, key = (
+            apply_rotary_pos_emb(
+                t, rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp
+            )
+            for t in (query, key)
+        )
+        core_attn_out = self.core_attention(query, key, value, attention_mask)  # [s, b, n * d]
+        output_gate, _ = self.linear_gate(hidden_states)  # [s, b, n * d] or [s, b, n]
+        output_gate = torch.sigmoid(output_gate.float()).to(core_attn_out.dtype)
+        if self.gate_dim == 1:
+            output_gate = output_gate.repeat_interleave(value.shape[-1], dim=-1)
+        return self.linear_proj(core_attn_out * output_gate)

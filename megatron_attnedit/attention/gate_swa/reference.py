@@ -1,0 +1,43 @@
+"""GateSWA in plain PyTorch, float32, one process: the oracle for the module."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_attnedit.attention.mla.reference import rotate_half
+from megatron_attnedit.attention.teacher_weights import project
+from megatron_attnedit.convert.hf_config import HFConfig
+
+
+def gate_swa_reference(
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    teacher: HFConfig,
+    *,
+    sliding_window: int,
+    output_gate: str,
+) -> Tensor:
+    """The attention's output for input ``x`` ``[s, b, h]``, before the residual.
+
+    Source of the gate: arXiv:2505.06708, position G1.
+    """
+    s, b, _ = x.shape
+    q, k, v = (t.unflatten(0, (s, b)) for t in project(x.flatten(0, 1), weights, teacher))
+    q, k = rotate_half(q, teacher.rope_theta), rotate_half(k, teacher.rope_theta)
+    per_group = teacher.num_attention_heads // teacher.num_key_value_heads
+    k, v = (t.repeat_interleave(per_group, dim=2) for t in (k, v))
+
+    scores = torch.einsum("sbnd,tbnd->bnst", q, k) * teacher.head_dim**-0.5
+    for query in range(s):
+        for key in range(s):
+            if not 0 <= query - key < sliding_window:
+                scores[:, :, query, key] = float("-inf")
+    out = torch.einsum("bnst,tbnd->sbnd", scores.softmax(-1), v)
+
+    gate = torch.sigmoid(x @ weights["linear_gate.weight"].t() + weights["linear_gate.bias"])
+    if output_gate == "headwise":
+        out = out * gate.unsqueeze(-1)
+    else:
+        out = out * gate.unflatten(-1, (-1, teacher.head_dim))
+    return out.flatten(2) @ weights["linear_proj.weight"].t()

@@ -1,0 +1,57 @@
+"""GateSWA <-> the Hugging Face classes that this project ships with an export."""
+
+from typing import Any
+
+from megatron_attnedit.convert.families import attention_rows
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.param_rows import ParamRow
+
+NOT_KEPT = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype", "layer_types")
+
+
+def gate_dim(teacher: HFConfig, output_gate: str) -> int:
+    """Number of gates of one token in one layer."""
+    per_head = teacher.head_dim if output_gate == "elementwise" else 1
+    return teacher.num_attention_heads * per_head
+
+
+def gate_swa_rows(teacher: HFConfig, output_gate: str, layer_idx: int) -> list[ParamRow]:
+    """The attention of one sliding layer (0-based): the teacher's rows and the gate."""
+    gates = gate_dim(teacher, output_gate)
+    shapes = {"weight": (gates, teacher.hidden_size), "bias": (gates,)}
+    return attention_rows(teacher, layer_idx) + [
+        ParamRow(
+            megatron_param=f"decoder.layers.{layer_idx}.self_attention.linear_gate.{part}",
+            hf_params=(f"model.layers.{layer_idx}.self_attn.g_proj.{part}",),
+            hf_shapes=(shape,),
+            tp_dim=0,
+        )
+        for part, shape in shapes.items()
+    ]
+
+
+def gate_swa_config(
+    teacher: HFConfig, layer_types: list[str], sliding_window: int, output_gate: str
+) -> dict[str, Any]:
+    """``config.json``: the teacher's, and what is new.
+
+    Not the teacher's own model class: servers ignore ``layer_types`` there, and would serve full
+    attention without an error.
+    """
+    rope = {**(teacher.rope_scaling or {"rope_type": "default"}), "rope_theta": teacher.rope_theta}
+    return {
+        **{key: value for key, value in teacher.raw.items() if key not in NOT_KEPT},
+        "architectures": ["GateSWAForCausalLM"],
+        "model_type": "gate_swa",
+        "auto_map": {
+            "AutoConfig": "configuration_gate_swa.GateSWAConfig",
+            "AutoModelForCausalLM": "modeling_gate_swa.GateSWAForCausalLM",
+        },
+        "num_key_value_heads": teacher.num_key_value_heads,
+        "head_dim": teacher.head_dim,
+        "rope_parameters": rope,
+        "qk_norm": teacher.qk_norm,
+        "layer_types": layer_types,
+        "sliding_window": sliding_window,
+        "output_gate": output_gate,
+    }

@@ -1,0 +1,98 @@
+"""The dimensions of an MLA student, and its side of the student-attention contract."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Generator, Tensor
+
+from megatron_attnedit.attention.mla import init, rows
+from megatron_attnedit.attention.mla.dims import MLADims
+from megatron_attnedit.attention.mla.spec import mla_spec
+from megatron_attnedit.attention.student_attention import StudentAttention
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.errors import UserError
+
+# Default size of the cache against the teacher's, where the latent of 512 would be more.
+DEFAULT_KV_FRACTION = 0.375
+
+
+def _defaults(teacher: HFConfig) -> dict[str, int]:
+    """DeepSeek's 512 + 64, 128, 128 for heads of 128; in proportion for smaller teachers."""
+    rotary = teacher.head_dim // 2
+    cached = 2 * teacher.num_key_value_heads * teacher.head_dim
+    latent = int(DEFAULT_KV_FRACTION * cached - rotary) // 16 * 16
+    return {
+        "kv_lora_rank": min(512, max(latent, 16)),
+        "qk_head_dim": teacher.head_dim,
+        "qk_pos_emb_head_dim": rotary,
+        "v_head_dim": teacher.head_dim,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLA(MLADims, StudentAttention):
+    """Every layer gets multi-head latent attention."""
+
+    name: ClassVar[str] = "mla"
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], teacher: HFConfig) -> Self:
+        given = {
+            key: default if flags.get(key) is None else flags[key]
+            for key, default in _defaults(teacher).items()
+        }
+        if given["v_head_dim"] != teacher.head_dim:
+            raise UserError(
+                f"--v-head-dim {given['v_head_dim']}: the output projection is inherited, so it "
+                f"must be the teacher's head_dim {teacher.head_dim}"
+            )
+        rotary = given["qk_pos_emb_head_dim"]
+        if rotary % 2 or not 2 <= rotary <= teacher.head_dim:
+            raise UserError(
+                f"--qk-pos-emb-head-dim {rotary}: expected an even number from 2 to the teacher's "
+                f"head_dim {teacher.head_dim}"
+            )
+        return cls(
+            **given,
+            num_attention_heads=teacher.num_attention_heads,
+            # With this base the student's frequencies are the teacher's highest ones, exactly:
+            # base^(r/d) ^ (-2i/r) = base ^ (-2i/d).
+            rotary_base=teacher.rope_theta ** (rotary / teacher.head_dim),
+            rope_scaling_factor=(teacher.rope_scaling or {}).get("factor"),
+        )
+
+    def edits(self, layer_idx: int) -> bool:
+        return True
+
+    def spec(self, config: TransformerConfig, *, attention_backend: str) -> ModuleSpec:
+        return mla_spec(self, attention_backend=attention_backend)
+
+    def rows(self, teacher: HFConfig, layer_idx: int) -> list[ParamRow]:
+        return rows.deepseek_v3_rows(self, teacher.hidden_size, layer_idx)
+
+    def init_random(
+        self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, generator: Generator
+    ) -> dict[str, Tensor]:
+        return init.random_weights(self, teacher_weights, teacher, generator)
+
+    def init_from_teacher(
+        self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, inputs: Tensor
+    ) -> dict[str, Tensor]:
+        return init.fit_to_teacher(self, teacher_weights, teacher, inputs)
+
+    def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
+        return rows.deepseek_v3_config(self, teacher)
+
+    def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
+        return teacher.num_hidden_layers * (self.kv_lora_rank + self.qk_pos_emb_head_dim)
+
+    def check(self, *, tp_size: int, seq_length: int) -> None:
+        if self.num_attention_heads % tp_size:
+            raise UserError(
+                f"--tensor-model-parallel-size {tp_size} does not divide the student's "
+                f"{self.num_attention_heads} attention heads"
+            )

@@ -1,0 +1,57 @@
+"""Sizes of multi-head latent attention, in Megatron's words."""
+
+from dataclasses import dataclass, fields
+
+from megatron_attnedit.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLADims:
+    """Sizes.
+
+    Attributes:
+        num_attention_heads: Heads of queries, keys and values alike.
+        kv_lora_rank: Size of the latent from which keys and values are computed; cached.
+        qk_head_dim: Non-rotary part of a query and key head (Hugging Face: ``qk_nope_head_dim``).
+        qk_pos_emb_head_dim: Rotary part; one rotary key is shared by all heads; cached.
+        v_head_dim: Size of a value head.
+        rotary_base: Base of the rotary frequencies.
+        rope_scaling_factor: Factor of Llama 3's frequency scaling; None without.
+    """
+
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_head_dim: int
+    qk_pos_emb_head_dim: int
+    v_head_dim: int
+    rotary_base: float
+    rope_scaling_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not value > 0:
+                flag = field.name.replace("_", "-")
+                raise UserError(f"--{flag} {value}: expected a positive number")
+
+    @property
+    def query_dim(self) -> int:
+        """Size of a query head and of a key head."""
+        return self.qk_head_dim + self.qk_pos_emb_head_dim
+
+    def shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Names and whole shapes of the parameters."""
+        n = self.num_attention_heads
+        return {
+            "linear_q_proj.weight": (n * self.query_dim, hidden_size),
+            "linear_kv_down_proj.weight": (
+                self.kv_lora_rank + self.qk_pos_emb_head_dim,
+                hidden_size,
+            ),
+            "kv_layernorm.weight": (self.kv_lora_rank,),
+            "linear_kv_up_proj.weight": (
+                n * (self.qk_head_dim + self.v_head_dim),
+                self.kv_lora_rank,
+            ),
+            "linear_proj.weight": (hidden_size, n * self.v_head_dim),
+        }

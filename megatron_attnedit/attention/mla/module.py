@@ -1,0 +1,170 @@
+"""Multi-head latent attention on mcore's parallel linears.
+
+Shapes: s tokens (s/tp on each rank where sequence parallelism holds), b micro-batch, h hidden,
+n heads on this rank, c latent, r rotary part, d non-rotary part, v value head.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_attnedit.attention.mla.dims import MLADims
+
+# DeepSeek's modelling code fixes this, whatever the model's own epsilon is.
+LATENT_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class MLASubmodules:
+    """Classes that the layer is built of."""
+
+    column_parallel_linear: type
+    row_parallel_linear: type
+    norm: type
+    core_attention: Any
+
+
+class ReplicatedLinear(torch.nn.Linear):
+    """The same weight on every tensor-parallel rank, without a bias.
+
+    Under sequence parallelism each rank's gradient covers its own tokens; the mark makes mcore add
+    them up.
+    """
+
+    def __init__(self, in_features: int, out_features: int, config: TransformerConfig) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            bias=False,
+            dtype=config.params_dtype,
+            device=torch.get_default_device() if config.use_cpu_initialization else None,
+        )
+        config.init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class MLASelfAttention(MegatronModule):
+    """Keys and values come from a latent of ``kv_lora_rank`` numbers per token.
+
+    Not mcore's class of that name: there, for tensor parallelism, the gradient of the shared
+    rotary key is not summed over the ranks, whose heads all use it.
+
+    Args:
+        config: The model's.
+        submodules: Classes of the parts.
+        layer_number: 1-based.
+        dims: Sizes.
+        pg_collection: Process groups; default: Megatron's.
+        unused: The rest of what mcore hands to a self-attention.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLASubmodules,
+        layer_number: int,
+        dims: MLADims,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
+        self.dims = dims
+        self.layer_number = layer_number
+        self.tp_group, self.cp_group = groups.tp, groups.cp
+        n = dims.num_attention_heads
+
+        def parallel(kind: type, in_features: int, out_features: int, **kwargs: Any) -> Any:
+            return kind(
+                in_features,
+                out_features,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                tp_group=self.tp_group,
+                **kwargs,
+            )
+
+        column, row = submodules.column_parallel_linear, submodules.row_parallel_linear
+        self.linear_q_proj = parallel(column, config.hidden_size, n * dims.query_dim)
+        self.linear_kv_down_proj = ReplicatedLinear(
+            config.hidden_size, dims.kv_lora_rank + dims.qk_pos_emb_head_dim, config
+        )
+        self.kv_layernorm = submodules.norm(config, dims.kv_lora_rank, eps=LATENT_NORM_EPS)
+        self.linear_kv_up_proj = parallel(
+            column, dims.kv_lora_rank, n * (dims.qk_head_dim + dims.v_head_dim)
+        )
+        self.core_attention = submodules.core_attention(config=config)
+        self.linear_proj = parallel(
+            row, n * dims.v_head_dim, config.hidden_size, input_is_parallel=True
+        )
+        self.rotary_pos_emb = RotaryEmbedding(
+            dims.qk_pos_emb_head_dim,
+            rotary_percent=1.0,
+            rotary_base=dims.rotary_base,  # type: ignore[arg-type]
+            rope_scaling=dims.rope_scaling_factor is not None,
+            rope_scaling_factor=dims.rope_scaling_factor or 1.0,
+            cp_group=self.cp_group,
+        )
+
+    def _to_all_heads(self, shared: Tensor) -> Tensor:
+        """Hand the rotary key ``[s or s/tp, b, r]`` to this rank's heads: ``[s, b, r]``.
+
+        Every rank's heads use it, so backward sums its gradient over the ranks.
+        """
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(
+                shared, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        return copy_to_tensor_model_parallel_region(shared, group=self.tp_group)
+
+    def _rotate(self, t: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+        return apply_rotary_pos_emb(t, rotary_pos_emb, config=self.config, cp_group=self.cp_group)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> tuple[Tensor, None]:
+        """Attend.
+
+        Args:
+            hidden_states: ``[s, b, h]``, or ``[s/tp, b, h]`` under sequence parallelism.
+            attention_mask: None; the core attention is causal.
+            unused: The rest, among it the rotary table of the teacher's head size.
+
+        Returns:
+            Output in the shape of ``hidden_states``, and no bias.
+        """
+        dims = self.dims
+        query, _ = self.linear_q_proj(hidden_states)
+        query = query.unflatten(-1, (-1, dims.query_dim))  # [s, b, n, d + r]
+        compressed = self.linear_kv_down_proj(hidden_states)  # [s or s/tp, b, c + r]
+        latent, k_pos_emb = compressed.split([dims.kv_lora_rank, dims.qk_pos_emb_head_dim], dim=-1)
+        kv, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
+        kv = kv.unflatten(-1, (-1, dims.qk_head_dim + dims.v_head_dim))  # [s, b, n, d + v]
+        k_pos_emb = self._to_all_heads(k_pos_emb).unsqueeze(2)  # [s, b, 1, r]
+
+        rotary_pos_emb = self.rotary_pos_emb(query.shape[0] * self.cp_group.size())
+        q_no_pe, q_pos_emb = query.split([dims.qk_head_dim, dims.qk_pos_emb_head_dim], dim=-1)
+        k_no_pe, value = kv.split([dims.qk_head_dim, dims.v_head_dim], dim=-1)
+        q_pos_emb = self._rotate(q_pos_emb, rotary_pos_emb)
+        k_pos_emb = self._rotate(k_pos_emb, rotary_pos_emb).expand(-1, -1, kv.shape[2], -1)
+        core_attn_out = self.core_attention(
+            torch.cat([q_no_pe, q_pos_emb], dim=-1),
+            torch.cat([k_no_pe, k_pos_emb], dim=-1),
+            value,
+            attention_mask,
+        )
+        attn_output, _ = self.linear_proj(core_attn_out)
+        return attn_output, None

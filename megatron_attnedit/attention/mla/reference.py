@@ -1,0 +1,45 @@
+"""Multi-head latent attention in plain PyTorch, float32, one process: the oracle for the module."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_attnedit.attention.mla.dims import MLADims
+
+
+def rotate_half(t: Tensor, base: float) -> Tensor:
+    """Rotary embedding of ``[s, ..., r]``; dimension i is paired with i + r/2."""
+    half = t.shape[-1] // 2
+    frequencies = base ** (-torch.arange(half, dtype=torch.float32) / half)
+    angles = torch.outer(torch.arange(t.shape[0], dtype=torch.float32), frequencies)
+    angles = angles.view(t.shape[0], *[1] * (t.ndim - 2), half)
+    cos, sin = angles.cos(), angles.sin()
+    a, b = t[..., :half], t[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def mla_reference(weights: Mapping[str, Tensor], x: Tensor, dims: MLADims) -> Tensor:
+    """The attention's output for input ``x`` ``[s, b, h]``, before the residual.
+
+    Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.2, without query compression.
+    """
+    s = x.shape[0]
+    q = (x @ weights["linear_q_proj.weight"].t()).unflatten(-1, (-1, dims.query_dim))
+    compressed = x @ weights["linear_kv_down_proj.weight"].t()
+    latent, k_rot = compressed[..., : dims.kv_lora_rank], compressed[..., dims.kv_lora_rank :]
+    latent = latent * (latent.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    latent = latent * weights["kv_layernorm.weight"]
+    kv = (latent @ weights["linear_kv_up_proj.weight"].t()).unflatten(
+        -1, (-1, dims.qk_head_dim + dims.v_head_dim)
+    )
+    k_nope, v = kv[..., : dims.qk_head_dim], kv[..., dims.qk_head_dim :]
+    q_nope, q_rot = q[..., : dims.qk_head_dim], q[..., dims.qk_head_dim :]
+    q_rot, k_rot = rotate_half(q_rot, dims.rotary_base), rotate_half(k_rot, dims.rotary_base)
+
+    scores = torch.einsum("sbnd,tbnd->bnst", q_nope, k_nope)
+    scores = (scores + torch.einsum("sbnd,tbd->bnst", q_rot, k_rot)) * dims.query_dim**-0.5
+    future = torch.ones(s, s, dtype=torch.bool).triu(1)
+    probabilities = scores.masked_fill(future, float("-inf")).softmax(-1)
+    out = torch.einsum("bnst,tbnd->sbnd", probabilities, v).flatten(2)
+    return out @ weights["linear_proj.weight"].t()

@@ -1,0 +1,76 @@
+"""MLA <-> Hugging Face's DeepSeek-V3, which stock transformers, vLLM and SGLang load.
+
+DeepSeek rotates interleaved pairs of dimensions, Megatron (and Qwen3) halves; the rows of the
+rotary parts are permuted, so that both compute the same.
+"""
+
+from typing import Any
+
+from megatron_attnedit.attention.mla.dims import MLADims
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.layouts import InterleavedRotary, Layout, Same
+from megatron_attnedit.convert.param_rows import ParamRow
+
+
+def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[ParamRow]:
+    """The attention of one layer (0-based)."""
+    rotary = dims.qk_pos_emb_head_dim
+    layouts: dict[str, tuple[str, Layout, int | None]] = {
+        "linear_q_proj": ("q_proj", InterleavedRotary(dims.num_attention_heads, rotary), 0),
+        "linear_kv_down_proj": ("kv_a_proj_with_mqa", InterleavedRotary(1, rotary), None),
+        "kv_layernorm": ("kv_a_layernorm", Same(), None),
+        "linear_kv_up_proj": ("kv_b_proj", Same(), 0),
+        "linear_proj": ("o_proj", Same(), 1),
+    }
+    shapes = dims.shapes(hidden_size)
+    return [
+        ParamRow(
+            megatron_param=f"decoder.layers.{layer_idx}.self_attention.{name}.weight",
+            hf_params=(f"model.layers.{layer_idx}.self_attn.{hf}.weight",),
+            hf_shapes=(shapes[f"{name}.weight"],),
+            layout=layout,
+            tp_dim=tp_dim,
+        )
+        for name, (hf, layout, tp_dim) in layouts.items()
+    ]
+
+
+def deepseek_v3_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
+    """``config.json``: dense layers only, so no expert exists."""
+    rope = {"rope_type": "default", "rope_theta": dims.rotary_base}
+    if teacher.rope_scaling:
+        rope = {**teacher.rope_scaling, "rope_theta": dims.rotary_base}
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": teacher.vocab_size,
+        "hidden_size": teacher.hidden_size,
+        "intermediate_size": teacher.intermediate_size,
+        "num_hidden_layers": teacher.num_hidden_layers,
+        "num_attention_heads": dims.num_attention_heads,
+        "num_key_value_heads": dims.num_attention_heads,
+        "q_lora_rank": None,
+        "kv_lora_rank": dims.kv_lora_rank,
+        "qk_nope_head_dim": dims.qk_head_dim,
+        "qk_rope_head_dim": dims.qk_pos_emb_head_dim,
+        "v_head_dim": dims.v_head_dim,
+        "first_k_dense_replace": teacher.num_hidden_layers,
+        "n_routed_experts": 1,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": teacher.intermediate_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": teacher.rms_norm_eps,
+        "max_position_embeddings": teacher.max_position_embeddings,
+        "rope_parameters": rope,
+        "rope_theta": dims.rotary_base,
+        "rope_interleave": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": teacher.tie_word_embeddings,
+        "use_cache": True,
+        **{key: teacher.raw[key] for key in kept if key in teacher.raw},
+    }

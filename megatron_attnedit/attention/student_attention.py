@@ -1,0 +1,88 @@
+"""What a student attention provides to the rest of the package."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Generator, Tensor
+
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.param_rows import ParamRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentAttention(ABC):
+    """One attention that can take the place of the teacher's, and its dimensions.
+
+    A new one is a folder beside ``mla/`` (config, module, spec, rows, init, reference) and one
+    entry in ``STUDENT_ATTENTIONS``. No other file names an architecture. Weights without a
+    tensor-parallel cut are float32 and keyed by their name inside ``self_attention``, for example
+    ``linear_proj.weight``.
+    """
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def from_flags(cls, flags: Mapping[str, Any], teacher: HFConfig) -> Self:
+        """From command-line values (None where not given), completed for this teacher.
+
+        Raises:
+            UserError: a value that cannot work, naming the flag.
+        """
+
+    @abstractmethod
+    def edits(self, layer_idx: int) -> bool:
+        """Does layer ``layer_idx`` (0-based) get the new attention, or keep the teacher's?"""
+
+    @abstractmethod
+    def spec(self, config: TransformerConfig, *, attention_backend: str) -> ModuleSpec:
+        """The module that replaces ``self_attention`` in an edited layer of that model."""
+
+    @abstractmethod
+    def rows(self, teacher: HFConfig, layer_idx: int) -> list[ParamRow]:
+        """Names and layouts of an edited layer's attention in the exported checkpoint."""
+
+    @abstractmethod
+    def init_random(
+        self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, generator: Generator
+    ) -> dict[str, Tensor]:
+        """Random weights; ``linear_proj`` is inherited."""
+
+    @abstractmethod
+    def init_from_teacher(
+        self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, inputs: Tensor
+    ) -> dict[str, Tensor]:
+        """Weights with which the layer starts close to the teacher's.
+
+        Args:
+            teacher_weights: The teacher's attention of this layer.
+            teacher: Its configuration.
+            inputs: ``[tokens, h]``, a sample of what enters this attention.
+        """
+
+    @abstractmethod
+    def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
+        """``config.json`` of the exported student."""
+
+    def hf_modeling_files(self) -> Sequence[str]:
+        """Modelling files shipped with an export; none where a stock class loads it."""
+        return ()
+
+    @abstractmethod
+    def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
+        """Cached numbers per token of a context that long, all layers together."""
+
+    def check(self, *, tp_size: int, seq_length: int) -> None:  # noqa: B027
+        """Refuse a run in which this attention cannot work or cannot learn.
+
+        Raises:
+            UserError: names the flag.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the lineage of a checkpoint."""
+        return {"name": self.name, **asdict(self)}

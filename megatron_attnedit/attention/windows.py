@@ -1,0 +1,63 @@
+"""Sliding windows: the one place where the two conventions and the layer pattern meet.
+
+Hugging Face counts the token itself: ``sliding_window = W``. Megatron counts positions besides it:
+``window_size = (W - 1, 0)``.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_attnedit.errors import UserError
+
+SLIDING = "sliding_attention"
+FULL = "full_attention"
+
+
+def to_window_size(sliding_window: int) -> tuple[int, int]:
+    """Hugging Face's ``W`` to Megatron's ``(left, right)``."""
+    return (sliding_window - 1, 0)
+
+
+def uniform_full_layers(num_layers: int, period: int = 5) -> tuple[int, ...]:
+    """0-based indices of the full layers when every ``period``-th layer is one, at least one.
+
+    Period 5 is four sliding layers per full layer: 80 % less KV cache in long contexts.
+    """
+    return tuple(range(period - 1, num_layers, period)) or (num_layers - 1,)
+
+
+def parse_layers(text: str, *, num_layers: int, flag: str) -> tuple[int, ...]:
+    """``"0,4,9"`` to ``(0, 4, 9)``; ``"none"`` to ``()``.
+
+    Raises:
+        UserError: not numbers, out of range, or a layer named twice.
+    """
+    if text == "none":
+        return ()
+    try:
+        layers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} {text!r}: expected layer indices such as 0,4,9") from None
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise UserError(f"{flag} {text!r}: layer {layer} is outside 0..{num_layers - 1}")
+    if len(set(layers)) != len(layers):
+        raise UserError(f"{flag} {text!r}: a layer is named twice")
+    return tuple(sorted(layers))
+
+
+def causal_window_mask(
+    num_queries: int, num_keys: int, window_size: tuple[int, int] | None, device: torch.device
+) -> Tensor:
+    """``[num_queries, num_keys]``, True where a query may look; the last query is at the last key.
+
+    Args:
+        num_queries: Number of queries.
+        num_keys: Number of keys, at least ``num_queries``.
+        window_size: Megatron's ``(left, right)``; None for plain causal attention.
+        device: Where to build it.
+    """
+    query_positions = torch.arange(num_keys - num_queries, num_keys, device=device)
+    distance = query_positions[:, None] - torch.arange(num_keys, device=device)[None, :]
+    allowed = distance >= 0
+    return allowed if window_size is None else allowed & (distance <= window_size[0])

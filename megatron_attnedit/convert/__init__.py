@@ -1,0 +1,1 @@
+"""Hugging Face <-> Megatron: names, layouts, files."""

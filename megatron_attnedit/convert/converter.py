@@ -1,0 +1,100 @@
+"""Apply a table of rows: fill a Megatron model from Hugging Face files, and the other way."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_attnedit.convert.hf_checkpoint import HFReader
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.param_rows import ParamRow, check_complete
+from megatron_attnedit.errors import UserError
+
+
+@torch.no_grad()
+def hf_to_megatron(
+    reader: HFReader,
+    rows: Sequence[ParamRow],
+    params: Mapping[str, Tensor],
+    *,
+    ignored: Mapping[str, str],
+    tp_rank: int,
+    tp_size: int,
+    progress: bool = False,
+) -> None:
+    """Fill this rank's parameters from a Hugging Face directory.
+
+    Args:
+        reader: The source.
+        rows: The table of the whole model; rows of other pipeline stages are skipped.
+        params: This rank's parameters under their global names; filled in place.
+        ignored: Source tensors that are left out, with the reason.
+        tp_rank: Tensor-parallel rank.
+        tp_size: Tensor-parallel size.
+        progress: Show a progress bar.
+
+    Raises:
+        UserError: the source does not fit the table, or holds NaN or Inf.
+    """
+    check_complete(
+        rows, where=str(reader.directory), hf_shapes=reader.shapes, ignored=ignored
+    )
+    by_name = {row.megatron_param: row for row in rows}
+    assert params.keys() <= by_name.keys(), f"no row for {params.keys() - by_name.keys()}"
+    for name, param in tqdm(params.items(), "import", unit="tensor", disable=not progress):
+        row = by_name[name]
+        tensors = [reader.tensor(hf) for hf in row.hf_params]
+        shard = row.to_megatron(tensors, tp_rank=tp_rank, tp_size=tp_size)
+        if not torch.isfinite(shard).all():
+            raise UserError(f"{reader.directory}: {row.hf_params} hold NaN or Inf")
+        assert shard.shape == param.shape, f"{name}: {shard.shape} into {param.shape}"
+        param.copy_(shard)
+
+
+def megatron_to_hf(
+    rows: Sequence[ParamRow],
+    gather: Callable[[ParamRow], list[Tensor]],
+    *,
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and tensors of a Megatron model, one at a time, on the CPU.
+
+    Args:
+        rows: The table of the whole model.
+        gather: Gives a row's shards of all tensor-parallel ranks.
+        dtype: Type of the result.
+    """
+    for row in rows:
+        tensors = row.to_hf(gather(row))
+        for name, shape, tensor in zip(row.hf_params, row.hf_shapes, tensors, strict=True):
+            assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} is not {shape}"
+            yield name, tensor.to("cpu", dtype).contiguous()
+
+
+def read_full(reader: HFReader, rows: Sequence[ParamRow]) -> dict[str, Tensor]:
+    """The rows' whole Megatron tensors in float32 (one layer's attention, say)."""
+    return {
+        row.megatron_param: row.layout.join([reader.tensor(name) for name in row.hf_params]).float()
+        for row in rows
+    }
+
+
+def check_tensor_parallel(config: HFConfig, tp_size: int) -> None:
+    """Refuse a tensor-parallel size that cannot cut the model.
+
+    Raises:
+        UserError: names the flag and the field of ``config.json``.
+    """
+    flag = f"--tensor-model-parallel-size {tp_size}"
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % tp_size:
+        raise UserError(f"{flag} does not divide num_attention_heads {heads} of {config.path}")
+    if groups % tp_size and tp_size % groups:
+        raise UserError(
+            f"{flag} neither divides nor is a multiple of num_key_value_heads {groups} "
+            f"of {config.path}"
+        )
+    for name in ("hidden_size", "intermediate_size"):
+        if getattr(config, name) % tp_size:
+            raise UserError(f"{flag} does not divide {name} {getattr(config, name)}")

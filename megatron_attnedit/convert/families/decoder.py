@@ -1,0 +1,111 @@
+"""Rows that the decoder families have in common (pre-norm, RMSNorm, SwiGLU, GQA)."""
+
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.layouts import QKVPerQueryGroup, Stacked
+from megatron_attnedit.convert.param_rows import ParamRow
+
+
+def embedding_rows(config: HFConfig) -> list[ParamRow]:
+    """Embedding, final norm and output layer (absent when tied)."""
+    vocab = (config.vocab_size, config.hidden_size)
+    rows = [
+        ParamRow(
+            megatron_param="embedding.word_embeddings.weight",
+            hf_params=("model.embed_tokens.weight",),
+            hf_shapes=(vocab,),
+            tp_dim=0,
+            pad_to_tp=True,
+        ),
+        ParamRow(
+            megatron_param="decoder.final_layernorm.weight",
+            hf_params=("model.norm.weight",),
+            hf_shapes=((config.hidden_size,),),
+        ),
+    ]
+    if not config.tie_word_embeddings:
+        rows.append(
+            ParamRow(
+                megatron_param="output_layer.weight",
+                hf_params=("lm_head.weight",),
+                hf_shapes=(vocab,),
+                tp_dim=0,
+                pad_to_tp=True,
+            )
+        )
+    return rows
+
+
+def norm_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+    """The two norms of a layer."""
+    names = {
+        "input_layernorm": "input_layernorm",
+        "pre_mlp_layernorm": "post_attention_layernorm",
+    }
+    return [
+        ParamRow(
+            megatron_param=f"decoder.layers.{layer_idx}.{megatron}.weight",
+            hf_params=(f"model.layers.{layer_idx}.{hf}.weight",),
+            hf_shapes=((config.hidden_size,),),
+        )
+        for megatron, hf in names.items()
+    ]
+
+
+def dense_mlp_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+    """SwiGLU."""
+    megatron = f"decoder.layers.{layer_idx}.mlp"
+    hf = f"model.layers.{layer_idx}.mlp"
+    up = (config.intermediate_size, config.hidden_size)
+    return [
+        ParamRow(
+            megatron_param=f"{megatron}.linear_fc1.weight",
+            hf_params=(f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
+            hf_shapes=(up, up),
+            layout=Stacked(),
+            tp_dim=0,
+        ),
+        ParamRow(
+            megatron_param=f"{megatron}.linear_fc2.weight",
+            hf_params=(f"{hf}.down_proj.weight",),
+            hf_shapes=(up[::-1],),
+            tp_dim=1,
+        ),
+    ]
+
+
+def gqa_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+    """Query, key, value and output projections without biases."""
+    megatron = f"decoder.layers.{layer_idx}.self_attention"
+    hf = f"model.layers.{layer_idx}.self_attn"
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    h = config.hidden_size
+    return [
+        ParamRow(
+            megatron_param=f"{megatron}.linear_qkv.weight",
+            hf_params=tuple(f"{hf}.{name}_proj.weight" for name in "qkv"),
+            hf_shapes=((queries, h), (keys, h), (keys, h)),
+            layout=QKVPerQueryGroup(
+                config.num_attention_heads, config.num_key_value_heads, config.head_dim
+            ),
+            tp_dim=0,
+        ),
+        ParamRow(
+            megatron_param=f"{megatron}.linear_proj.weight",
+            hf_params=(f"{hf}.o_proj.weight",),
+            hf_shapes=((h, queries),),
+            tp_dim=1,
+        ),
+    ]
+
+
+def qk_norm_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+    """RMSNorm of queries and keys, shared by the heads."""
+    return [
+        ParamRow(
+            megatron_param=f"decoder.layers.{layer_idx}.self_attention.{name}_layernorm.weight",
+            hf_params=(f"model.layers.{layer_idx}.self_attn.{name}_norm.weight",),
+            hf_shapes=((config.head_dim,),),
+        )
+        for name in "qk"
+    ]

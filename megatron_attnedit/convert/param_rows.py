@@ -1,0 +1,96 @@
+"""The table between Hugging Face and Megatron names: one row per Megatron parameter.
+
+A row is the only statement of the fact; both directions and every tensor-parallel size are derived
+from it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_attnedit.convert.layouts import Layout, Same
+from megatron_attnedit.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamRow:
+    """One Megatron parameter and the Hugging Face tensors it is made of.
+
+    Attributes:
+        megatron_param: In-memory name, with the 0-based global layer index.
+        hf_params: Names, in the order the layout expects.
+        hf_shapes: Shape of each of them.
+        layout: Invertible rearrangement.
+        tp_dim: Dimension cut by tensor parallelism: 0 column, 1 row, None replicated.
+        pad_to_tp: Rows are padded with zeros to a multiple of the tensor-parallel size
+            (vocabulary).
+    """
+
+    megatron_param: str
+    hf_params: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    layout: Layout = field(default_factory=Same)
+    tp_dim: int | None = None
+    pad_to_tp: bool = False
+
+    def to_megatron(self, tensors: Sequence[Tensor], *, tp_rank: int, tp_size: int) -> Tensor:
+        """This rank's shard of the Megatron parameter."""
+        whole = self.layout.join(tensors)
+        if self.tp_dim is None or tp_size == 1:
+            return whole
+        if self.pad_to_tp:
+            whole = torch.nn.functional.pad(whole, (0, 0, 0, -whole.shape[0] % tp_size))
+        parts = whole.chunk(self.layout.stacked)
+        return torch.cat([part.chunk(tp_size, self.tp_dim)[tp_rank] for part in parts])
+
+    def to_hf(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """Hugging Face tensors from the shards of all tensor-parallel ranks, in rank order."""
+        whole = shards[0]
+        if self.tp_dim is not None and len(shards) > 1:
+            parts = zip(*(shard.chunk(self.layout.stacked) for shard in shards), strict=True)
+            whole = torch.cat([torch.cat(part, dim=self.tp_dim) for part in parts])
+        if self.pad_to_tp:
+            whole = whole[: self.hf_shapes[0][0]]
+        return self.layout.split(whole)
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")
+
+
+def check_complete(
+    rows: Sequence[ParamRow],
+    *,
+    where: str,
+    hf_shapes: Mapping[str, tuple[int, ...]],
+    ignored: Mapping[str, str],
+) -> None:
+    """Every tensor of the checkpoint is claimed by exactly one row, and has the row's shape.
+
+    Args:
+        rows: The table.
+        where: The directory, for messages.
+        hf_shapes: Name and shape of every tensor in the checkpoint.
+        ignored: Names that no row claims, with the reason.
+
+    Raises:
+        UserError: names missing, unknown or with another shape (the first ten of each).
+    """
+    expected = {
+        name: shape
+        for row in rows
+        for name, shape in zip(row.hf_params, row.hf_shapes, strict=True)
+    }
+    if missing := expected.keys() - hf_shapes.keys():
+        raise UserError(f"{where}: tensors are missing: {_some(missing)}")
+    if unknown := hf_shapes.keys() - expected.keys() - ignored.keys():
+        raise UserError(f"{where}: tensors with unexpected names: {_some(unknown)}")
+    for name, shape in expected.items():
+        if tuple(hf_shapes[name]) != tuple(shape):
+            raise UserError(
+                f"{where}: tensor {name} has shape {list(hf_shapes[name])}, "
+                f"config.json says {list(shape)}"
+            )

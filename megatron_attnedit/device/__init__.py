@@ -1,0 +1,5 @@
+"""What machine is this: cuda, npu or cpu. The only folder with such names."""
+
+from megatron_attnedit.device.accelerator import Accelerator, bootstrap
+
+__all__ = ["Accelerator", "bootstrap"]

@@ -1,0 +1,88 @@
+"""Repairs of megatron-core 0.16, each with the reason and a test that fails without it.
+
+They hold on every device; the tests are in ``tests/unit/device/test_mcore_fixes.py``.
+"""
+
+import functools
+import multiprocessing
+from typing import Any
+
+import torch
+
+from megatron_attnedit.errors import UserError
+
+SUPPORTED = "0.16."
+
+
+def _fork_results_queue() -> None:
+    """Save without re-importing ``__main__`` in a spawned manager (seconds per save and rank)."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def queue() -> Any:
+        if filesystem_async._results_queue is None:
+            manager = multiprocessing.get_context("fork").Manager()
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async._get_write_results_queue = queue
+
+
+def _own_adam_steps() -> None:
+    """Give every parameter its own Adam ``step`` after a load of the distributed optimizer.
+
+    torch's Adam keeps ``step`` per parameter; the checkpoint carries one per group. As loaded, all
+    parameters share one tensor, each update advances it N times, and bias correction runs ahead
+    without an error. Transformer Engine's and Apex's Adam keep it per group and are left alone.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(set_states)
+    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        state = self.optimizer.state[main_param]
+        if "step" in state and "step" not in tensors:
+            tensors = {**tensors, "step": state["step"]}
+        with torch.no_grad():
+            set_states(self, model_param, tensors)
+
+    @functools.wraps(load)
+    def load_with_steps(self: Any, state_dict: Any) -> None:
+        if not isinstance(self.optimizer, torch.optim.Adam):
+            load(self, state_dict)
+            return
+        if not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        steps = [g["step"] for g in state_dict["optimizer"]["param_groups"] if "step" in g]
+        load(self, state_dict)
+        steps += [g.pop("step") for g in self.optimizer.param_groups if "step" in g]
+        for state in self.optimizer.state.values():
+            if "step" in state and steps:
+                state["step"] = torch.tensor(float(steps[0]))
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
+    DistributedOptimizer.load_state_dict = load_with_steps
+
+
+@functools.cache
+def install(kind: str) -> None:
+    """Apply all repairs.
+
+    Args:
+        kind: ``cuda``, ``npu`` or ``cpu``; kept for repairs that one device needs.
+
+    Raises:
+        UserError: another megatron-core is installed, on which none of this was tested.
+    """
+    import megatron.core
+
+    if not megatron.core.__version__.startswith(SUPPORTED):
+        raise UserError(
+            f"megatron-core {megatron.core.__version__} is installed; "
+            f"this program needs {SUPPORTED}x (pip install 'megatron-core>=0.16.0,<0.17')"
+        )
+    _fork_results_queue()
+    _own_adam_steps()

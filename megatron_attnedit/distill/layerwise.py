@@ -1,0 +1,124 @@
+"""Stage 1: every student attention imitates the teacher's of its layer.
+
+The teacher runs forward once. At each edited layer the student's attention gets the *teacher's*
+input of that layer (teacher-forced), its output is compared with the teacher's attention output
+(after the output projection, before the residual), and backward runs at once: one layer's
+activations live at a time, layers do not see each other, and a pipeline needs no extra messages.
+
+Loss of layer l (arXiv:2604.05688, stage 1): ``E_l = sum |o_s - o_t|^2 / sum |o_t|^2`` over the
+valid tokens of the *global* batch. Backward runs on the numerator; ``normalise_gradients`` divides
+each layer's gradients by the denominator, which is known only once the batch is through.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from megatron_attnedit.distill.masks import local_token_mask
+from megatron_attnedit.models.teacher import backbone
+
+NORMALISATIONS = ("layer", "token")
+
+
+class LayerwiseDistillation(MegatronModule):
+    """Teacher and student attentions of this pipeline stage.
+
+    Args:
+        teacher: Frozen; stays in eval mode.
+        attentions: The student's, by 0-based layer index; these train.
+        normalisation: ``layer`` as above, or ``token``: every token's error is divided by that
+            token's own ``|o_t|^2``, and the sum by the number of tokens.
+    """
+
+    def __init__(
+        self,
+        teacher: GPTModel,
+        attentions: Mapping[int, MegatronModule],
+        *,
+        normalisation: str = "layer",
+    ) -> None:
+        super().__init__(config=teacher.config)
+        self.teacher = teacher
+        self.attentions = nn.ModuleDict({str(i): module for i, module in attentions.items()})
+        self.normalisation = normalisation
+        self._mask: Tensor | None = None
+        device = next(teacher.parameters()).device
+        # Column 0: sum of errors; column 1: what they are divided by.
+        self.sums = torch.zeros(self.config.num_layers, 2, device=device)
+        for layer in teacher.decoder.layers:
+            if layer.layer_number - 1 in attentions:
+                layer.self_attention.register_forward_hook(
+                    self._hook(layer.layer_number - 1), with_kwargs=True
+                )
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the student's attentions; the teacher stays in eval mode."""
+        self.training = mode
+        self.attentions.train(mode)
+        return self
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Called by Megatron's schedules."""
+        self.teacher.set_input_tensor(input_tensor)
+
+    def _hook(self, layer_idx: int) -> Any:
+        def compare(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            if self._mask is not None:
+                self._compare(layer_idx, args[0], kwargs, output[0])
+
+        return compare
+
+    def _compare(
+        self, layer_idx: int, attn_input: Tensor, kwargs: dict[str, Any], target: Tensor
+    ) -> None:
+        """One layer's error and its backward; ``attn_input`` and ``target`` ``[s, b, h]``."""
+        assert self._mask is not None
+        with torch.set_grad_enabled(self.training):
+            attn_output, _ = self.attentions[str(layer_idx)](attn_input.detach(), **kwargs)
+            target = target.detach().float()
+            error = (attn_output.float() - target).pow(2).sum(-1)  # [s, b]
+            energy = target.pow(2).sum(-1)
+            if self.normalisation == "token":
+                error, energy = error / energy.clamp_min(1e-12), torch.ones_like(energy)
+            numerator = (error * self._mask).sum()
+            if self.training:
+                numerator.backward()
+        self.sums[layer_idx, 0] += numerator.detach()
+        self.sums[layer_idx, 1] += (energy * self._mask).sum()
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, loss_mask: Tensor) -> Tensor:
+        """Run the teacher; each edited layer does its work on the way.
+
+        Args:
+            tokens: ``[b, s]``.
+            position_ids: ``[b, s]``.
+            loss_mask: ``[b, s]``, 1 where a token counts.
+
+        Returns:
+            The teacher's hidden states, for the next pipeline stage.
+        """
+        self._mask = local_token_mask(loss_mask, self.config)
+        try:
+            with torch.no_grad():
+                return backbone(self.teacher, tokens, position_ids)
+        finally:
+            self._mask = None
+
+    @torch.no_grad()
+    def normalise_gradients(self, sums: Tensor) -> None:
+        """Divide each layer's reduced gradients by its denominator.
+
+        Args:
+            sums: ``self.sums``, added up over all ranks and micro-batches.
+        """
+        for layer_idx, attention in self.attentions.items():
+            divisor = sums[int(layer_idx), 1].clamp_min(1e-12)
+            for param in attention.parameters():
+                if param.requires_grad:
+                    param.main_grad.div_(divisor)  # type: ignore[attr-defined]

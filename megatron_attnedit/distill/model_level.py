@@ -1,0 +1,194 @@
+"""Stage 2: the student on its own activations learns the teacher's next-token distributions.
+
+Both models run on the same tokens. Through a pipeline their hidden states travel as one tensor,
+teacher behind student on the batch dimension, the teacher's half without a gradient.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from megatron_attnedit.distill.feature_matching import FeatureMatching
+from megatron_attnedit.distill.kl import DIVERGENCES, chunked_divergence, chunked_lm_loss
+from megatron_attnedit.distill.masks import local_token_mask
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.teacher import backbone, output_weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLevelConfig:
+    """The loss of stage 2.
+
+    Attributes:
+        kl: ``forward`` (KL(teacher || student)), ``reverse`` or ``jsd``.
+        temperature: Divides both models' logits.
+        feature_matching_weight: Weight of the cosine term; 0 switches it off.
+        kl_chunk_tokens: Tokens whose logits live at a time.
+    """
+
+    kl: str = "forward"
+    temperature: float = 1.0
+    feature_matching_weight: float = 0.0
+    kl_chunk_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.kl not in DIVERGENCES:
+            raise UserError(f"--kl {self.kl}: expected one of {', '.join(DIVERGENCES)}")
+        if not self.temperature > 0:
+            raise UserError(f"--temperature {self.temperature}: expected a positive number")
+        if self.feature_matching_weight < 0:
+            raise UserError(f"--feature-matching-weight {self.feature_matching_weight}: below 0")
+        if self.kl_chunk_tokens < 1:
+            raise UserError(f"--kl-chunk-tokens {self.kl_chunk_tokens}: expected at least 1")
+
+
+class ModelLevelDistillation(MegatronModule):
+    """Teacher and student of this pipeline stage.
+
+    Args:
+        teacher: Frozen; stays in eval mode, with every module that the student shares.
+        student: What trains in it has ``requires_grad``.
+        trained: The student's own modules, which ``train()`` switches.
+        config: The loss.
+        vocab_size: Words without padding.
+    """
+
+    def __init__(
+        self,
+        teacher: GPTModel,
+        student: GPTModel,
+        trained: list[MegatronModule],
+        *,
+        config: ModelLevelConfig,
+        vocab_size: int,
+    ) -> None:
+        super().__init__(config=teacher.config)
+        self.teacher = teacher
+        self.student = student
+        self.loss_config = config
+        self.vocab_size = vocab_size
+        self._trained = trained
+        self._mask: Tensor | None = None
+        self.features: FeatureMatching | None = None
+        if config.feature_matching_weight:
+            self.features = FeatureMatching(
+                teacher.decoder.layers,
+                student.decoder.layers,
+                weight=config.feature_matching_weight,
+                num_layers=len(trained),
+            )
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch what is the student's own; shared modules stay in eval mode."""
+        self.training = mode
+        for module in self._trained:
+            module.train(mode)
+        return self
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Called by Megatron's schedules with ``[s, 2b, h]``, or None on the first stage."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        halves = (None, None) if tensor is None else tensor.chunk(2, dim=1)
+        self.student.set_input_tensor(halves[0])
+        self.teacher.set_input_tensor(halves[1])
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, loss_mask: Tensor) -> Tensor:
+        """Run both models.
+
+        Args:
+            tokens: ``[b, s]``.
+            position_ids: ``[b, s]``.
+            loss_mask: ``[b, s]``, 1 where a token counts.
+
+        Returns:
+            ``[s, 2b, h]``: student, then teacher (``[s/tp, 2b, h]`` under sequence parallelism).
+        """
+        if self.features:
+            self.features.start(local_token_mask(loss_mask, self.config))
+        with torch.no_grad():
+            teacher_hidden = backbone(self.teacher, tokens, position_ids)
+        student_hidden = backbone(self.student, tokens, position_ids)
+        if self.features:
+            self.features.stop()
+        return torch.cat([student_hidden, teacher_hidden.detach()], dim=1)
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, *, with_lm_loss: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over this rank's tokens of the KL loss, on the last pipeline stage.
+
+        Args:
+            hidden: What ``forward`` returned.
+            labels: ``[b, s]``, the next tokens.
+            loss_mask: ``[b, s]``.
+            with_lm_loss: Also compute both models' cross entropies (validation).
+
+        Returns:
+            The loss, and detached sums by the name that is logged.
+        """
+        group = parallel_state.get_tensor_model_parallel_group()
+        student, teacher = (self._whole_sequence(half) for half in hidden.chunk(2, dim=1))
+        teacher = teacher.detach()
+        mask = loss_mask.t().reshape(-1)
+        common: dict[str, Any] = {"vocab_size": self.vocab_size, "group": group}
+        common["chunk_tokens"] = self.loss_config.kl_chunk_tokens
+        weights = output_weight(self.student), output_weight(self.teacher)
+        kl = chunked_divergence(
+            student,
+            weights[0],
+            teacher,
+            weights[1].detach(),
+            mask,
+            divergence=self.loss_config.kl,
+            temperature=self.loss_config.temperature,
+            **common,
+        )
+        sums = {"logits distillation loss": kl.detach()}
+        if self.features:
+            sums["feature matching loss"] = self.features.total
+        if with_lm_loss:
+            targets = labels.t().reshape(-1)
+            for name, states, weight in (
+                ("student lm loss", student, weights[0]),
+                ("teacher lm loss", teacher, weights[1]),
+            ):
+                sums[name] = chunked_lm_loss(states.detach(), weight, targets, mask, **common)
+        return kl, sums
+
+    def _whole_sequence(self, hidden: Tensor) -> Tensor:
+        """``[s or s/tp, b, h]`` to ``[s * b, h]``; backward sums over tensor-parallel ranks."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=group
+            )
+        else:
+            whole = copy_to_tensor_model_parallel_region(hidden, group=group)
+        return whole.flatten(0, 1)
+
+
+def first_nonfinite_layer(student: GPTModel, tokens: Tensor, position_ids: Tensor) -> int | None:
+    """Number (1-based) of the first layer whose output holds NaN or Inf, for an error message."""
+    found: list[int] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if not found and not torch.isfinite(output[0]).all():
+            found.append(module.layer_number)  # type: ignore[arg-type]
+
+    handles = [layer.register_forward_hook(hook) for layer in student.decoder.layers]
+    try:
+        with torch.no_grad():
+            backbone(student, tokens, position_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

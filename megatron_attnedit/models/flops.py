@@ -1,0 +1,36 @@
+"""Floating-point operations of a token, for the log line's TFLOP/s."""
+
+from megatron_attnedit.convert.hf_config import HFConfig
+
+
+def attention_flops(hf: HFConfig, seq_length: int) -> float:
+    """Forward, one token, one layer: projections, scores and values of the teacher's attention.
+
+    A multiply-add counts 2; a token sees half of the sequence on average. Students are counted as
+    the teacher, so that figures compare over student attentions.
+    """
+    q = hf.num_attention_heads * hf.head_dim
+    kv = 2 * hf.num_key_value_heads * hf.head_dim
+    return 2 * hf.hidden_size * (2 * q + kv) + 2 * q * seq_length
+
+
+def mlp_flops(hf: HFConfig) -> float:
+    """Forward, one token, one layer."""
+    return 6 * hf.hidden_size * hf.intermediate_size
+
+
+def stage1_flops(hf: HFConfig, seq_length: int) -> float:
+    """Per token: the teacher forward without its head, the student's attentions both ways."""
+    attention = attention_flops(hf, seq_length)
+    return hf.num_hidden_layers * (mlp_flops(hf) + 4 * attention)
+
+
+def stage2_flops(hf: HFConfig, seq_length: int) -> float:
+    """Per token: the teacher forward, the student forward and backward, both with heads.
+
+    The gradients of frozen weights are not computed: the MLP's and the head's backward costs as
+    much as their forward.
+    """
+    attention = attention_flops(hf, seq_length)
+    head = 2 * hf.hidden_size * hf.vocab_size
+    return hf.num_hidden_layers * (3 * mlp_flops(hf) + 4 * attention) + 3 * head

@@ -1,0 +1,25 @@
+"""One thread, a prepared Megatron, and a tiny world of one process for every test."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from megatron_attnedit.device import bootstrap
+
+torch.set_num_threads(1)
+bootstrap()
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """Megatron's groups in this process alone."""
+    from tests.models import start_megatron
+    from tests.processes import process_group
+
+    with process_group(0, 1, str(tmp_path / "store")):
+        start_megatron()
+        yield

@@ -1,0 +1,68 @@
+"""Tiny random models for tests: Hugging Face directories, teachers, students."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
+from megatron_attnedit.models.config import ParallelConfig, transformer_config
+from megatron_attnedit.models.teacher import build_teacher, load_teacher_from_hf
+
+VOCAB = 131  # odd, so that tensor parallelism has to pad it
+
+
+def start_megatron(tensor_model_parallel_size: int = 1, **sizes: int) -> None:
+    """Groups and random-number states inside an existing process group."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size, **sizes
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
+def tiny_hf_dir(path: Path, family: str = "qwen3", **overrides: Any) -> Path:
+    """A random model of that family, weights large enough that every path matters."""
+    import transformers
+
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6 if family == "qwen3" else 1e-5,
+        **overrides,
+    }
+    name = {"qwen3": "Qwen3", "llama": "Llama"}[family]
+    config = getattr(transformers, f"{name}Config")(**fields)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
+    with torch.no_grad():
+        for param in model.parameters():
+            spread = 0.08 if param.ndim > 1 else 0.3
+            param.copy_(torch.randn_like(param) * spread + (1.0 if param.ndim == 1 else 0.0))
+    model.save_pretrained(path)
+    (path / "tokenizer_config.json").write_text(json.dumps({"note": "bytes must survive"}))
+    return path
+
+
+def build_tiny_teacher(hf_dir: Path, **parallel: Any) -> tuple[HFConfig, Any]:
+    """A loaded teacher on the current grid, float32."""
+    hf = read_hf_config(hf_dir)
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    grid = ParallelConfig(tensor_model_parallel_size=size, **parallel)
+    teacher = build_teacher(hf, transformer_config(hf, grid, torch.float32))
+    load_teacher_from_hf(teacher, hf)
+    return hf, teacher
+
+
+def tokens(batch: int = 2, length: int = 63, seed: int = 7) -> torch.Tensor:
+    """Random token ids ``[batch, length]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (batch, length), generator=generator)
