@@ -72,14 +72,6 @@ def megatron_to_hf(
             yield name, tensor.to("cpu", dtype).contiguous()
 
 
-def read_full(reader: HFReader, rows: Sequence[ParamRow]) -> dict[str, Tensor]:
-    """The rows' whole Megatron tensors in float32 (one layer's attention, say)."""
-    return {
-        row.megatron_param: row.layout.join([reader.tensor(name) for name in row.hf_params]).float()
-        for row in rows
-    }
-
-
 def check_tensor_parallel(config: HFConfig, tp_size: int) -> None:
     """Refuse a tensor-parallel size that cannot cut the model.
 

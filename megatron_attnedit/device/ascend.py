@@ -22,7 +22,9 @@ def import_if_installed() -> None:
     try:
         import torch_npu  # noqa: F401
     except ImportError as error:
-        raise UserError(f"torch_npu does not start (is CANN's set_env.sh sourced?): {error}")
+        raise UserError(
+            f"torch_npu does not start (is CANN's set_env.sh sourced?): {error}"
+        ) from None
     if importlib.util.find_spec("mindspeed") is not None:
         argv, sys.argv = sys.argv, sys.argv[:1]
         try:

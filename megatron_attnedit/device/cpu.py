@@ -22,9 +22,10 @@ import torch
 
 CPU = torch.device("cpu")
 FACTORIES = (
-    "tensor as_tensor zeros ones empty full arange rand randn randint randperm linspace eye "
-    "zeros_like ones_like empty_like full_like"
-).split()
+    *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye"),
+    *("rand", "randn", "randint", "randperm"),
+    *("zeros_like", "ones_like", "empty_like", "full_like"),
+)
 
 
 class _Event:

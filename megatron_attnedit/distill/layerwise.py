@@ -11,12 +11,13 @@ each layer's gradients by the denominator, which is known only once the batch is
 """
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from megatron_attnedit.distill.masks import local_token_mask
 from megatron_attnedit.models.teacher import backbone

@@ -5,7 +5,7 @@ teacher behind student on the batch dimension, the teacher's half without a grad
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from megatron_attnedit.distill.feature_matching import FeatureMatching
 from megatron_attnedit.distill.kl import DIVERGENCES, chunked_divergence, chunked_lm_loss

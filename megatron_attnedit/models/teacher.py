@@ -21,7 +21,7 @@ from megatron_attnedit.convert.hf_config import HFConfig
 
 
 def teacher_layer_spec(config: TransformerConfig, *, attention_backend: str) -> ModuleSpec:
-    """mcore's own decoder layer, with norms and core attention that run everywhere.
+    """Mcore's own decoder layer, with norms and core attention that run everywhere.
 
     ``input_layernorm`` stays a module of its own, because the student needs what comes out of it.
     """

@@ -1,4 +1,4 @@
-"""Student attentions: outputs and all gradients against plain PyTorch, at awkward sizes and grids."""
+"""Student attentions: values and all gradients against plain PyTorch, at awkward sizes."""
 
 import pytest
 import torch

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Generator, Tensor
+from typing_extensions import Self
 
 from megatron_attnedit.attention.gate_swa import init, rows
 from megatron_attnedit.attention.gate_swa.spec import gate_swa_spec

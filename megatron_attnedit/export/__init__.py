@@ -1,0 +1,1 @@
+"""A student, or a teacher, as a Hugging Face directory."""

@@ -1,0 +1,144 @@
+"""Edit: replace the teacher's attention and initialise the new one."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron_attnedit.training.data import DataConfig, build_datasets
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_attnedit.attention import StudentAttention, student_attention_class
+from megatron_attnedit.convert.hf_checkpoint import torch_dtype
+from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.config import ParallelConfig
+from megatron_attnedit.models.student import (
+    build_student,
+    edited_attentions,
+    fill_attentions,
+    student_rows,
+)
+from megatron_attnedit.models.teacher import global_params
+from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training.calibration import attention_inputs
+from megatron_attnedit.training.setup import (
+    Teacher,
+    load_teacher,
+    start_processes,
+    stop_processes,
+    teacher_hf_dir,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """What to make of which teacher.
+
+    Attributes:
+        teacher: Hugging Face directory or imported Megatron checkpoint.
+        save: Folder of the student's first checkpoint.
+        student_attention: Name.
+        flags: Its dimensions, None where not given.
+        init: ``teacher`` or ``random``.
+        seed: Of random weights.
+        calibration_data_path: Data prefix, for initialisations that look at activations.
+        calibration_tokens: How many.
+        seq_length: Tokens of a calibration sample.
+    """
+
+    teacher: str
+    save: str
+    student_attention: str
+    flags: dict[str, Any]
+    init: str
+    seed: int
+    calibration_data_path: list[str]
+    calibration_tokens: int
+    seq_length: int
+
+    def __post_init__(self) -> None:
+        if self.init == "teacher" and not self.calibration_data_path:
+            raise UserError("--calibration-data-path is required with --init teacher")
+        if checkpoint.latest(self.save) is not None:
+            raise UserError(f"--save {self.save}: holds a checkpoint already")
+
+
+def edit(config: EditConfig) -> Path:
+    """Write the student's first checkpoint; one process.
+
+    Raises:
+        UserError: see ``EditConfig`` and everything it names.
+    """
+    hf = read_hf_config(teacher_hf_dir(config.teacher))
+    student_attention = student_attention_class(config.student_attention).from_flags(
+        config.flags, hf
+    )
+    parallel = ParallelConfig()
+    accelerator = start_processes(parallel, config.seed)
+    try:
+        teacher = load_teacher(config.teacher, parallel, torch_dtype(hf.dtype), accelerator)
+        student = build_student(teacher.model, student_attention)
+        attentions = edited_attentions(student, student_attention)
+        fill_attentions(
+            attentions,
+            _weights(config, student_attention, teacher, sorted(attentions)),
+            {row.megatron_param: row for row in student_rows(hf, student_attention)},
+            tp_rank=0,
+            tp_size=1,
+        )
+        lineage = teacher.lineage().then(
+            "edit",
+            student_attention=student_attention.to_dict(),
+            recipe={"init": config.init, "seed": config.seed, **config.flags},
+        )
+        state = {"model": checkpoint.attention_state(attentions)}
+        return checkpoint.save(Path(config.save), 0, state, lineage)
+    finally:
+        stop_processes()
+
+
+def _weights(
+    config: EditConfig, student_attention: StudentAttention, teacher: Teacher, layers: list[int]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Layer index and initial weights, one layer at a time."""
+    generator = torch.Generator().manual_seed(config.seed)
+    inputs = _calibration_inputs(config, teacher) if config.init == "teacher" else {}
+    for layer_idx in tqdm(layers, "edit", unit="layer"):
+        weights = _teacher_attention(teacher, layer_idx)
+        if config.init == "random":
+            yield layer_idx, student_attention.init_random(weights, teacher.hf, generator)
+        else:
+            sample = inputs.pop(layer_idx).float()
+            yield layer_idx, student_attention.init_from_teacher(weights, teacher.hf, sample)
+
+
+def _teacher_attention(teacher: Teacher, layer_idx: int) -> dict[str, Tensor]:
+    """The teacher's attention of a layer, whole, float32, keyed inside ``self_attention``."""
+    prefix = f"decoder.layers.{layer_idx}.self_attention."
+    return {
+        name.removeprefix(prefix): param.detach().float().cpu()
+        for name, param in global_params(teacher.model)
+        if name.startswith(prefix)
+    }
+
+
+def _calibration_inputs(config: EditConfig, teacher: Teacher) -> dict[int, Tensor]:
+    count = max(1, config.calibration_tokens // config.seq_length)
+    data_config = DataConfig(
+        train_data_path=config.calibration_data_path,
+        seq_length=config.seq_length,
+        seed=config.seed,
+        vocab_size=teacher.hf.vocab_size,
+        data_cache_path=str(Path(config.save) / "data-cache"),
+    )
+    dataset, _ = build_datasets(data_config, train_samples=count, valid_samples=0)
+    device = next(teacher.model.parameters()).device
+    samples = torch.stack([torch.as_tensor(dataset[i]["tokens"]) for i in range(count)])
+    return attention_inputs(teacher.model, samples.to(device), progress=True)
+

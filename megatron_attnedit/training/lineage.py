@@ -1,0 +1,82 @@
+"""Where a checkpoint comes from: the likeliest silent error of a two-stage method is a mix-up."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_attnedit.attention import StudentAttention, student_attention_from_dict
+from megatron_attnedit.errors import UserError
+
+FILE = "attnedit.json"
+STAGES = ("teacher", "edit", "stage1", "stage2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """What is in a checkpoint and what it was made of.
+
+    Attributes:
+        stage: What wrote it: ``teacher``, ``edit``, ``stage1`` or ``stage2``.
+        teacher: Directory of the teacher's Hugging Face files, as given.
+        teacher_fingerprint: Identity of its weights.
+        student_attention: Name and dimensions; empty in a teacher.
+        trainable: ``attention``: only edited attentions are stored; ``all``: the whole student.
+        recipe: Final values of the run; of ``edit``, its flags.
+        data: Identity of the training data.
+        history: Lineage of the checkpoint that this one was trained from, and so on.
+    """
+
+    stage: str
+    teacher: str
+    teacher_fingerprint: str
+    student_attention: dict[str, Any] = field(default_factory=dict)
+    trainable: str = "attention"
+    recipe: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def attention(self) -> StudentAttention:
+        """The student attention that the checkpoint holds."""
+        return student_attention_from_dict(self.student_attention)
+
+    def write(self, directory: Path) -> None:
+        """Write ``attnedit.json``."""
+        (directory / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def then(self, stage: str, **changes: Any) -> "Lineage":
+        """The lineage of what is trained from this."""
+        past = asdict(self)
+        past.pop("history")
+        kept = {name: past[name] for name in ("teacher", "teacher_fingerprint")}
+        fields = {**kept, "student_attention": self.student_attention, **changes}
+        return Lineage(stage=stage, history=[*self.history, past], **fields)
+
+    def refuse_other(self, other: "Lineage", where: str) -> None:
+        """Stop when ``other``, found at ``where``, is not a run of the same kind.
+
+        Raises:
+            UserError: names what differs.
+        """
+        for name in ("stage", "teacher_fingerprint", "student_attention", "trainable"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise UserError(
+                    f"{where}: holds a run with another {name.replace('_', ' ')} "
+                    f"({theirs}, this run has {mine}); give another --save"
+                )
+
+
+def read_lineage(directory: Path) -> Lineage:
+    """Read ``attnedit.json``.
+
+    Raises:
+        UserError: missing, or not of this program.
+    """
+    file = directory / FILE
+    if not file.is_file():
+        raise UserError(f"{directory}: no {FILE}; expected a checkpoint of this program")
+    try:
+        return Lineage(**json.loads(file.read_text()))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{file}: not a lineage of this version: {error}") from None

@@ -1,0 +1,151 @@
+"""From a recipe to a trained student."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron_attnedit.training.data import DataConfig, build_datasets, data_identity
+
+from megatron_attnedit.device import Accelerator
+from megatron_attnedit.distill.layerwise import LayerwiseDistillation
+from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.config import ParallelConfig
+from megatron_attnedit.models.flops import stage1_flops, stage2_flops
+from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training.lineage import read_lineage
+from megatron_attnedit.training.loop import Run, train
+from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
+from megatron_attnedit.training.sanity import check_teacher
+from megatron_attnedit.training.setup import (
+    Teacher,
+    load_teacher,
+    start_processes,
+    stop_processes,
+    wrap,
+)
+from megatron_attnedit.training.stages import Stage1, Stage2
+from megatron_attnedit.training.student import Student
+
+logger = logging.getLogger(__name__)
+
+
+def run_stage1(recipe: Stage1Recipe) -> None:
+    """Layer-wise distillation, from a recipe to the last checkpoint."""
+
+    def build(teacher: Teacher, student: Student, accelerator: Accelerator) -> dict[str, Any]:
+        student.trained_modules()
+        module = LayerwiseDistillation(
+            teacher.model, student.attentions, normalisation=recipe.normalisation
+        )
+        model, optimizer, schedule = wrap(module, recipe)
+        return {
+            "stage": Stage1(module, model, accelerator),
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "flops_per_token": stage1_flops(teacher.hf, recipe.seq_length),
+        }
+
+    _run(recipe, "stage1", build, own_copies=False)
+
+
+def run_stage2(recipe: Stage2Recipe) -> None:
+    """Model-level distillation, from a recipe to the last checkpoint."""
+    loss = ModelLevelConfig(
+        kl=recipe.kl,
+        temperature=recipe.temperature,
+        feature_matching_weight=recipe.feature_matching_weight,
+        kl_chunk_tokens=recipe.kl_chunk_tokens,
+    )
+
+    def build(teacher: Teacher, student: Student, accelerator: Accelerator) -> dict[str, Any]:
+        module = ModelLevelDistillation(
+            teacher.model,
+            student.model,
+            student.trained_modules(),
+            config=loss,
+            vocab_size=teacher.hf.vocab_size,
+        )
+        model, optimizer, schedule = wrap(module, recipe)
+        return {
+            "stage": Stage2(module, model, accelerator),
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "flops_per_token": stage2_flops(teacher.hf, recipe.seq_length),
+        }
+
+    _run(recipe, "stage2", build, own_copies=recipe.trainable == "all")
+
+
+def _run(
+    recipe: Recipe,
+    stage: str,
+    build: Callable[[Teacher, Student, Accelerator], dict[str, Any]],
+    *,
+    own_copies: bool,
+) -> None:
+    start = checkpoint.find(recipe.load, "--load")
+    before = read_lineage(start)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=recipe.tensor_model_parallel_size,
+        sequence_parallel=recipe.sequence_parallel,
+    )
+    accelerator = start_processes(parallel, recipe.seed)
+    try:
+        dtype = torch.bfloat16 if recipe.bf16 else torch.float32
+        backend = recipe.attention_backend
+        teacher = load_teacher(
+            recipe.teacher, parallel, dtype, accelerator, attention_backend=backend
+        )
+        if teacher.fingerprint != before.teacher_fingerprint:
+            raise UserError(
+                f"--load {recipe.load}: its teacher was {before.teacher}, whose weights are not "
+                f"those of --teacher {recipe.teacher}"
+            )
+        before.attention().check(
+            tp_size=parallel.tensor_model_parallel_size, seq_length=recipe.seq_length
+        )
+        student = Student(
+            teacher, start, before, attention_backend=backend, own_copies=own_copies
+        )
+        data_config, train_data, valid_data = _data(recipe, teacher)
+        check_teacher(teacher, train_data, accelerator)
+        train(
+            Run(
+                recipe=recipe,
+                train_data=train_data,
+                valid_data=valid_data,
+                student_state=student.state,
+                lineage=before.then(
+                    stage,
+                    trainable="all" if own_copies else "attention",
+                    recipe=vars(recipe),
+                    data=data_identity(data_config),
+                ),
+                **build(teacher, student, accelerator),
+            )
+        )
+    finally:
+        stop_processes()
+
+
+def _data(recipe: Recipe, teacher: Teacher) -> tuple[DataConfig, Any, Any]:
+    recipe.num_microbatches(parallel_state.get_data_parallel_world_size())
+    data_config = DataConfig(
+        train_data_path=recipe.train_data_path,
+        valid_data_path=recipe.valid_data_path,
+        seq_length=recipe.seq_length,
+        seed=recipe.seed,
+        vocab_size=teacher.hf.vocab_size,
+        eod_mask_loss=recipe.eod_mask_loss,
+        data_cache_path=recipe.data_cache_path or str(Path(recipe.save) / "data-cache"),
+    )
+    train_data, valid_data = build_datasets(
+        data_config,
+        train_samples=recipe.train_iters * recipe.global_batch_size,
+        valid_samples=recipe.eval_iters * recipe.global_batch_size,
+    )
+    return data_config, train_data, valid_data

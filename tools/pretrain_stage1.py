@@ -1,0 +1,19 @@
+#!/usr/bin/env python3
+"""Stage 1, layer-wise: each student attention learns its teacher layer's output (torchrun)."""
+
+from megatron_attnedit.device import bootstrap
+from megatron_attnedit.errors import run_tool
+from megatron_attnedit.logs import start_logging
+
+
+def main() -> None:
+    start_logging()
+    bootstrap()
+    from megatron_attnedit.training.recipe import Stage1Recipe, parse_recipe
+    from megatron_attnedit.training.run import run_stage1
+
+    run_stage1(parse_recipe(Stage1Recipe, __doc__))
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,19 @@
+#!/usr/bin/env python3
+"""Stage 2, model-level: the student learns the teacher's next-token distributions (torchrun)."""
+
+from megatron_attnedit.device import bootstrap
+from megatron_attnedit.errors import run_tool
+from megatron_attnedit.logs import start_logging
+
+
+def main() -> None:
+    start_logging()
+    bootstrap()
+    from megatron_attnedit.training.recipe import Stage2Recipe, parse_recipe
+    from megatron_attnedit.training.run import run_stage2
+
+    run_stage2(parse_recipe(Stage2Recipe, __doc__))
+
+
+if __name__ == "__main__":
+    run_tool(main)
