@@ -1,5 +1,6 @@
 """The one exception that is the user's to fix, and how a tool reports it."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -13,5 +14,7 @@ def run_tool(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" (rank {rank})"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

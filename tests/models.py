@@ -47,6 +47,9 @@ def tiny_hf_dir(path: Path, family: str = "qwen3", **overrides: Any) -> Path:
         for param in model.parameters():
             spread = 0.08 if param.ndim > 1 else 0.3
             param.copy_(torch.randn_like(param) * spread + (1.0 if param.ndim == 1 else 0.0))
+        # Sharp enough that it knows something about text drawn from itself.
+        if not config.tie_word_embeddings:
+            model.lm_head.weight.mul_(4)
     model.save_pretrained(path)
     (path / "tokenizer_config.json").write_text(json.dumps({"note": "bytes must survive"}))
     return path
@@ -66,3 +69,35 @@ def tokens(batch: int = 2, length: int = 63, seed: int = 7) -> torch.Tensor:
     """Random token ids ``[batch, length]``."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, VOCAB, (batch, length), generator=generator)
+
+
+def tiny_data(prefix: Path, hf_dir: Path, *, documents: int = 64, length: int = 64) -> str:
+    """Token files of documents drawn from a tiny model, as ``tools/preprocess_data.py`` writes.
+
+    So the model is a good model of its data, as a teacher has to be: with samples of ``length``
+    tokens every sample is a document.
+    """
+    import numpy
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(hf_dir)
+    first = torch.randint(0, VOCAB, (documents, 1))
+    ids = model.generate(
+        first, do_sample=True, top_k=0, max_new_tokens=length - 1, min_new_tokens=length - 1,
+        eos_token_id=None, pad_token_id=0,
+    )
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for document in ids:
+        builder.add_document(document, [length])
+    builder.finalize(f"{prefix}.idx")
+    description = {
+        "vocab_size": VOCAB,
+        "eod": VOCAB - 1,
+        "tokenizer_sha256": "random",
+        "documents": documents,
+        "tokens": documents * length,
+    }
+    Path(f"{prefix}.json").write_text(json.dumps(description))
+    return str(prefix)

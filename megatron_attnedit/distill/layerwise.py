@@ -43,6 +43,7 @@ class LayerwiseDistillation(MegatronModule):
         normalisation: str = "layer",
     ) -> None:
         super().__init__(config=teacher.config)
+        self.model_type = teacher.model_type
         self.teacher = teacher
         self.attentions = nn.ModuleDict({str(i): module for i, module in attentions.items()})
         self.normalisation = normalisation

@@ -73,6 +73,7 @@ class ModelLevelDistillation(MegatronModule):
         vocab_size: int,
     ) -> None:
         super().__init__(config=teacher.config)
+        self.model_type = teacher.model_type
         self.teacher = teacher
         self.student = student
         self.loss_config = config

@@ -1,0 +1,139 @@
+"""Bad model directories: one clear line that names the file, field or flag."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_attnedit.convert.converter import check_tensor_parallel
+from megatron_attnedit.convert.families import ignored_names, teacher_rows
+from megatron_attnedit.convert.hf_checkpoint import INDEX, HFReader
+from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.convert.param_rows import check_complete
+from megatron_attnedit.errors import UserError
+from tests.models import tiny_hf_dir
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return tiny_hf_dir(tmp_path_factory.mktemp("models") / "good")
+
+
+@pytest.fixture
+def model(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "model")
+
+
+def load(path):
+    """What a tool does before it builds anything."""
+    hf = read_hf_config(path)
+    reader = HFReader(path)
+    check_complete(
+        teacher_rows(hf), where=str(path), hf_shapes=reader.shapes, ignored=ignored_names(hf)
+    )
+
+
+def refused(path, *words):
+    with pytest.raises(UserError) as error:
+        load(path)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def change_config(path, **fields):
+    config = json.loads((path / "config.json").read_text())
+    config.update(fields)
+    (path / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
+
+
+def change_tensors(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_good_one_loads(model):
+    load(model)
+
+
+def test_no_config(model):
+    (model / "config.json").unlink()
+    refused(model, "config.json", "no such file")
+
+
+def test_config_is_not_json(model):
+    (model / "config.json").write_text("{")
+    refused(model, "config.json", "not valid JSON")
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"model_type": "mamba"}, ["model_type 'mamba'", "qwen3"]),
+        ({"hidden_size": None}, ["'hidden_size'", "missing"]),
+        ({"attention_bias": True}, ["attention_bias"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads 3"]),
+        ({"hidden_act": "gelu"}, ["gelu"]),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_type 'yarn'"]),
+        ({"dtype": "int8"}, ["'int8'"]),
+    ],
+)
+def test_unsupported_config(model, fields, words):
+    change_config(model, **fields)
+    refused(model, "config.json", *words)
+
+
+def test_truncated_file(model):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(model, "model.safetensors", "truncated")
+
+
+def test_missing_file(model):
+    (model / "model.safetensors").unlink()
+    refused(model, "model.safetensors", "no such file")
+
+
+def test_missing_shard(model):
+    (model / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    refused(model, "model-00001-of-00002.safetensors", "no such file")
+
+
+def test_index_points_outside(model):
+    (model / INDEX).write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    refused(model, INDEX, "outside")
+
+
+def test_missing_tensor(model):
+    name = "model.layers.1.self_attn.k_proj.weight"
+    change_tensors(model, lambda tensors: tensors.pop(name))
+    refused(model, "missing", name)
+
+
+def test_unexpected_tensor(model):
+    change_tensors(model, lambda tensors: tensors.update(surprise=torch.zeros(1)))
+    refused(model, "unexpected", "surprise")
+
+
+def test_unexpected_shape(model):
+    change_tensors(model, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(65)}))
+    refused(model, "model.norm.weight", "[65]", "[64]")
+
+
+@pytest.mark.parametrize("tp_size, field", [(3, "num_attention_heads"), (8, "num_attention_heads")])
+def test_tensor_parallel_size_that_does_not_divide_the_heads(model, tp_size, field):
+    with pytest.raises(UserError, match=f"--tensor-model-parallel-size {tp_size}.*{field}"):
+        check_tensor_parallel(read_hf_config(model), tp_size)
+
+
+def test_tensor_parallel_size_against_the_kv_groups(model):
+    change_config(model, num_attention_heads=12, num_key_value_heads=6)
+    check_tensor_parallel(read_hf_config(model), 2)
+    with pytest.raises(UserError, match="--tensor-model-parallel-size 4 .*num_key_value_heads 6"):
+        check_tensor_parallel(read_hf_config(model), 4)
