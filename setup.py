@@ -1,4 +1,4 @@
-"""Packaging of megatron_attnedit; tool settings are in pyproject.toml, tested pins in requirements.txt."""
+"""Packaging; tool settings are in pyproject.toml, the tested versions in requirements.txt."""
 
 import re
 from pathlib import Path

@@ -42,6 +42,7 @@ def process_group(rank: int, world_size: int, store: str) -> Iterator[None]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group(
         "gloo", rank=rank, world_size=world_size, init_method=f"file://{store}"
     )
@@ -50,6 +51,8 @@ def process_group(rank: int, world_size: int, store: str) -> Iterator[None]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del os.environ[name]
 
 
 def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -62,6 +65,7 @@ def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs,), daemon=False)
         process.start()
+        theirs.close()  # so that a dead process reads as end of file, not as silence
         _workers.append((process, ours))
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
@@ -72,7 +76,11 @@ def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             if not pipe.poll(TIMEOUT_S):
                 _stop()
                 raise TimeoutError(f"rank {rank} of {world_size} gave no answer in {TIMEOUT_S} s")
-            answers.append(pipe.recv())
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                _stop()
+                raise RuntimeError(f"rank {rank} of {world_size} died") from None
     failures = [f"rank {r}:\n{text}" for r, (ok, text) in enumerate(answers) if not ok]
     if failures:
         raise AssertionError("\n".join(failures))

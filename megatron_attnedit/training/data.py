@@ -18,7 +18,12 @@ from megatron_attnedit.errors import UserError
 
 # A model's vocabulary is its tokenizer's, rounded up; a larger gap is another tokenizer.
 LARGEST_PADDING = 1024
-REQUIRED = {"vocab_size": int, "eod": (int, type(None)), "tokens": int, "tokenizer_sha256": str}
+REQUIRED: dict[str, tuple[type, ...]] = {
+    "vocab_size": (int,),
+    "eod": (int, type(None)),
+    "tokens": (int,),
+    "tokenizer_sha256": (str,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +104,11 @@ def describe(prefix: str, flag: str) -> dict[str, Any]:
     for key, kind in REQUIRED.items():
         if not isinstance(found, dict) or not isinstance(found.get(key, ...), kind):
             raise UserError(f"{flag} {prefix}: {prefix}.json has no {key}, or not of its type")
-    itemsize = torch.iinfo(getattr(torch, found.get("dtype", "int32"))).bits // 8
-    size, wanted = Path(prefix + ".bin").stat().st_size, found["tokens"] * itemsize
-    if size != wanted:
-        raise UserError(f"{flag} {prefix}: {prefix}.bin has {size} bytes, expected {wanted}")
+    size, tokens = Path(prefix + ".bin").stat().st_size, found["tokens"]
+    if size not in (tokens * 2, tokens * 4):  # uint16 and int32, all that Megatron writes
+        raise UserError(
+            f"{flag} {prefix}: {prefix}.bin has {size} bytes, not those of {tokens} tokens"
+        )
     return found
 
 
@@ -133,19 +139,24 @@ def _checked_blend(
                 f"--seq-length {config.seq_length}"
             )
         if config.eod_mask_loss and description["eod"] is None:
-            raise UserError(f"{flag} {prefix}: --eod-mask-loss, but its tokenizer has no such token")
+            raise UserError(f"--eod-mask-loss: {prefix}.json names no end-of-document token")
     if weights is None and len(prefixes) > 1:
         # Megatron's own default stops after one epoch; with weights it repeats.
         weights = [float(found[prefix]["tokens"]) for prefix in prefixes]
     content = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    eod = -1 if first["eod"] is None else first["eod"]
-    return (prefixes, weights), _Tokenizer(eod, first["vocab_size"], {"content": content})
+    # Megatron pads with -1; without an end-of-document token any other unused number will do.
+    eod = -2 if first["eod"] is None else first["eod"]
+    identifiers = {"content": content, "tokenizer_sha256": first["tokenizer_sha256"]}
+    return (prefixes, weights), _Tokenizer(eod, first["vocab_size"], identifiers)
 
 
 def _build(
-    config: DataConfig, data_path: list[str], flag: str, split: int, num_samples: int
+    config: DataConfig,
+    blend: tuple[list[str], list[float] | None],
+    tokenizer: _Tokenizer,
+    split: int,
+    num_samples: int,
 ) -> Dataset:
-    blend, tokenizer = _checked_blend(config, data_path, flag)
     gpt_config = GPTDatasetConfig(
         random_seed=config.seed,
         sequence_length=config.seq_length,
@@ -174,13 +185,18 @@ def build_datasets(
     Raises:
         UserError: files are missing, too short, or of another tokenizer than the model's.
     """
-    valid_path = config.valid_data_path
-    if valid_path:
-        _checked_blend(config, valid_path, "--valid-data-path")
-    train = _build(config, config.train_data_path, "--train-data-path", 0, train_samples)
-    if not valid_path or not valid_samples:
-        return train, None
-    return train, _build(config, valid_path, "--valid-data-path", 1, valid_samples)
+    blend, tokenizer = _checked_blend(config, config.train_data_path, "--train-data-path")
+    if not config.valid_data_path or not valid_samples:
+        return _build(config, blend, tokenizer, 0, train_samples), None
+    flag = "--valid-data-path"
+    valid_blend, valid_tokenizer = _checked_blend(config, config.valid_data_path, flag)
+    name = "tokenizer_sha256"
+    if valid_tokenizer.unique_identifiers[name] != tokenizer.unique_identifiers[name]:
+        raise UserError(f"{flag} {valid_blend[0][0]}: another tokenizer than --train-data-path's")
+    return (
+        _build(config, blend, tokenizer, 0, train_samples),
+        _build(config, valid_blend, valid_tokenizer, 1, valid_samples),
+    )
 
 
 def _stack(samples: list[dict[str, Tensor]]) -> Batch:
@@ -214,7 +230,7 @@ def batches(
     stride = micro_batch_size * data_parallel_size
     first = consumed_samples + data_parallel_rank * micro_batch_size
     last = len(dataset) - (data_parallel_size - data_parallel_rank) * micro_batch_size
-    indices = [range(i, i + micro_batch_size) for i in range(first, last + 1, stride)]
+    indices = (range(i, i + micro_batch_size) for i in range(first, last + 1, stride))
     # Without a generator of its own the loader would draw from the global one, and a resumed run
     # would see other random numbers than one that never stopped.
     return iter(

@@ -78,13 +78,16 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     partial = f"{config.output}.partial-{os.getpid()}"
     try:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {config.output}: {error.strerror}") from error
+    try:
         description = _write(config, sources, tokenizer, partial)
         # The description goes first and comes last: it never stands beside data of another run.
         Path(config.output + ".json").unlink(missing_ok=True)
         for suffix in SUFFIXES:
             os.replace(partial + suffix, config.output + suffix)
     except OSError as error:
-        raise UserError(f"--output {config.output}: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or config.output}: {error.strerror}") from error
     finally:
         for suffix in SUFFIXES:
             Path(partial + suffix).unlink(missing_ok=True)
@@ -99,11 +102,11 @@ def _write(
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builder = IndexedDatasetBuilder(partial + ".bin", dtype=dtype)
     counts = Counts()
-    end = [tokenizer.eod] if config.append_eod else []
+    end = np.array([tokenizer.eod] if config.append_eod else [], np.int32)
     try:
         for ids in _tokenized(config, sources, counts):
-            if ids:
-                document = np.array([*ids, *end], dtype=dtype)
+            if len(ids):
+                document = np.append(ids, end).astype(dtype)
                 builder.add_document(document, [len(document)])
                 counts.documents += 1
                 counts.tokens += len(document)
@@ -141,7 +144,7 @@ def _texts(config: PreprocessConfig, sources: list[str], counts: Counts) -> Iter
 
 def _tokenized(
     config: PreprocessConfig, sources: list[str], counts: Counts
-) -> Iterator[list[int]]:
+) -> Iterator[np.ndarray]:
     """Token ids of every document, in order, with a progress bar."""
     chunks = _chunked(_texts(config, sources, counts))
     with tqdm(desc="tokenize", unit=" docs", unit_scale=True, mininterval=1.0) as bar:
@@ -165,13 +168,14 @@ def _chunked(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _encode(tokenizer: str, texts: list[str]) -> list[list[int]]:
-    return load_tokenizer(tokenizer).encode_batch(texts)
+def _encode(tokenizer: str, texts: list[str]) -> list[np.ndarray]:
+    # Arrays, because lists of integers take longer to send between processes than to make.
+    return [np.array(ids, np.int32) for ids in load_tokenizer(tokenizer).encode_batch(texts)]
 
 
 def _encoded(
     chunks: Iterable[list[str]], tokenizer: str, workers: int
-) -> Iterator[list[list[int]]]:
+) -> Iterator[list[np.ndarray]]:
     if workers == 1:
         yield from (_encode(tokenizer, chunk) for chunk in chunks)
         return
@@ -180,7 +184,7 @@ def _encoded(
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         # A bounded queue, so that a corpus larger than memory can be read.
-        pending: deque[Future[list[list[int]]]] = deque()
+        pending: deque[Future[list[np.ndarray]]] = deque()
         for chunk in chunks:
             pending.append(pool.submit(_encode, tokenizer, chunk))
             if len(pending) > 2 * workers:

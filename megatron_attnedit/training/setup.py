@@ -60,7 +60,7 @@ def start_processes(
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     if dist.get_rank() != 0:
-        logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger("megatron_attnedit").setLevel(logging.ERROR)
     return accelerator
 
 

@@ -26,7 +26,7 @@ STUDENTS = {
         "gate_swa",
         {"sliding_window": 8, "full_layers": "none", "output_gate": "headwise"},
     ),
-    "gate_swa window 1": ("gate_swa", {"sliding_window": 1, "full_layers": "none"}),
+    "gate_swa window 2": ("gate_swa", {"sliding_window": 2, "full_layers": "none"}),
     "gate_swa window over sequence": ("gate_swa", {"sliding_window": 500, "full_layers": "none"}),
 }
 TEACHERS = {

@@ -38,8 +38,8 @@ class GateSWA(StudentAttention):
     output_gate: str = "elementwise"
 
     def __post_init__(self) -> None:
-        if self.sliding_window < 1:
-            raise UserError(f"--sliding-window {self.sliding_window}: expected at least 1 token")
+        if self.sliding_window < 2:
+            raise UserError(f"--sliding-window {self.sliding_window}: expected at least 2 tokens")
         if self.output_gate not in OUTPUT_GATES:
             raise UserError(
                 f"--output-gate {self.output_gate}: expected one of {', '.join(OUTPUT_GATES)}"

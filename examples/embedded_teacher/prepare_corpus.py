@@ -1,0 +1,198 @@
+#!/usr/bin/env python3
+"""Make the embedded teacher's corpus and tokenizer from Debian documentation packages.
+
+Downloads the packages named in ``packages.txt`` with apt-get (nothing is installed), takes the
+prose out of their HTML, text, reStructuredText and info files, drops code, tables, navigation and
+every paragraph seen before, and splits by document. Needs Debian, ``pip install lxml``, and about
+10 minutes on 2 cores.
+
+    python3 prepare_corpus.py --work DIR
+
+writes DIR/{train,validation,heldout}.jsonl, DIR/sources.json and the tokenizer into ``model/``.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from multiprocessing import Pool
+from pathlib import Path
+
+from lxml import html
+
+HERE = Path(__file__).parent
+# Never trained on, as whole packages; of the others 1 % of the documents.
+HELD_OUT_PACKAGES = {"debian-faq", "gitmagic", "maint-guide", "debian-history"}
+MIN_DOCUMENT = 2000  # characters
+MAX_DOCUMENT = 120_000
+VOCAB_SIZE = 4096
+END = "<|endoftext|>"
+LICENCE = re.compile(r"^License:[ \t]*(\S[^\n]*)", re.MULTILINE)
+
+
+def download(work: Path) -> list[Path]:
+    """Fetch the packages that are not there yet."""
+    debs = work / "debs"
+    debs.mkdir(parents=True, exist_ok=True)
+    names = (HERE / "packages.txt").read_text().split()
+    have = {path.name.split("_")[0] for path in debs.glob("*.deb")}
+    missing = [name for name in names if name not in have]
+    if missing:
+        subprocess.run(["apt-get", "download", "-q", *missing], cwd=debs, check=True)
+    return sorted(path for path in debs.glob("*.deb") if path.name.split("_")[0] in names)
+
+
+def html_paragraphs(data: bytes) -> list[str]:
+    """Text of the elements that hold prose, headings included."""
+    try:
+        tree = html.fromstring(data.decode("utf-8", "replace"))
+    except (ValueError, html.etree.ParserError, AssertionError):
+        return []
+    for node in tree.xpath("//script|//style|//nav|//pre|//table|//footer|//header|//form"):
+        node.drop_tree()
+    nodes = tree.xpath("//h1|//h2|//h3|//h4|//p|//li[not(.//p)]|//dd[not(.//p)]|//dt")
+    return [node.text_content() for node in nodes]
+
+
+def text_paragraphs(data: bytes) -> list[str]:
+    """Blank-line separated blocks."""
+    return re.split(r"\n\s*\n", data.decode("utf-8", "replace"))
+
+
+def is_prose(text: str) -> bool:
+    """Mostly words, ended like a sentence or short like a heading; English letters."""
+    if len(text) < 20 or len(text) > 8000:
+        return False
+    letters = sum(c.isascii() and (c.isalpha() or c == " ") for c in text)
+    if letters / len(text) < 0.84 or any(mark in text for mark in ("{", "};", "==", "::", "->")):
+        return False
+    words = text.split()
+    if sum(map(len, words)) / len(words) > 8 or max(map(len, words)) > 45:
+        return False
+    return len(words) >= 8 and text[-1] in ".:!?\"')" or text[0].isupper() and len(words) >= 3
+
+
+def document(path: Path) -> list[str]:
+    """Prose paragraphs of a file, white space normalised."""
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    name = path.name.removesuffix(".gz")
+    split = html_paragraphs if name.endswith((".html", ".htm", ".xhtml")) else text_paragraphs
+    paragraphs = (" ".join(part.split()) for part in split(data))
+    return [text.replace("\u00b6", "").strip() for text in paragraphs if is_prose(text)]
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """Documentation of a package; translations left out."""
+    suffixes = (".html", ".htm", ".xhtml", ".txt", ".rst", ".info", ".text", ".texi", ".org")
+    foreign = re.compile(r"[/._-](de|fr|es|it|ja|ko|pt|pt-br|ru|zh|zh-cn|pl|cs|nl|sv|da|fi|hu|id|vi|"
+                         r"uk|tr|el|ca|gl|nb|ro|sk|sr|hr|lt|he|ar|zh_CN|zh_TW|it_IT)([/._-]|$)")
+    for path in sorted(folder.rglob("*")):
+        name = path.name.removesuffix(".gz")
+        wanted = name.endswith(suffixes) or re.search(r"\.info-\d+$", name) or "." not in name
+        if wanted and path.is_file() and not path.is_symlink() and "copyright" not in name:
+            if not foreign.search(str(path.relative_to(folder))) and "changelog" not in name.lower():
+                yield path
+
+
+def read_package(deb: Path) -> tuple[dict, list[tuple[str, list[str]]]]:
+    """A package's entry in the sources table, and its documents."""
+    folder = deb.parent.parent / "extracted" / deb.stem
+    if not folder.is_dir():
+        folder.parent.mkdir(exist_ok=True)
+        subprocess.run(["dpkg-deb", "-x", deb, folder], check=True)
+    name, version, _ = deb.name.split("_", 2)
+    notices = [p.read_text(errors="replace") for p in folder.glob("usr/share/doc/*/copyright")]
+    licences = sorted({found.strip() for text in notices for found in LICENCE.findall(text)})
+    documents = []
+    for path in files(folder):
+        try:
+            documents.append((str(path.relative_to(folder)), document(path)))
+        except (OSError, EOFError, gzip.BadGzipFile):
+            continue
+    source = {
+        "package": name,
+        "version": version.replace("%3a", ":"),
+        "licence": ", ".join(licences[:4]) or "see its copyright file",
+    }
+    return source, documents
+
+
+def split_of(package: str, path: str) -> str:
+    """train, validation or heldout, by document."""
+    if package in HELD_OUT_PACKAGES:
+        return "heldout"
+    draw = int(hashlib.sha256(f"{package}/{path}".encode()).hexdigest(), 16) % 1000
+    return "heldout" if draw < 10 else "validation" if draw < 15 else "train"
+
+
+def write_corpus(work: Path, debs: list[Path], max_bytes: int) -> None:
+    """Deduplicate paragraphs over everything, and write documents by split."""
+    seen: set[bytes] = set()
+    out = {name: (work / f"{name}.jsonl").open("w") for name in ("train", "validation", "heldout")}
+    sources = []
+    with Pool(2) as pool:
+        # Held-out packages first, so that no training document repeats their paragraphs.
+        debs = sorted(debs, key=lambda d: (d.name.split("_")[0] not in HELD_OUT_PACKAGES, d.name))
+        for source, documents in pool.imap(read_package, debs):
+            kept = 0
+            for path, paragraphs in documents:
+                fresh = []
+                for text in paragraphs:
+                    key = hashlib.blake2b(text.encode(), digest_size=8).digest()
+                    if key not in seen and kept < max_bytes:
+                        seen.add(key)
+                        fresh.append(text)
+                text = "\n\n".join(fresh)[:MAX_DOCUMENT]
+                if len(text) < MIN_DOCUMENT:
+                    continue
+                kept += len(text.encode())
+                line = {"text": text, "source": source["package"], "path": path}
+                out[split_of(source["package"], path)].write(json.dumps(line) + "\n")
+            sources.append({**source, "bytes": kept})
+            print(f"{source['package']:32} {kept / 1e6:7.2f} MB  {source['licence'][:50]}", flush=True)
+    for file in out.values():
+        file.close()
+    (work / "sources.json").write_text(json.dumps(sources, indent=1))
+    print(f"{sum(s['bytes'] for s in sources) / 1e6:.1f} MB")
+
+
+def train_tokenizer(work: Path) -> None:
+    """Byte-level BPE in the files that transformers loads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def texts() -> Iterator[str]:
+        with (work / "train.jsonl").open() as file:
+            for i, line in enumerate(file):
+                if i % 4 == 0:
+                    yield json.loads(line)["text"]
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END)
+    fast.model_max_length = 2048
+    fast.save_pretrained(HERE / "model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for downloads and output")
+    parser.add_argument("--max-mb", type=float, default=9.0, help="most text of one package, MB")
+    args = parser.parse_args()
+    debs = download(args.work)
+    write_corpus(args.work, debs, int(args.max_mb * 1e6))
+    train_tokenizer(args.work)
+
+
+if __name__ == "__main__":
+    main()

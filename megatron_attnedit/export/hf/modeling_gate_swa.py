@@ -1,0 +1,113 @@
+"""GateSWA: Qwen3 whose sliding layers multiply a gate onto the attention before its projection.
+
+A sliding layer's cache keeps the window and nothing more (transformers' ``DynamicCache`` does that
+from ``layer_types`` and ``sliding_window``).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3PreTrainedModel,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+try:
+    from .configuration_gate_swa import GateSWAConfig
+except ImportError:  # loaded as a single file beside the weights
+    from configuration_gate_swa import GateSWAConfig
+
+
+class GateSWAAttention(Qwen3Attention):
+    """Qwen3's attention; unlike it, norms are optional and sliding layers have a gate."""
+
+    def __init__(self, config: GateSWAConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        heads = config.num_attention_heads
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
+        if not config.qk_norm:
+            self.q_norm = self.k_norm = nn.Identity()
+        self.g_proj = None
+        if self.sliding_window is not None:
+            per_head = self.head_dim if config.output_gate == "elementwise" else 1
+            self.g_proj = nn.Linear(config.hidden_size, heads * per_head, bias=True)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend; ``hidden_states`` ``[b, s, h]``, the layer's normed input."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )  # [b, s, n, d]
+        if self.g_proj is not None:
+            gate = torch.sigmoid(self.g_proj(hidden_states).float()).to(attn_output.dtype)
+            attn_output = attn_output.reshape(heads) * gate.view(*heads[:-2], query.shape[1], -1)
+        return self.o_proj(attn_output.reshape(*heads[:-2], -1)), attn_weights
+
+
+class GateSWADecoderLayer(Qwen3DecoderLayer):
+    """Qwen3's layer with this file's attention."""
+
+    def __init__(self, config: GateSWAConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.self_attn = GateSWAAttention(config, layer_idx)
+
+
+class GateSWAPreTrainedModel(Qwen3PreTrainedModel):
+    """Loading and saving."""
+
+    config_class = GateSWAConfig
+    _no_split_modules = ["GateSWADecoderLayer"]
+
+
+class GateSWAModel(GateSWAPreTrainedModel, Qwen3Model):
+    """Qwen3's decoder with this file's layers."""
+
+    def __init__(self, config: GateSWAConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            [GateSWADecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        )
+        self.post_init()
+
+
+class GateSWAForCausalLM(GateSWAPreTrainedModel, Qwen3ForCausalLM):
+    """Qwen3's language model with this file's decoder."""
+
+    def __init__(self, config: GateSWAConfig) -> None:
+        super().__init__(config)
+        self.model = GateSWAModel(config)
+        self.post_init()
+
+
+__all__ = ["GateSWAConfig", "GateSWAForCausalLM", "GateSWAModel", "GateSWAPreTrainedModel"]

@@ -1,0 +1,87 @@
+"""HF -> Megatron -> HF gives the same bytes; an exported student computes what Megatron does."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_attnedit.convert.hf_checkpoint import HFReader
+from megatron_attnedit.export.hf import register
+from megatron_attnedit.export.writer import export_checkpoint
+from megatron_attnedit.models.config import ParallelConfig
+from megatron_attnedit.models.teacher import full_logits
+from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training.edit import EditConfig, edit
+from megatron_attnedit.training.lineage import read_lineage
+from megatron_attnedit.training.setup import load_teacher, start_processes, stop_processes
+from megatron_attnedit.training.student import Student
+from megatron_attnedit.training.teacher_import import import_teacher
+from tests import processes
+from tests.models import tiny_hf_dir, tokens
+
+TOLERANCE = 1e-4  # the bar; float32 rounding gives about 2e-6
+
+STUDENTS = {
+    "mla": ("mla", {}),
+    "mla small rotary part": ("mla", {"qk_head_dim": 24, "qk_pos_emb_head_dim": 8}),
+    "gate_swa": ("gate_swa", {"sliding_window": 8, "full_layers": "1"}),
+    "gate_swa headwise": (
+        "gate_swa",
+        {"sliding_window": 8, "full_layers": "none", "output_gate": "headwise"},
+    ),
+}
+
+
+def random_student(folder, hf_dir, case):
+    name, flags = STUDENTS[case]
+    edit(
+        EditConfig(
+            teacher=str(hf_dir), save=str(folder), student_attention=name, flags=flags,
+            init="random", seed=3, calibration_data_path=[], calibration_tokens=0, seq_length=64,
+        )
+    )
+    return folder
+
+
+def student_logits(hf_dir, folder, tp_size, ids):
+    parallel = ParallelConfig(tensor_model_parallel_size=tp_size)
+    accelerator = start_processes(parallel)
+    teacher = load_teacher(str(hf_dir), parallel, torch.float32, accelerator)
+    start = checkpoint.find(str(folder), "--load")
+    student = Student(teacher, start, read_lineage(start), attention_backend="auto")
+    return full_logits(student.model, ids, teacher.hf.vocab_size)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_round_trip_is_byte_identical(tmp_path, family, tied):
+    source = tiny_hf_dir(tmp_path / "hf", family, tie_word_embeddings=tied, dtype="bfloat16")
+    import_teacher(source, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("teacher", ["qwen3", "llama"])
+@pytest.mark.parametrize("case", STUDENTS)
+def test_exported_student(tmp_path, case, teacher):
+    register()
+    hf_dir = tiny_hf_dir(tmp_path / "hf", teacher)
+    folder = random_student(tmp_path / "student", hf_dir, case)
+    export_checkpoint(folder, tmp_path / "out", dtype="float32")
+    ids = tokens(length=64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        exported = model(ids).logits
+    for tp_size in (1, 2):
+        for logits in processes.run(tp_size, student_logits, hf_dir, folder, tp_size, ids):
+            assert (logits - exported).abs().max() <= TOLERANCE
+    assert exported.abs().max() > 1
+    assert HFReader(tmp_path / "out").shapes.keys() == model.state_dict().keys()
+
+
+def test_all_processes_left(tmp_path):
+    """The tools above leave no process group behind."""
+    assert not torch.distributed.is_initialized()
+    start_processes(ParallelConfig())
+    stop_processes()
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set up, lint, test. Arguments go to pytest: bash tests/run.sh tests/unit -k data
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# shellcheck source=examples/env/venv.sh
+. examples/env/venv.sh
+# shellcheck source=examples/env/cpu.sh
+. examples/env/cpu.sh
+
+ruff check .
+exec python -m pytest --durations=15 "$@"
