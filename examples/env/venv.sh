@@ -4,19 +4,19 @@
 #
 #   . examples/env/venv.sh
 #
-# PYTHON names another interpreter (3.10 to 3.12; the pins are tested with 3.11).
+# PYTHON names another interpreter (3.11 or 3.12; the pins are tested with 3.11).
 
 _attnedit_find_python() {
     local candidate
-    for candidate in "${PYTHON:-}" python3.11 python3.12 python3.10 python3 python; do
+    for candidate in "${PYTHON:-}" python3.11 python3.12 python3 python; do
         if [ -n "$candidate" ] && "$candidate" -c '
 import sys, ensurepip, venv
-sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
+sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
             echo "$candidate"
             return 0
         fi
     done
-    echo "error: no Python 3.10, 3.11 or 3.12 with the venv module found;" \
+    echo "error: no Python 3.11 or 3.12 with the venv module found;" \
         "install python3.11 and python3.11-venv, or set PYTHON" >&2
     return 1
 }
