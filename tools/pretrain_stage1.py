@@ -10,9 +10,9 @@ def main() -> None:
     start_logging()
     bootstrap()
     from megatron_attnedit.training.recipe import Stage1Recipe, parse_recipe
-    from megatron_attnedit.training.run import run_stage1
+    from megatron_attnedit.training.run import run
 
-    run_stage1(parse_recipe(Stage1Recipe, __doc__))
+    run(parse_recipe(Stage1Recipe, __doc__))
 
 
 if __name__ == "__main__":

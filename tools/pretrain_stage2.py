@@ -10,9 +10,9 @@ def main() -> None:
     start_logging()
     bootstrap()
     from megatron_attnedit.training.recipe import Stage2Recipe, parse_recipe
-    from megatron_attnedit.training.run import run_stage2
+    from megatron_attnedit.training.run import run
 
-    run_stage2(parse_recipe(Stage2Recipe, __doc__))
+    run(parse_recipe(Stage2Recipe, __doc__))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import random
 import re
 import subprocess
 from collections.abc import Iterator
@@ -30,6 +31,14 @@ MIN_DOCUMENT = 2000  # characters
 MAX_DOCUMENT = 120_000
 VOCAB_SIZE = 4096
 END = "<|endoftext|>"
+# Texts for the quick start: from which split, and how many bytes.
+SAMPLES = {
+    "stage1": ("train", 3_000_000),
+    "stage2": ("train", 3_000_000),
+    "validation": ("validation", 200_000),
+    "heldout": ("heldout", 400_000),
+}
+MIN_SAMPLE, MAX_SAMPLE = 6000, 24_000  # characters of a piece
 LICENCE = re.compile(r"^License:[ \t]*(\S[^\n]*)", re.MULTILINE)
 
 
@@ -87,14 +96,16 @@ def document(path: Path) -> list[str]:
 def files(folder: Path) -> Iterator[Path]:
     """Documentation of a package; translations left out."""
     suffixes = (".html", ".htm", ".xhtml", ".txt", ".rst", ".info", ".text", ".texi", ".org")
-    foreign = re.compile(r"[/._-](de|fr|es|it|ja|ko|pt|pt-br|ru|zh|zh-cn|pl|cs|nl|sv|da|fi|hu|id|vi|"
-                         r"uk|tr|el|ca|gl|nb|ro|sk|sr|hr|lt|he|ar|zh_CN|zh_TW|it_IT)([/._-]|$)")
+    languages = "de fr es it ja ko pt pt-br ru zh zh-cn zh_CN zh_TW pl cs nl sv da fi hu id vi "
+    languages += "uk tr el ca gl nb ro sk sr hr lt he ar it_IT"
+    foreign = re.compile(rf"[/._-]({languages.replace(' ', '|')})([/._-]|$)")
     for path in sorted(folder.rglob("*")):
         name = path.name.removesuffix(".gz")
         wanted = name.endswith(suffixes) or re.search(r"\.info-\d+$", name) or "." not in name
-        if wanted and path.is_file() and not path.is_symlink() and "copyright" not in name:
-            if not foreign.search(str(path.relative_to(folder))) and "changelog" not in name.lower():
-                yield path
+        skipped = foreign.search(str(path.relative_to(folder))) or "copyright" in name
+        skipped = skipped or "changelog" in name.lower() or path.is_symlink()
+        if wanted and not skipped and path.is_file():
+            yield path
 
 
 def read_package(deb: Path) -> tuple[dict, list[tuple[str, list[str]]]]:
@@ -152,7 +163,8 @@ def write_corpus(work: Path, debs: list[Path], max_bytes: int) -> None:
                 line = {"text": text, "source": source["package"], "path": path}
                 out[split_of(source["package"], path)].write(json.dumps(line) + "\n")
             sources.append({**source, "bytes": kept})
-            print(f"{source['package']:32} {kept / 1e6:7.2f} MB  {source['licence'][:50]}", flush=True)
+            licence = source["licence"][:50]
+            print(f"{source['package']:32} {kept / 1e6:7.2f} MB  {licence}", flush=True)
     for file in out.values():
         file.close()
     (work / "sources.json").write_text(json.dumps(sources, indent=1))
@@ -184,6 +196,26 @@ def train_tokenizer(work: Path) -> None:
     fast.save_pretrained(HERE / "model")
 
 
+def write_samples(work: Path) -> None:
+    """The small texts beside the model, for the quick start: pieces of randomly drawn documents."""
+    (HERE / "text").mkdir(exist_ok=True)
+    draw = random.Random(0)
+    documents = {}
+    for split in ("train", "validation", "heldout"):
+        lines = (work / f"{split}.jsonl").read_text().splitlines()
+        draw.shuffle(lines)
+        documents[split] = iter(lines)
+    for name, (split, size) in SAMPLES.items():
+        with gzip.GzipFile(HERE / "text" / f"{name}.jsonl.gz", "w", mtime=0) as file:
+            written = 0
+            while written < size:
+                document = json.loads(next(documents[split]))
+                if len(document["text"]) >= MIN_SAMPLE:
+                    text = document["text"][:MAX_SAMPLE]
+                    line = json.dumps({"text": text, "source": document["source"]})
+                    written += file.write(f"{line}\n".encode())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for downloads and output")
@@ -192,6 +224,7 @@ def main() -> None:
     debs = download(args.work)
     write_corpus(args.work, debs, int(args.max_mb * 1e6))
     train_tokenizer(args.work)
+    write_samples(args.work)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class HFReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in self._files():
             handle = self._handle(file)
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118, a handle is not iterable
                 self._file_of[name] = file
                 self.shapes[name] = tuple(handle.get_slice(name).get_shape())
 

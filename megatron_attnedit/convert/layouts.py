@@ -18,7 +18,9 @@ class Layout(Protocol):
     them by itself.
     """
 
-    stacked: int
+    @property
+    def stacked(self) -> int:
+        """Number of parts."""
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Hugging Face tensors to the whole Megatron parameter."""

@@ -156,7 +156,10 @@ class ModelLevelDistillation(MegatronModule):
         )
         sums = {"logits distillation loss": kl.detach()}
         if self.features:
-            sums["feature matching loss"] = self.features.total
+            total = self.features.total.clone()
+            if self.config.sequence_parallel:  # each rank has seen its own tokens
+                torch.distributed.all_reduce(total, group=group)
+            sums["feature matching loss"] = total
         if with_lm_loss:
             targets = labels.t().reshape(-1)
             for name, states, weight in (

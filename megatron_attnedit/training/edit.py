@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron_attnedit.training.data import DataConfig, build_datasets
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from megatron_attnedit.models.student import (
 from megatron_attnedit.models.teacher import global_params
 from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.calibration import attention_inputs
+from megatron_attnedit.training.data import DataConfig, build_datasets
 from megatron_attnedit.training.setup import (
     Teacher,
     load_teacher,

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron_attnedit.training.data import Batch, batches
 from torch.utils.data import Dataset
 
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training.data import Batch, batches
 from megatron_attnedit.training.lineage import Lineage, read_lineage
 from megatron_attnedit.training.metrics import MetricsLog
 from megatron_attnedit.training.recipe import Recipe, to_yaml

@@ -16,9 +16,10 @@ from megatron_attnedit.errors import UserError
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     """A recipe field: its default, its help text with the unit, and what it may be."""
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {}
-    default_kwargs = factory or {"default": default}
-    return field(**default_kwargs, metadata={"help": text, "choices": choices})
+    metadata = {"help": text, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,10 @@
 """From a recipe to a trained student."""
 
-import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron_attnedit.training.data import DataConfig, build_datasets, data_identity
 
 from megatron_attnedit.device import Accelerator
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
@@ -16,6 +13,7 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import ParallelConfig
 from megatron_attnedit.models.flops import stage1_flops, stage2_flops
 from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training.data import DataConfig, build_datasets, data_identity
 from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.loop import Run, train
 from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
@@ -30,106 +28,111 @@ from megatron_attnedit.training.setup import (
 from megatron_attnedit.training.stages import Stage1, Stage2
 from megatron_attnedit.training.student import Student
 
-logger = logging.getLogger(__name__)
+
+def run(recipe: Recipe) -> None:
+    """Train to the end; the recipe's class says which stage.
+
+    Raises:
+        UserError: anything in the recipe that cannot work, or a loss that is not finite.
+    """
+    try:
+        train(prepare(recipe))
+    finally:
+        stop_processes()
 
 
-def run_stage1(recipe: Stage1Recipe) -> None:
-    """Layer-wise distillation, from a recipe to the last checkpoint."""
-
-    def build(teacher: Teacher, student: Student, accelerator: Accelerator) -> dict[str, Any]:
-        student.trained_modules()
-        module = LayerwiseDistillation(
-            teacher.model, student.attentions, normalisation=recipe.normalisation
-        )
-        model, optimizer, schedule = wrap(module, recipe)
-        return {
-            "stage": Stage1(module, model, accelerator),
-            "optimizer": optimizer,
-            "schedule": schedule,
-            "flops_per_token": stage1_flops(teacher.hf, recipe.seq_length),
-        }
-
-    _run(recipe, "stage1", build, own_copies=False)
-
-
-def run_stage2(recipe: Stage2Recipe) -> None:
-    """Model-level distillation, from a recipe to the last checkpoint."""
-    loss = ModelLevelConfig(
-        kl=recipe.kl,
-        temperature=recipe.temperature,
-        feature_matching_weight=recipe.feature_matching_weight,
-        kl_chunk_tokens=recipe.kl_chunk_tokens,
-    )
-
-    def build(teacher: Teacher, student: Student, accelerator: Accelerator) -> dict[str, Any]:
-        module = ModelLevelDistillation(
-            teacher.model,
-            student.model,
-            student.trained_modules(),
-            config=loss,
-            vocab_size=teacher.hf.vocab_size,
-        )
-        model, optimizer, schedule = wrap(module, recipe)
-        return {
-            "stage": Stage2(module, model, accelerator),
-            "optimizer": optimizer,
-            "schedule": schedule,
-            "flops_per_token": stage2_flops(teacher.hf, recipe.seq_length),
-        }
-
-    _run(recipe, "stage2", build, own_copies=recipe.trainable == "all")
-
-
-def _run(
-    recipe: Recipe,
-    stage: str,
-    build: Callable[[Teacher, Student, Accelerator], dict[str, Any]],
-    *,
-    own_copies: bool,
-) -> None:
-    start = checkpoint.find(recipe.load, "--load")
-    before = read_lineage(start)
-    parallel = ParallelConfig(
+def parallel_config(recipe: Recipe) -> ParallelConfig:
+    """The recipe's grid."""
+    return ParallelConfig(
         tensor_model_parallel_size=recipe.tensor_model_parallel_size,
         sequence_parallel=recipe.sequence_parallel,
     )
+
+
+def prepare(recipe: Recipe) -> Run:
+    """Start the processes, load teacher, student and data, and make the optimizer."""
+    start = checkpoint.find(recipe.load, "--load")
+    before = read_lineage(start)
+    parallel = parallel_config(recipe)
     accelerator = start_processes(parallel, recipe.seed)
-    try:
-        dtype = torch.bfloat16 if recipe.bf16 else torch.float32
-        backend = recipe.attention_backend
-        teacher = load_teacher(
-            recipe.teacher, parallel, dtype, accelerator, attention_backend=backend
+    backend = recipe.attention_backend
+    teacher = load_teacher(
+        recipe.teacher,
+        parallel,
+        torch.bfloat16 if recipe.bf16 else torch.float32,
+        accelerator,
+        attention_backend=backend,
+    )
+    if teacher.fingerprint != before.teacher_fingerprint:
+        raise UserError(
+            f"--load {recipe.load}: its teacher was {before.teacher}, whose weights are not "
+            f"those of --teacher {recipe.teacher}"
         )
-        if teacher.fingerprint != before.teacher_fingerprint:
-            raise UserError(
-                f"--load {recipe.load}: its teacher was {before.teacher}, whose weights are not "
-                f"those of --teacher {recipe.teacher}"
-            )
-        before.attention().check(
-            tp_size=parallel.tensor_model_parallel_size, seq_length=recipe.seq_length
-        )
-        student = Student(
-            teacher, start, before, attention_backend=backend, own_copies=own_copies
-        )
-        data_config, train_data, valid_data = _data(recipe, teacher)
-        check_teacher(teacher, train_data, accelerator)
-        train(
-            Run(
-                recipe=recipe,
-                train_data=train_data,
-                valid_data=valid_data,
-                student_state=student.state,
-                lineage=before.then(
-                    stage,
-                    trainable="all" if own_copies else "attention",
-                    recipe=vars(recipe),
-                    data=data_identity(data_config),
-                ),
-                **build(teacher, student, accelerator),
-            )
-        )
-    finally:
-        stop_processes()
+    before.attention().check(
+        tp_size=parallel.tensor_model_parallel_size, seq_length=recipe.seq_length
+    )
+    own_copies = isinstance(recipe, Stage2Recipe) and recipe.trainable == "all"
+    student = Student(teacher, start, before, attention_backend=backend, own_copies=own_copies)
+    data_config, train_data, valid_data = _data(recipe, teacher)
+    check_teacher(teacher, train_data, accelerator)
+    if isinstance(recipe, Stage2Recipe):
+        parts = _stage2(recipe, teacher, student, accelerator)
+    else:
+        assert isinstance(recipe, Stage1Recipe)
+        parts = _stage1(recipe, teacher, student, accelerator)
+    return Run(
+        recipe=recipe,
+        train_data=train_data,
+        valid_data=valid_data,
+        student_state=student.state,
+        lineage=before.then(
+            "stage2" if isinstance(recipe, Stage2Recipe) else "stage1",
+            trainable="all" if own_copies else "attention",
+            recipe=vars(recipe),
+            data=data_identity(data_config),
+        ),
+        **parts,
+    )
+
+
+def _stage1(
+    recipe: Stage1Recipe, teacher: Teacher, student: Student, accelerator: Accelerator
+) -> dict[str, Any]:
+    student.trained_modules()
+    module = LayerwiseDistillation(
+        teacher.model, student.attentions, normalisation=recipe.normalisation
+    )
+    model, optimizer, schedule = wrap(module, recipe)
+    return {
+        "stage": Stage1(module, model, accelerator),
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "flops_per_token": stage1_flops(teacher.hf, recipe.seq_length),
+    }
+
+
+def _stage2(
+    recipe: Stage2Recipe, teacher: Teacher, student: Student, accelerator: Accelerator
+) -> dict[str, Any]:
+    module = ModelLevelDistillation(
+        teacher.model,
+        student.model,
+        student.trained_modules(),
+        config=ModelLevelConfig(
+            kl=recipe.kl,
+            temperature=recipe.temperature,
+            feature_matching_weight=recipe.feature_matching_weight,
+            kl_chunk_tokens=recipe.kl_chunk_tokens,
+        ),
+        vocab_size=teacher.hf.vocab_size,
+    )
+    model, optimizer, schedule = wrap(module, recipe)
+    return {
+        "stage": Stage2(module, model, accelerator),
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "flops_per_token": stage2_flops(teacher.hf, recipe.seq_length),
+    }
 
 
 def _data(recipe: Recipe, teacher: Teacher) -> tuple[DataConfig, Any, Any]:

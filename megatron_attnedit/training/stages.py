@@ -13,12 +13,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron_attnedit.training.data import Batch
 from torch import Tensor
 
 from megatron_attnedit.device import Accelerator
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelDistillation, first_nonfinite_layer
+from megatron_attnedit.training.data import Batch
 
 Metrics = dict[str, Any]
 

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
@@ -18,11 +23,21 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeExperts,
+    Qwen3MoeSparseMoeBlock,
+    Qwen3MoeTopKRouter,
+)
 
 try:
     from .configuration_gate_swa import GateSWAConfig
 except ImportError:  # loaded as a single file beside the weights
     from configuration_gate_swa import GateSWAConfig
+
+# Checkpoints hold one tensor per expert, as Qwen3-MoE's do; loading stacks them.
+register_checkpoint_conversion_mapping(
+    "gate_swa", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
+)
 
 
 class GateSWAAttention(Qwen3Attention):
@@ -31,7 +46,9 @@ class GateSWAAttention(Qwen3Attention):
     def __init__(self, config: GateSWAConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         heads = config.num_attention_heads
-        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(
+            heads * self.head_dim, config.hidden_size, bias=config.attention_output_bias
+        )
         if not config.qk_norm:
             self.q_norm = self.k_norm = nn.Identity()
         self.g_proj = None
@@ -76,18 +93,30 @@ class GateSWAAttention(Qwen3Attention):
 
 
 class GateSWADecoderLayer(Qwen3DecoderLayer):
-    """Qwen3's layer with this file's attention."""
+    """Qwen3's layer with this file's attention and, where there are experts, Qwen3-MoE's block."""
 
     def __init__(self, config: GateSWAConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.self_attn = GateSWAAttention(config, layer_idx)
+        if config.num_experts > 0:
+            self.mlp = Qwen3MoeSparseMoeBlock(config)
 
 
 class GateSWAPreTrainedModel(Qwen3PreTrainedModel):
-    """Loading and saving."""
+    """Loading, saving and random weights."""
 
     config_class = GateSWAConfig
     _no_split_modules = ["GateSWADecoderLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, Qwen3MoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Qwen3MoeTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
 
 
 class GateSWAModel(GateSWAPreTrainedModel, Qwen3Model):

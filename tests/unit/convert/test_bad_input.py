@@ -101,8 +101,9 @@ def test_missing_file(model):
 
 
 def test_missing_shard(model):
-    (model / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
-    refused(model, "model-00001-of-00002.safetensors", "no such file")
+    shard = "model-00001-of-00002.safetensors"
+    (model / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    refused(model, shard, "no such file")
 
 
 def test_index_points_outside(model):

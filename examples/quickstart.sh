@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# The whole pipeline on the embedded teacher, for both student attentions, on two processes.
+#
+#   bash examples/quickstart.sh [--teacher DIR] [--output DIR] [--compare-init]
+#
+#   --teacher DIR     Hugging Face directory of a Qwen3 or Llama model (default: the embedded one)
+#   --output DIR      results (default: outputs/quickstart); started afresh
+#   --compare-init    also train students from the paper's random start, beside the default's
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+teacher=examples/embedded_teacher/model
+output=outputs/quickstart
+inits=(teacher)
+while [ $# -gt 0 ]; do
+    case $1 in
+        --teacher) teacher=${2:?--teacher needs a directory}; shift 2 ;;
+        --output) output=${2:?--output needs a directory}; shift 2 ;;
+        --compare-init) inits=(teacher random); shift ;;
+        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
+    esac
+done
+if [ ! -f "$teacher/config.json" ]; then
+    echo "error: --teacher $teacher: no config.json there" >&2
+    exit 2
+fi
+
+# shellcheck source=examples/env/venv.sh
+. examples/env/venv.sh
+# shellcheck source=examples/env/cpu.sh
+. examples/env/cpu.sh
+
+text=examples/embedded_teacher/text
+recipes=examples/quickstart
+torchrun=(torchrun --nproc-per-node 2)
+SECONDS=0
+say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*"; }
+
+grid=(--tensor-model-parallel-size 2)
+if ! python tools/plan.py --teacher "$teacher" --student-attention mla "${grid[@]}" >/dev/null 2>&1
+then
+    echo "The heads of $teacher cannot be cut in two: data parallel 2 instead of tensor parallel 2."
+    grid=(--tensor-model-parallel-size 1)
+fi
+
+rm -rf "$output"
+mkdir -p "$output/data"
+
+say "Tokenize the text"
+for name in stage1 stage2 validation; do
+    python tools/preprocess_data.py --input "$text/$name.jsonl.gz" --tokenizer "$teacher" \
+        --output "$output/data/$name"
+done
+
+say "Import the teacher: Hugging Face -> Megatron"
+python tools/convert_checkpoint.py import --input "$teacher" --output "$output/teacher"
+
+students=()
+for init in "${inits[@]}"; do
+    for attention in mla gate_swa; do
+        name=$attention
+        if [ "$init" = random ]; then name=${attention}_random; fi
+        run=$output/$name
+        common=(--teacher "$output/teacher" --valid-data-path "$output/data/validation"
+            --data-cache-path "$output/data/cache" "${grid[@]}")
+
+        say "$name: edit"
+        python tools/edit_checkpoint.py --teacher "$output/teacher" --save "$run/edit" \
+            --student-attention "$attention" --init "$init" \
+            --calibration-data-path "$output/data/stage1"
+        say "$name: stage 1, layer-wise"
+        "${torchrun[@]}" tools/pretrain_stage1.py --recipe $recipes/stage1.yaml "${common[@]}" \
+            --train-data-path "$output/data/stage1" --load "$run/edit" --save "$run/stage1"
+        say "$name: stage 2, model-level"
+        "${torchrun[@]}" tools/pretrain_stage2.py --recipe $recipes/stage2.yaml "${common[@]}" \
+            --train-data-path "$output/data/stage2" --load "$run/stage1" --save "$run/stage2"
+        say "$name: export, Megatron -> Hugging Face"
+        python tools/convert_checkpoint.py export --input "$run/stage2" --output "$run/hf"
+        students+=(--student "name=$name,after_edit=$run/edit,after_stage1=$run/stage1,after_stage2=$run/stage2")
+    done
+done
+
+say "Evaluate on held-out text"
+python tools/evaluate.py --teacher "$teacher" "${students[@]}" --text "$text/heldout.jsonl.gz" \
+    --seq-length 1024 --output "$output/report"
+say "Done. Students to load with transformers: $output/*/hf"
