@@ -38,6 +38,16 @@ def _own_adam_steps() -> None:
 
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     load = DistributedOptimizer.load_state_dict
+    sharded = DistributedOptimizer.sharded_state_dict
+
+    @functools.wraps(sharded)
+    def sharded_with_states(
+        self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        # A fresh torch Adam has no state to load into (an assertion fails without it).
+        if is_loading and isinstance(self.optimizer, torch.optim.Adam) and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return sharded(self, model_state, is_loading, *args, **kwargs)
 
     @functools.wraps(set_states)
     def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
@@ -54,8 +64,6 @@ def _own_adam_steps() -> None:
         if not isinstance(self.optimizer, torch.optim.Adam):
             load(self, state_dict)
             return
-        if not self.optimizer.state:
-            self._init_optimizer_states_with_dummy_values()
         steps = [g["step"] for g in state_dict["optimizer"]["param_groups"] if "step" in g]
         load(self, state_dict)
         steps += [g.pop("step") for g in self.optimizer.param_groups if "step" in g]
@@ -65,6 +73,7 @@ def _own_adam_steps() -> None:
 
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
     DistributedOptimizer.load_state_dict = load_with_steps
+    DistributedOptimizer.sharded_state_dict = sharded_with_states
 
 
 @functools.cache

@@ -8,18 +8,16 @@ from megatron.core import parallel_state
 
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.models.student import student_rows
-from megatron_attnedit.training.edit import EditConfig, edit
+from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from tests import processes
-from tests.models import tiny_data, tiny_hf_dir
+from tests.numerics.inputs import STUDENTS, make_inputs
+from tests.numerics.inputs import recipe as small_recipe
 
 LOSS_BAR, TENSOR_BAR = 1e-5, 1e-4  # relative, float32
 ITERATIONS = 3
-STUDENTS = {
-    "mla": {},
-    "gate_swa": {"sliding_window": 8, "full_layers": "1"},
-}
 GRIDS = {
     "DP2": (2, {}),
     "DP2 distributed optimizer": (2, {"use_distributed_optimizer": True}),
@@ -37,34 +35,17 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A teacher, data of it with masked tokens, and a randomly started student of each kind."""
-    folder = tmp_path_factory.mktemp("inputs")
-    hf_dir = tiny_hf_dir(folder / "hf")
-    tiny_data(folder / "data", hf_dir)
-    for name, flags in STUDENTS.items():
-        edit(
-            EditConfig(
-                teacher=str(hf_dir), save=str(folder / name), student_attention=name, flags=flags,
-                init="random", seed=3, calibration_data_path=[], calibration_tokens=0,
-                seq_length=64,
-            )
-        )
-    return folder
-
-
-def recipe_of(stage, folder, student, save, **grid):
-    cls, fields = STAGES[stage]
-    return cls(
-        teacher=str(folder / "hf"), load=str(folder / student), save=str(save),
-        train_data_path=[str(folder / "data")], seq_length=64, micro_batch_size=2,
-        global_batch_size=8, train_iters=ITERATIONS, lr=1e-3, adam_eps=1e-6, eod_mask_loss=True,
-        **fields, **grid,
-    )
+    """Shared by all cells."""
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def train_on_grid(stage, folder, student, save, grid):
     """Losses, gradient norms, first gradients and last weights of this rank."""
-    recipe = recipe_of(stage, folder, student, save, **grid)
+    cls, fields = STAGES[stage]
+    recipe = small_recipe(
+        cls, folder, student, save,
+        train_iters=ITERATIONS, adam_eps=1e-6, eod_mask_loss=True, **fields, **grid,
+    )
     run = prepare(recipe)
     size = parallel_state.get_data_parallel_world_size()
     batches = run.batches(run.train_data, 0)
@@ -146,7 +127,4 @@ def test_grid_against_one_process(inputs, one_process, tmp_path, stage, student,
 
 
 def student_attention(folder, student):
-    from megatron_attnedit.training import checkpoint
-    from megatron_attnedit.training.lineage import read_lineage
-
     return read_lineage(checkpoint.find(str(folder / student), "--load")).attention()
