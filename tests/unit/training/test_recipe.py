@@ -1,0 +1,106 @@
+"""Recipes: files, flags, and refusals in the user's words."""
+
+import pytest
+import yaml
+
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.training.recipe import (
+    Stage1Recipe,
+    Stage2Recipe,
+    parse_recipe,
+    parser_for,
+    to_yaml,
+)
+
+NEEDED = ["--teacher", "t", "--load", "l", "--save", "s", "--train-data-path", "d"]
+
+
+def parse(*argv, cls=Stage2Recipe):
+    return parse_recipe(cls, "help", [*NEEDED, *argv])
+
+
+def refused(words, *argv, cls=Stage2Recipe):
+    with pytest.raises(UserError) as error:
+        parse(*argv, cls=cls)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def recipe_file(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_flags_override_the_file(tmp_path):
+    file = recipe_file(tmp_path, "lr: 2e-4\ntrain_iters: 7\nbf16: true\n")
+    recipe = parse("--recipe", file, "--train-iters", "9", "--no-bf16")
+    assert (recipe.lr, recipe.train_iters, recipe.bf16) == (2e-4, 9, False)
+
+
+def test_what_is_written_reads_back(tmp_path):
+    recipe = parse("--lr", "0.5", "--valid-data-path", "0.3", "a", "0.7", "b")
+    file = recipe_file(tmp_path, to_yaml(recipe))
+    assert parse_recipe(Stage2Recipe, "", ["--recipe", file]) == recipe
+
+
+def test_unknown_key(tmp_path):
+    file = recipe_file(tmp_path, "learning_rate: 1\n")
+    refused(["run.yaml", "unknown key 'learning_rate'", "lr"], "--recipe", file)
+
+
+@pytest.mark.parametrize("line", ["train_iters: many", "lr: fast", "bf16: 1", "train_iters: true"])
+def test_wrong_value_type(tmp_path, line):
+    file = recipe_file(tmp_path, line + "\n")
+    refused(["run.yaml", line.split(":")[0], "expected"], "--recipe", file)
+
+
+def test_not_yaml(tmp_path):
+    refused(["run.yaml", "not valid YAML"], "--recipe", recipe_file(tmp_path, "a: [1\n"))
+
+
+def test_missing_file():
+    refused(["nowhere.yaml", "no such file"], "--recipe", "nowhere.yaml")
+
+
+@pytest.mark.parametrize("missing", ["teacher", "load", "save", "train-data-path"])
+def test_required(missing):
+    at = NEEDED.index(f"--{missing}")
+    with pytest.raises(UserError, match=f"--{missing} is required"):
+        parse_recipe(Stage1Recipe, "", NEEDED[:at] + NEEDED[at + 2 :])
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--train-iters", "0"], ["--train-iters 0", "positive"]),
+        (["--min-lr", "1"], ["--min-lr 1.0", "--lr"]),
+        (["--kl", "sideways"], ["--kl 'sideways'", "forward"]),
+        (["--trainable", "mlp"], ["--trainable 'mlp'", "attention, all"]),
+        (["--attention-backend", "magic"], ["--attention-backend 'magic'"]),
+    ],
+)
+def test_refused_values(argv, words):
+    refused(words, *argv)
+
+
+def test_global_batch_that_does_not_divide():
+    recipe = parse("--global-batch-size", "6", "--micro-batch-size", "4")
+    with pytest.raises(UserError, match="--global-batch-size 6 is not a multiple"):
+        recipe.num_microbatches(1)
+
+
+@pytest.mark.parametrize("cls", [Stage1Recipe, Stage2Recipe])
+def test_help_states_defaults(cls):
+    text = parser_for(cls, "what it does").format_help()
+    for name in cls.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+    assert text.count("(default:") >= len(cls.__dataclass_fields__)
+
+
+def test_the_quick_start_s_recipes_are_valid():
+    for number, cls in ((1, Stage1Recipe), (2, Stage2Recipe)):
+        file = f"examples/quickstart/stage{number}.yaml"
+        recipe = parse("--recipe", file, cls=cls)
+        assert recipe.seq_length == yaml.safe_load(open(file))["seq_length"]
