@@ -150,6 +150,8 @@ def _output_metric(linear_proj: Tensor, teacher: HFConfig) -> Tensor:
 
 
 def _root(matrices: Tensor) -> Tensor:
+    if matrices.shape[-1] == 0:  # every pair is rotary: there is no part without position
+        return matrices
     values, vectors = torch.linalg.eigh(matrices.double())
     floor = values.amax(-1, keepdim=True) * 1e-4
     return ((vectors * values.clamp_min(floor).sqrt().unsqueeze(-2)) @ vectors.mT).float()
@@ -167,7 +169,7 @@ def _latent(
     blocks = []
     for x, metric in ((k, key_metric), (v, value_metric)):
         weighted = torch.einsum("tgd,gde->tge", x, metric).flatten(1)
-        blocks.append(weighted / weighted.pow(2).sum().sqrt())
+        blocks.append(weighted / weighted.pow(2).sum().sqrt().clamp_min(1e-12))
     weighted = torch.cat(blocks, dim=1)  # [t, m], keys and values of equal energy
     linear = _regress(inputs, weighted)
     _, sizes, directions = torch.linalg.svd(inputs @ linear.t(), full_matrices=False)

@@ -1,0 +1,80 @@
+"""Windows, layer patterns and the blocked kernel."""
+
+import pytest
+import torch
+
+from megatron_attnedit.attention import MLA, GateSWA
+from megatron_attnedit.attention.backends import ATTENTION_BACKENDS, attention_backend
+from megatron_attnedit.attention.windows import (
+    causal_window_mask,
+    parse_layers,
+    to_window_size,
+    uniform_full_layers,
+)
+from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.errors import UserError
+from tests.models import tiny_hf_dir
+
+
+def test_the_two_conventions():
+    """Hugging Face's 3 is the token itself and two before it."""
+    mask = causal_window_mask(5, 5, to_window_size(3), torch.device("cpu"))
+    for query in range(5):
+        for key in range(5):
+            assert mask[query, key] == (0 <= query - key <= 2)
+
+
+def test_every_fifth_layer_is_full():
+    assert uniform_full_layers(36) == (4, 9, 14, 19, 24, 29, 34)
+    assert uniform_full_layers(3) == (2,)
+
+
+@pytest.mark.parametrize("text", ["1,x", "9", "-1", "1,1", ""])
+def test_bad_layer_lists(text):
+    with pytest.raises(UserError, match="--full-layers"):
+        parse_layers(text, num_layers=6, flag="--full-layers")
+
+
+@pytest.mark.parametrize("length", [1, 7, 63, 64, 130])
+@pytest.mark.parametrize("window", [None, 2, 8, 64, 500])
+@pytest.mark.parametrize("dims", [(16, 16), (24, 16), (16, 24)])
+@pytest.mark.parametrize("name", sorted(set(ATTENTION_BACKENDS) - {"reference"}))
+def test_backends_against_the_reference(name, dims, window, length):
+    """Values and gradients, grouped heads, unequal head sizes."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, length, dims[0]), (2, 2, length, dims[0]), (2, 2, length, dims[1])]
+    qkv = [torch.randn(shape, generator=generator) for shape in shapes]
+    size = None if window is None else to_window_size(window)
+    results = []
+    for backend in (name, "reference"):
+        inputs = [t.clone().requires_grad_() for t in qkv]
+        out = attention_backend(backend)(*inputs, size, 0.3)
+        out.sin().sum().backward()
+        results.append([out, *(t.grad for t in inputs)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cls, flags, words",
+    [
+        (MLA, {"v_head_dim": 16}, "--v-head-dim 16"),
+        (MLA, {"qk_pos_emb_head_dim": 7}, "--qk-pos-emb-head-dim 7"),
+        (MLA, {"qk_pos_emb_head_dim": 64}, "--qk-pos-emb-head-dim 64"),
+        (MLA, {"kv_lora_rank": 0}, "--kv-lora-rank 0"),
+        (GateSWA, {"sliding_window": 1}, "--sliding-window 1"),
+        (GateSWA, {"output_gate": "diagonal"}, "--output-gate diagonal"),
+        (GateSWA, {"full_layers": "0,1,2"}, "--full-layers"),
+    ],
+)
+def test_refused_dimensions(tmp_path, cls, flags, words):
+    hf = read_hf_config(tiny_hf_dir(tmp_path / "hf"))
+    with pytest.raises(UserError, match=words):
+        cls.from_flags(flags, hf)
+
+
+def test_cached_numbers(tmp_path):
+    hf = read_hf_config(tiny_hf_dir(tmp_path / "hf"))  # 3 layers, 2 groups of 32
+    assert MLA.from_flags({"kv_lora_rank": 16}, hf).kv_values_per_token(hf, 64) == 3 * (16 + 16)
+    student = GateSWA.from_flags({"sliding_window": 8, "full_layers": "1"}, hf)
+    assert student.kv_values_per_token(hf, 64) == 128 * (1 + 2 * 8 / 64)
