@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
 """Make the embedded teacher's corpus and tokenizer from Debian documentation packages.
 
-Downloads the packages named in ``packages.txt`` with apt-get (nothing is installed), takes the
-prose out of their HTML, text, reStructuredText and info files, drops code, tables, navigation and
-every paragraph seen before, and splits by document. Needs Debian, ``pip install lxml``, and about
-10 minutes on 2 cores.
+Downloads the packages and versions of ``packages.txt`` with apt-get (nothing is installed), takes
+the prose out of their HTML, text, reStructuredText and info files, drops code, tables, navigation
+and every paragraph seen before, and splits by document. Needs Debian 12, ``pip install lxml`` and
+about 10 minutes on 2 cores; once the mirror has newer versions, change the pins.
 
     python3 prepare_corpus.py --work DIR
 
-writes DIR/{train,validation,heldout}.jsonl, DIR/sources.json and the tokenizer into ``model/``.
+writes DIR/{train,validation,heldout}.jsonl, the same text as DIR/{train,validation}.txt.xz for
+train.py, DIR/sources.json, the tokenizer into ``model/`` and small samples into ``text/``.
 """
 
 import argparse
 import gzip
 import hashlib
 import json
+import lzma
 import random
 import re
 import subprocess
@@ -23,6 +25,8 @@ from multiprocessing import Pool
 from pathlib import Path
 
 from lxml import html
+
+from megatron_attnedit.errors import UserError, run_tool
 
 HERE = Path(__file__).parent
 # Never trained on, as whole packages; of the others 1 % of the documents.
@@ -40,18 +44,38 @@ SAMPLES = {
 }
 MIN_SAMPLE, MAX_SAMPLE = 6000, 24_000  # characters of a piece
 LICENCE = re.compile(r"^License:[ \t]*(\S[^\n]*)", re.MULTILINE)
+COMMON_LICENCE = re.compile(r"common-licenses/([\w.+-]*\w)")
+# Packages whose notice is free text, or lies in a package that they depend on.
+NAMED_LICENCES = {
+    "cmake-doc": "BSD-3-clause",
+    "debian-faq": "permission notice of its own, copyleft",
+    "festival-doc": "permissive notice of its own, GPL for examples",
+    "imagemagick-6-doc": "ImageMagick",
+    "postfix-doc": "IPL-1.0 or EPL-2.0",
+    "tcl8.6-doc": "TCL",
+    "user-mode-linux-doc": "GFDL-1.1",
+    "zsh-doc": "Zsh",
+}
 
 
 def download(work: Path) -> list[Path]:
     """Fetch the packages that are not there yet."""
     debs = work / "debs"
     debs.mkdir(parents=True, exist_ok=True)
-    names = (HERE / "packages.txt").read_text().split()
-    have = {path.name.split("_")[0] for path in debs.glob("*.deb")}
-    missing = [name for name in names if name not in have]
+    pins = (HERE / "packages.txt").read_text().split()
+
+    def pin_of(path: Path) -> str:
+        name, version, _ = path.name.split("_", 2)
+        return f"{name}={version.replace('%3a', ':')}"
+
+    have = {pin_of(path) for path in debs.glob("*.deb")}
+    missing = [pin for pin in pins if pin not in have]
     if missing:
-        subprocess.run(["apt-get", "download", "-q", *missing], cwd=debs, check=True)
-    return sorted(path for path in debs.glob("*.deb") if path.name.split("_")[0] in names)
+        try:
+            subprocess.run(["apt-get", "download", "-q", *missing], cwd=debs, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError("packages.txt: apt-get download failed, see above") from error
+    return sorted(path for path in debs.glob("*.deb") if pin_of(path) in pins)
 
 
 def html_paragraphs(data: bytes) -> list[str]:
@@ -117,6 +141,7 @@ def read_package(deb: Path) -> tuple[dict, list[tuple[str, list[str]]]]:
     name, version, _ = deb.name.split("_", 2)
     notices = [p.read_text(errors="replace") for p in folder.glob("usr/share/doc/*/copyright")]
     licences = sorted({found.strip() for text in notices for found in LICENCE.findall(text)})
+    licences = licences or sorted({f for text in notices for f in COMMON_LICENCE.findall(text)})
     documents = []
     for path in files(folder):
         try:
@@ -126,7 +151,7 @@ def read_package(deb: Path) -> tuple[dict, list[tuple[str, list[str]]]]:
     source = {
         "package": name,
         "version": version.replace("%3a", ":"),
-        "licence": ", ".join(licences[:4]) or "see its copyright file",
+        "licence": NAMED_LICENCES.get(name, ", ".join(licences[:4])),
     }
     return source, documents
 
@@ -196,6 +221,14 @@ def train_tokenizer(work: Path) -> None:
     fast.save_pretrained(HERE / "model")
 
 
+def write_training_text(work: Path) -> None:
+    """What train.py reads: documents separated by NUL, compressed."""
+    for split in ("train", "validation"):
+        texts = (json.loads(line)["text"] for line in (work / f"{split}.jsonl").open())
+        with lzma.open(work / f"{split}.txt.xz", "wt", preset=6) as file:
+            file.write("\0".join(texts))
+
+
 def write_samples(work: Path) -> None:
     """The small texts beside the model, for the quick start: pieces of randomly drawn documents."""
     (HERE / "text").mkdir(exist_ok=True)
@@ -224,8 +257,9 @@ def main() -> None:
     debs = download(args.work)
     write_corpus(args.work, debs, int(args.max_mb * 1e6))
     train_tokenizer(args.work)
+    write_training_text(args.work)
     write_samples(args.work)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

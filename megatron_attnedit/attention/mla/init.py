@@ -172,9 +172,12 @@ def _latent(
         blocks.append(weighted / weighted.pow(2).sum().sqrt().clamp_min(1e-12))
     weighted = torch.cat(blocks, dim=1)  # [t, m], keys and values of equal energy
     linear = _regress(inputs, weighted)
-    _, sizes, directions = torch.linalg.svd(inputs @ linear.t(), full_matrices=False)
-    rank_found = min(rank, sizes.numel())
-    basis = directions[:rank_found] @ linear  # [rank, h]
+    # Principal directions of ``inputs @ linear.t()`` from its small second moment, largest first.
+    moment = linear @ (inputs.t() @ inputs) @ linear.t()
+    energy, directions = torch.linalg.eigh(moment.double())
+    sizes = energy.flip(0).clamp_min(0).sqrt().float()
+    rank_found = min(rank, sizes.numel(), inputs.shape[1])
+    basis = directions.t().flip(0)[:rank_found].float() @ linear  # [rank, h]
     targets = torch.cat([k.flatten(1), v.flatten(1)], dim=1)
 
     best: tuple[Tensor, Tensor] | None = None

@@ -53,6 +53,8 @@ class GateSWAConfig(Qwen3Config):
     def __post_init__(self, **kwargs: Any) -> None:
         # A teacher's config says false here, and Qwen3Config would then forget the window.
         self.use_sliding_window = True
+        # transformers 5.2x writes Qwen3-MoE's num_experts under this name.
+        self.num_experts = kwargs.pop("num_local_experts", self.num_experts)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
         if len(self.layer_types) != self.num_hidden_layers:

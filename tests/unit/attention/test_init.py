@@ -62,7 +62,7 @@ def mla_error(hf, weights, flags, init="teacher"):
 def test_mla_is_exact_where_it_can_be(tmp_path):
     """One key-value group, all pairs rotary, a latent for every direction, no QK-norm.
 
-    What remains is the latent's norm: the inputs are normed, so it varies little from token to token.
+    What remains is the latent's norm, which varies little as the inputs are normed.
     """
     hf, weights = teacher_of(tmp_path, "llama", num_key_value_heads=1)
     flags = {"qk_pos_emb_head_dim": 32, "qk_head_dim": 32, "kv_lora_rank": 64}

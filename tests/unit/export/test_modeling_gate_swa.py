@@ -151,11 +151,10 @@ def test_full_layers_are_the_teacher(teacher_config, tmp_path: Path):
     torch.manual_seed(0)
     teacher = AutoModelForCausalLM.from_config(teacher_config).eval()
     teacher.save_pretrained(tmp_path)
-    raw = {"num_experts": 0} | teacher_config.to_dict()
-    kept = {key: raw[key] for key in (*DIMS, "rope_parameters", "num_experts")}
-    if raw["num_experts"]:
-        names = ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
-        kept |= {name: raw[name] for name in names}
+    experts = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
+    raw = teacher_config.to_dict()
+    names = (*DIMS, *experts, "rope_parameters", "norm_topk_prob")
+    kept = {name: raw[name] for name in names if name in raw}
     qk_norm = teacher_config.model_type != "llama"
     config = GateSWAConfig(**kept, layer_types=["full_attention"] * 3, qk_norm=qk_norm)
     student, info = GateSWAForCausalLM.from_pretrained(

@@ -1,0 +1,195 @@
+"""The tool: a whole report, and one line of error for what it cannot use."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.evaluate.report import to_json
+from megatron_attnedit.evaluate.students import parse_student, stage_metrics
+from tests.unit.evaluate.conftest import DIMS
+from tools import evaluate
+
+ROOT = Path(__file__).parents[3]
+TOOL = ROOT / "tools" / "evaluate.py"
+
+
+def run(monkeypatch, *flags) -> None:
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, flags)])
+    evaluate.main()
+
+
+def flags(teacher_dir, text_file, output, *students):
+    given = ["--teacher", teacher_dir, "--text", text_file, "--output", output]
+    given += ["--seq-length", 64, "--max-windows", 4, "--prompts", 2]
+    return [*given, *(part for text in students for part in ("--student", text))]
+
+
+def with_metrics(source: Path, folder: Path, stage: int) -> Path:
+    shutil.copytree(source, folder)
+    lines = [
+        {"iteration": i, "stage": stage, "seconds": 2.0 * i, "tokens": 512 * i, key: 1 / i}
+        for i in (1, 2, 3)
+        for key in ("loss", "validation_loss")
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def made(teacher_dir, gate_swa_dir, mla_dir, text_file, tmp_path, monkeypatch, capsys):
+    stages = [with_metrics(gate_swa_dir, tmp_path / f"stage{i}", i) for i in (1, 2)]
+    swa = f"name=swa,after_edit={teacher_dir},after_stage1={stages[0]},after_stage2={stages[1]}"
+    mla = f"name=<mla>,after_edit={mla_dir}"
+    extra = tmp_path / "extra" / "copy.json"
+    out = tmp_path / "out"
+    run(monkeypatch, *flags(teacher_dir, text_file, out, swa, mla), "--json", extra)
+    assert extra.read_text() == (out / "report.json").read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
+    report = json.loads(extra.read_text())
+    return report, (out / "report.html").read_text(), capsys.readouterr().out
+
+
+def test_report(made, teacher_dir):
+    report, _, _ = made
+    teacher, swa, mla = report["teacher"], *report["students"].values()
+    assert teacher["name"] == teacher_dir.name
+    assert list(swa["perplexity"]) == ["after_edit", "after_stage1", "after_stage2"]
+    assert swa["perplexity"]["after_edit"] == teacher["perplexity"]
+    assert swa["perplexity"]["after_stage1"] == swa["perplexity"]["after_stage2"]
+    assert swa["kl_after_edit"] == 0 and swa["kl"] > 0.1
+    assert swa["relative_error_after_edit"] == [0, 0, 0]
+    assert len(swa["relative_error"]) == 3 and min(swa["relative_error"]) > 0
+    ratio = swa["perplexity"]["after_stage2"] / teacher["perplexity"]
+    assert swa["perplexity_ratio"] == pytest.approx(ratio)
+    fraction = swa["kv_bytes_per_token"] / teacher["kv_bytes_per_token"]
+    assert swa["kv_fraction"] == pytest.approx(fraction) and fraction < 0.5
+    assert swa["seconds"] == {"stage1": 6.0, "stage2": 6.0}
+    assert mla["kl"] == mla["kl_after_edit"] and mla["seconds"] == {}
+    assert report["data"] == {"file": "text.jsonl", "windows": 4, "seq_length": 64, "tokens": 256}
+    assert list(report["continuations"][0]["texts"]) == ["teacher", "swa", "<mla>"]
+    assert report["versions"].keys() == {"megatron_attnedit", "torch", "transformers"}
+
+
+def test_page_stands_alone(made):
+    _, page, _ = made
+    assert page.count("<svg") == 4
+    assert "&lt;mla&gt;" in page and "<mla>" not in page
+    loads = re.findall(r'(?:src|href)="(?!#)[^"]*"|url\((?!#)|@import|<script', page)
+    assert loads == []
+
+
+def test_table_is_printed(made):
+    report, _, out = made
+    lines = out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("model"))
+    assert [line.split()[0] for line in lines[start : start + 4]] == [
+        "model",
+        "teacher",
+        "swa",
+        "<mla>",
+    ]
+    assert f"{report['students']['swa']['kl']:.4f}" in lines[start + 2]
+
+
+def test_numbers_that_json_lacks_become_null():
+    assert json.loads(to_json({"a": [float("inf"), float("nan"), 1.5]})) == {"a": [None, None, 1.5]}
+
+
+def test_metrics_of_a_megatron_run_stand_above_its_iterations(gate_swa_dir, tmp_path):
+    run_folder = with_metrics(gate_swa_dir, tmp_path / "run", 1)
+    student = parse_student(f"name=a,after_stage1={run_folder / 'iter_0000003'}")
+    assert stage_metrics(student)["stage1"][-1]["seconds"] == 6.0
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ("name=a,after_stage3=x", "after_stage3"),
+        ("name=a", "none of after_edit"),
+        ("after_edit=x", "no name="),
+        ("name=a,name=b,after_edit=x", "twice"),
+        ("name=a,after_edit=", "after_edit="),
+    ],
+)
+def test_bad_student_flags(student, message):
+    with pytest.raises(UserError, match=message):
+        parse_student(student)
+
+
+@pytest.fixture
+def refused(teacher_dir, text_file, tmp_path, monkeypatch):
+    def attempt(message, student, *more, text=text_file):
+        output = tmp_path / "out"
+        with pytest.raises(UserError, match=message) as caught:
+            run(monkeypatch, *flags(teacher_dir, text, output, student), *more)
+        assert "\n" not in str(caught.value)
+        assert not output.exists()
+
+    return attempt
+
+
+def test_directory_without_config(refused, tmp_path):
+    refused(f"{tmp_path}: no config.json", f"name=a,after_edit={tmp_path}")
+
+
+def test_directory_without_weights(refused, teacher_dir, tmp_path):
+    shutil.copy(teacher_dir / "config.json", tmp_path)
+    refused(f"{tmp_path}: cannot be loaded", f"name=a,after_edit={tmp_path}")
+
+
+@pytest.mark.parametrize("content", ["", '{"text": ""}\n', '{"text": "w1 w2"}\n'])
+def test_text_shorter_than_a_window(refused, teacher_dir, tmp_path, content):
+    file = tmp_path / "short.jsonl"
+    file.write_text(content)
+    refused("--text .*short.jsonl", f"name=a,after_edit={teacher_dir}", text=file)
+
+
+def test_missing_text_and_unknown_kind(refused, teacher_dir, tmp_path):
+    student = f"name=a,after_edit={teacher_dir}"
+    refused("--text .*none.jsonl: no such file", student, text=tmp_path / "none.jsonl")
+    (tmp_path / "a.pdf").write_text("x")
+    refused("--text .*a.pdf: unknown extension", student, text=tmp_path / "a.pdf")
+
+
+def test_other_vocabulary_size(refused, tmp_path):
+    folder = tmp_path / "wider"
+    Qwen3ForCausalLM(Qwen3Config(**{**DIMS, "vocab_size": 70})).save_pretrained(folder)
+    refused("vocab_size 70", f"name=a,after_edit={folder}")
+
+
+def test_other_tokenizer(refused, teacher_dir, tmp_path):
+    folder = tmp_path / "renamed"
+    shutil.copytree(teacher_dir, folder)
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"w7"', '"other"'))
+    refused("tokenizer's vocabulary", f"name=a,after_edit={folder}")
+
+
+def test_other_number_of_layers(refused, tmp_path):
+    folder = tmp_path / "deeper"
+    Qwen3ForCausalLM(Qwen3Config(**{**DIMS, "num_hidden_layers": 4})).save_pretrained(folder)
+    refused("4 layers", f"name=a,after_edit={folder}")
+
+
+@pytest.mark.parametrize("flag", ["--max-windows", "--batch-size", "--seq-length"])
+def test_numbers_out_of_range(refused, teacher_dir, flag):
+    refused(f"{flag} 0", f"name=a,after_edit={teacher_dir}", flag, 0)
+
+
+def test_the_tool_says_one_line_and_exits_2(teacher_dir, text_file, tmp_path):
+    student = f"name=a,after_edit={tmp_path / 'none'}"
+    command = [sys.executable, TOOL, *flags(teacher_dir, text_file, tmp_path / "out", student)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'none'}: no config.json")
+    assert "Traceback" not in done.stderr

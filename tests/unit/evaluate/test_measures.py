@@ -1,0 +1,154 @@
+"""Every measure against a plain computation, and the identical model against itself."""
+
+import gzip
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from megatron_attnedit.evaluate import generation, kv_cache
+from megatron_attnedit.evaluate.compare import compare, compared
+from megatron_attnedit.evaluate.models import load_model, load_tokenizer
+from megatron_attnedit.evaluate.perplexity import Perplexity
+from megatron_attnedit.evaluate.text import token_windows
+from tests.unit.evaluate.conftest import DIMS, LATENT, ROTARY, WINDOW
+
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def load():
+    return lambda directory: load_model(directory, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def windows(teacher_dir, text_file):
+    return token_windows(text_file, load_tokenizer(teacher_dir), LENGTH, 5)
+
+
+@pytest.fixture(params=["gate_swa_dir", "mla_dir"])
+def student(request, load):
+    return load(request.getfixturevalue(request.param))
+
+
+def measure(teacher, student, windows, batch_size=2):
+    measured = compared(3)
+    perplexity = compare(teacher, [(student, measured)], windows, batch_size)
+    return perplexity, measured
+
+
+def test_perplexity_kl_and_agreement(load, teacher_dir, student, windows, monkeypatch):
+    monkeypatch.setattr("megatron_attnedit.evaluate.compare.CHUNK_TOKENS", 30)
+    teacher = load(teacher_dir)
+    perplexity, measured = measure(teacher, student, windows)
+    with torch.no_grad():
+        p, q = (m(windows[:, :-1]).logits.double().flatten(0, 1) for m in (teacher, student))
+    labels = windows[:, 1:].flatten()
+    assert perplexity.value() == pytest.approx(F.cross_entropy(p, labels).exp().item(), rel=1e-5)
+    expected = F.cross_entropy(q, labels).exp().item()
+    assert measured.perplexity.value() == pytest.approx(expected, rel=1e-5)
+    kl = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert measured.distance.kl() == pytest.approx(kl.item(), rel=1e-5)
+    same = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    assert measured.distance.top1_agreement() == pytest.approx(same)
+    assert 0.1 < kl and 0 < same < 1
+
+
+def test_layer_errors(load, teacher_dir, student, windows):
+    """Each student attention called by hand on the teacher's hidden states."""
+    teacher = load(teacher_dir)
+    _, measured = measure(teacher, student, windows, batch_size=3)
+    ids = windows[:, :-1]
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    banded = mask & ~mask.tril(-WINDOW)
+    kinds = getattr(student.config, "layer_types", None) or ["full_attention"] * 3
+    angles = [m.model.rotary_emb(ids, torch.arange(LENGTH)[None]) for m in (teacher, student)]
+    angles = [tuple(part.float() for part in pair) for pair in angles]
+    with torch.no_grad():
+        hidden = teacher.model(ids, output_hidden_states=True).hidden_states
+        for i, kind in enumerate(kinds):
+            given = teacher.model.layers[i].input_layernorm(hidden[i])
+            outputs = [
+                model.model.layers[i].self_attn(
+                    hidden_states=given,
+                    position_embeddings=angle,
+                    attention_mask=allowed.expand(len(ids), 1, LENGTH, LENGTH),
+                )[0]
+                for model, angle, allowed in (
+                    (teacher, angles[0], mask),
+                    (student, angles[1], banded if kind == "sliding_attention" else mask),
+                )
+            ]
+            error = (outputs[1] - outputs[0]).square().sum() / outputs[0].square().sum()
+            assert measured.layer_errors.values()[i] == pytest.approx(error.item(), rel=1e-4)
+
+
+def test_a_model_is_at_no_distance_from_itself(load, teacher_dir, windows):
+    perplexity, measured = measure(load(teacher_dir), load(teacher_dir), windows)
+    assert measured.distance.kl() == 0
+    assert measured.distance.top1_agreement() == 1
+    assert measured.layer_errors.values() == [0, 0, 0]
+    assert measured.perplexity.value() == perplexity.value()
+
+
+def test_the_hooks_are_gone_afterwards(load, teacher_dir, student, windows):
+    teacher = load(teacher_dir)
+    before = student(windows[:, :-1]).logits
+    measure(teacher, student, windows)
+    assert torch.equal(student(windows[:, :-1]).logits, before)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_batch_size_changes_nothing(load, teacher_dir, student, windows, batch_size):
+    teacher = load(teacher_dir)
+    _, one = measure(teacher, student, windows, batch_size)
+    _, other = measure(teacher, student, windows, 2)
+    assert one.distance.kl() == pytest.approx(other.distance.kl(), rel=1e-5)
+    assert one.layer_errors.values() == pytest.approx(other.layer_errors.values(), rel=1e-5)
+
+
+def test_perplexity_beyond_a_float_is_infinite():
+    perplexity = Perplexity()
+    perplexity.add(torch.tensor([[0.0, -2000.0]]), torch.tensor([1]))
+    assert perplexity.value() == math.inf
+
+
+def test_kv_bytes_of_each_attention(load, teacher_dir, gate_swa_dir, mla_dir):
+    per_token = 2 * DIMS["num_key_value_heads"] * 16 * 4
+    teacher = load(teacher_dir)
+    assert kv_cache.cache_bytes(teacher, 100) == 3 * 100 * per_token
+    # transformers keeps the W - 1 tokens that the next one needs beside itself.
+    sliding = load(gate_swa_dir)
+    assert kv_cache.cache_bytes(sliding, 100) == (100 + 2 * (WINDOW - 1)) * per_token
+    # transformers 5.23 caches the latent and the rotary key, nothing else.
+    assert kv_cache.cache_bytes(load(mla_dir), 100) == 3 * 100 * (LATENT + ROTARY) * 4
+
+
+def test_kv_figures(load, teacher_dir):
+    figures = kv_cache.measure(load(teacher_dir), 1024)
+    assert figures["kv_context"] == 128  # the model's longest
+    assert figures["kv_bytes_per_token"] == 3 * 2 * 2 * 16 * 4
+    assert kv_cache.contexts(1000) == [128, 256, 512, 1000]
+
+
+def test_continuations_are_greedy(load, teacher_dir, windows):
+    teacher, tokenizer = load(teacher_dir), load_tokenizer(teacher_dir)
+    prompts = generation.prompts_from(windows, 2)
+    texts = generation.continuations(teacher, tokenizer, prompts)
+    ids = prompts
+    with torch.no_grad():
+        for _ in range(generation.NEW_TOKENS):
+            ids = torch.cat([ids, teacher(ids).logits[:, -1:].argmax(-1)], dim=1)
+    for text, row in zip(texts, ids[:, prompts.shape[1] :].tolist(), strict=True):
+        stop = row.index(0) if 0 in row else len(row)
+        assert text == tokenizer.decode(row[:stop], skip_special_tokens=True)
+
+
+def test_windows_hold_the_documents_in_order(teacher_dir, tmp_path):
+    file = tmp_path / "a.jsonl.gz"
+    with gzip.open(file, "wt") as stream:
+        stream.write('{"text": "w0 w1 w2"}\n{"text": "w3 w4 w5 w6"}\n')
+    windows = token_windows(file, load_tokenizer(teacher_dir), 3, None)
+    assert windows.tolist() == [[2, 3, 4, 0], [0, 5, 6, 7]]
+    assert token_windows(file, load_tokenizer(teacher_dir), 3, 1).tolist() == [[2, 3, 4, 0]]
