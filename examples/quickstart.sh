@@ -98,5 +98,5 @@ done
 
 say "Evaluate on held-out text"
 alone tools/evaluate.py --teacher "$teacher" "${students[@]}" --text "$text/heldout.jsonl.gz" \
-    --seq-length 1024 --output "$output/report"
+    --seq-length 1024 --max-windows 48 --output "$output/report"
 say "Done. Students to load with transformers: $output/*/hf"

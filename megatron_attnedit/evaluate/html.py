@@ -1,0 +1,116 @@
+"""``report.html``: one file that needs no other, readable on a screen and on paper."""
+
+from html import escape
+from typing import Any
+
+from megatron_attnedit.evaluate import plots, table
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; color: #1f2937;
+  background: #fff; max-width: 1080px; margin: 2.5rem auto; padding: 0 1.5rem; }}
+h1 {{ font-size: 1.7rem; margin: 0 0 .2rem; }}
+h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .6rem; }}
+p, figcaption, .small {{ color: #4b5563; }}
+.small, figcaption {{ font-size: .85rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .4rem .6rem; border-bottom: 1px solid #e5e7eb; text-align: right; }}
+th {{ font-weight: 600; font-size: .82rem; color: #4b5563; border-bottom-color: #9ca3af; }}
+.summary th:first-child, .summary td:first-child {{ text-align: left; font-weight: 600; }}
+.plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr));
+  gap: 1.5rem; }}
+figure {{ margin: 0; break-inside: avoid; }}
+figure svg {{ width: 100%; height: auto; }}
+.texts {{ table-layout: fixed; margin-bottom: 1.4rem; break-inside: avoid; }}
+.texts th, .texts td {{ text-align: left; vertical-align: top; white-space: pre-wrap;
+  overflow-wrap: anywhere; }}
+.texts td {{ font-size: .85rem; }}
+.prompt {{ background: #f3f4f6; border-left: 3px solid #9ca3af; padding: .5rem .8rem;
+  margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }}
+@media print {{ body {{ margin: 0; max-width: none; font-size: 11px; }}
+  .wide {{ overflow: visible; }} th, td {{ padding: .25rem .3rem; }}
+  .plots {{ grid-template-columns: 1fr 1fr; }} }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def render(report: dict[str, Any]) -> str:
+    """The page of a report."""
+    parts = [_head(report), _summary(report), _plots(report), _continuations(report)]
+    return PAGE.format(title="Attention editing report", body="\n".join(parts))
+
+
+def _head(report: dict[str, Any]) -> str:
+    data = report["data"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return (
+        "<h1>Attention editing report</h1>\n"
+        f"<p>Teacher {escape(report['teacher']['name'])}; {escape(data['file'])}: "
+        f"{data['windows']:,} windows of {data['seq_length']:,} tokens "
+        f"({data['tokens']:,} in all).<br>{escape(report['date'])}, {escape(report['dtype'])} "
+        f"on {escape(report['device'])}; {escape(versions)}.</p>"
+    )
+
+
+def _summary(report: dict[str, Any]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in table.HEADER)
+    body = "\n".join(_row("td", cells) for cells in table.rows(report))
+    context = report["teacher"]["kv_context"]
+    return (
+        '<h2>Summary</h2>\n<div class="wide"><table class="summary">\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
+        '<p class="small">Perplexity on held-out text (the teacher has one state only). Ratio: '
+        "student's last perplexity over the teacher's. KL(teacher || student) and agreement of "
+        "the likeliest token in the last state. KV: cache bytes per token, counted on a cache "
+        f"filled with {context:,} tokens, and their share of the teacher's.</p>"
+    )
+
+
+def _row(cell: str, texts: list[str]) -> str:
+    return "<tr>" + "".join(f"<{cell}>{escape(text)}</{cell}>" for text in texts) + "</tr>"
+
+
+def _plots(report: dict[str, Any]) -> str:
+    students = report["students"]
+    figures = {
+        "Stage 1, layer-wise: training loss (dashed: validation)": plots.loss_curves(
+            students, "stage1"
+        ),
+        "Stage 2, model-level: training loss (dashed: validation)": plots.loss_curves(
+            students, "stage2"
+        ),
+        "Error of each attention on the teacher's input (layers without error are left out)": (
+            plots.layer_errors(students)
+        ),
+        "Key-value cache of one sequence": plots.kv_growth(report),
+    }
+    shown = "\n".join(
+        f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+        for caption, svg in figures.items()
+        if svg is not None
+    )
+    return f'<h2>Curves</h2>\n<div class="plots">{shown}</div>'
+
+
+def _continuations(report: dict[str, Any]) -> str:
+    if not report["continuations"]:
+        return ""
+    parts = ["<h2>Greedy continuations</h2>"]
+    for entry in report["continuations"]:
+        names, texts = list(entry["texts"]), list(entry["texts"].values())
+        parts.append(
+            f'<p class="prompt">{escape(entry["prompt"])}</p>\n<table class="texts">'
+            f"<thead>{_row('th', names)}</thead><tbody>{_row('td', texts)}</tbody></table>"
+        )
+    return "\n".join(parts)

@@ -1,0 +1,90 @@
+"""Models and tokenizers from local directories, and the check that they belong together."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.export.hf import register
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+MEGATRON_FILES = ("attnedit.json", "latest_checkpointed_iteration.txt")
+
+
+def hf_directory(path: Path, scratch: Path) -> Path:
+    """A Hugging Face directory of the model at ``path``.
+
+    Args:
+        path: Hugging Face directory, or a Megatron checkpoint, which is exported first.
+        scratch: Existing folder for the export.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if (path / "config.json").is_file():
+        return path
+    if not any((path / name).is_file() for name in MEGATRON_FILES):
+        raise UserError(f"{path}: no config.json and no Megatron checkpoint")
+    from megatron_attnedit.export.writer import export_checkpoint
+
+    output = scratch / f"export{len(list(scratch.iterdir()))}"
+    export_checkpoint(path, output)
+    return output
+
+
+def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a causal language model for evaluation, without running code from the directory.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights are incomplete.
+    """
+    register()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{directory}: cannot be loaded: {_one_line(error)}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if names := info.get(problem):
+            raise UserError(
+                f"{directory}: {len(names)} {problem}, e.g. {sorted(map(str, names))[0]}"
+            )
+    return model.to(device).eval()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Load a tokenizer.
+
+    Raises:
+        UserError: the directory holds none, or a broken one.
+    """
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{directory}: no {' or '.join(TOKENIZER_FILES)}")
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception on a bad file
+        raise UserError(f"{directory}: tokenizer cannot be read: {_one_line(error)}") from error
+
+
+def check_same_vocabulary(
+    teacher: Any, student: Any, tokenizer: Any, teacher_dir: Path, student_dir: Path
+) -> None:
+    """Refuse a student that speaks of other tokens than the teacher.
+
+    Raises:
+        UserError: the widths, or the tokenizers where the student carries one, differ.
+    """
+    ours, theirs = teacher.config.vocab_size, student.config.vocab_size
+    if ours != theirs:
+        raise UserError(f"{student_dir}: vocab_size {theirs}, but {teacher_dir} has {ours}")
+    if not any((student_dir / name).is_file() for name in TOKENIZER_FILES):
+        return
+    if load_tokenizer(student_dir).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{student_dir}: its tokenizer's vocabulary is not that of {teacher_dir}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

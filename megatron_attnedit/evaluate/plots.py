@@ -1,0 +1,98 @@
+"""The report's plots as inline SVG."""
+
+import io
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+TEACHER_COLOR = "#6b7280"
+COLORS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9ca3af",
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "path",
+}
+
+
+def _svg(draw: Any, *args: Any) -> str:
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+        draw(figure.add_subplot(), *args)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _colors(students: dict[str, Any]) -> dict[str, str]:
+    return {name: COLORS[i % len(COLORS)] for i, name in enumerate(students)}
+
+
+def loss_curves(students: dict[str, Any], stage: str) -> str | None:
+    """Training loss of every student, validation dashed; None where nothing was logged."""
+    if not any(stage in entry["metrics"] for entry in students.values()):
+        return None
+    return _svg(_draw_losses, students, stage)
+
+
+def _draw_losses(axes: Axes, students: dict[str, Any], stage: str) -> None:
+    for name, color in _colors(students).items():
+        lines = students[name]["metrics"].get(stage, [])
+        for key, style, label in (("loss", "-", name), ("validation_loss", "--", None)):
+            points = [(line["tokens"] / 1e6, line[key]) for line in lines if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=color, label=label)
+    axes.set(xlabel="tokens (millions)", yscale="log")
+    axes.set_ylabel("relative error" if stage == "stage1" else "KL (nats per token)")
+    axes.legend()
+
+
+def layer_errors(students: dict[str, Any]) -> str:
+    """Relative error of each attention: dashed after the edit, full in the last state."""
+    return _svg(_draw_layers, students)
+
+
+def _draw_layers(axes: Axes, students: dict[str, Any]) -> None:
+    for name, color in _colors(students).items():
+        entry = students[name]
+        last = entry["last_state"].replace("_", " ")
+        for key, style, when in (
+            ("relative_error_after_edit", "--", "after edit"),
+            ("relative_error", "-", last),
+        ):
+            # A kept layer has no error at all, which a logarithmic axis cannot show.
+            errors = [(i, e) for i, e in enumerate(entry.get(key, ()), start=1) if e > 0]
+            if errors and not (when == last and key.endswith("edit")):
+                x, y = zip(*errors, strict=True)
+                axes.plot(x, y, style, marker="o", ms=3, color=color, label=f"{name}, {when}")
+    axes.set(xlabel="layer", ylabel="relative error of the attention", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if axes.lines:
+        axes.legend(fontsize=8)
+
+
+def kv_growth(report: dict[str, Any]) -> str:
+    """Cache bytes over context length."""
+    return _svg(_draw_growth, report)
+
+
+def _draw_growth(axes: Axes, report: dict[str, Any]) -> None:
+    curves = {"teacher": (report["teacher"], TEACHER_COLOR)}
+    for name, color in _colors(report["students"]).items():
+        curves[name] = (report["students"][name], color)
+    for name, (entry, color) in curves.items():
+        x, y = zip(*entry["kv_growth"], strict=True)
+        axes.plot(x, [size / 1024 for size in y], marker="o", ms=3, color=color, label=name)
+    axes.set(xlabel="context (tokens)", ylabel="KV cache (KiB)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.legend()

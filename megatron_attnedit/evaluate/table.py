@@ -1,0 +1,63 @@
+"""The summary: the same rows for the terminal and for the page."""
+
+from typing import Any
+
+HEADER = (
+    "model",
+    "ppl after edit",
+    "after stage 1",
+    "after stage 2",
+    "ratio",
+    "KL (nats)",
+    "top-1",
+    "KV B/token",
+    "KV",
+    "stage 1 s",
+    "stage 2 s",
+)
+MISSING = "-"
+
+
+def rows(report: dict[str, Any]) -> list[list[str]]:
+    """Cells of the teacher and of each student, as ``HEADER`` names them."""
+    teacher = report["teacher"]
+    first = ["teacher", MISSING, MISSING, _number(teacher["perplexity"], ".3f"), "1.000"]
+    first += ["0", "100.0 %", _number(teacher["kv_bytes_per_token"], ",.0f"), "100.0 %"]
+    return [[*first, MISSING, MISSING]] + [
+        _student(name, entry) for name, entry in report["students"].items()
+    ]
+
+
+def _student(name: str, entry: dict[str, Any]) -> list[str]:
+    perplexity = [entry["perplexity"].get(f"after_{s}") for s in ("edit", "stage1", "stage2")]
+    return [
+        name,
+        *(_number(value, ".3f") for value in perplexity),
+        _number(entry["perplexity_ratio"], ".3f"),
+        _number(entry["kl"], ".4f"),
+        _number(entry["top1_agreement"], ".1%"),
+        _number(entry["kv_bytes_per_token"], ",.0f"),
+        _number(entry["kv_fraction"], ".1%"),
+        *(_number(entry["seconds"].get(stage), ",.0f") for stage in ("stage1", "stage2")),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    """The number, in scientific notation where it is too large to read."""
+    if value is None:
+        return MISSING
+    text = format(value, ".2e" if abs(value) >= 1e5 and form == ".3f" else form)
+    return text.replace("%", " %")
+
+
+def plain(report: dict[str, Any]) -> str:
+    """The table in plain text; the first column left, numbers right."""
+    lines = [list(HEADER), *rows(report)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Compare students with their teacher on held-out text and write report.json and report.html.
+
+Models are Hugging Face directories; a student may also be a Megatron checkpoint. All of them are
+in memory together.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from megatron_attnedit.device import bootstrap
+from megatron_attnedit.errors import UserError, run_tool
+from megatron_attnedit.logs import start_logging
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--teacher", type=Path, required=True, help="Hugging Face directory with a tokenizer")
+    add(
+        "--student",
+        action="append",
+        required=True,
+        metavar="name=NAME,after_edit=DIR,after_stage1=DIR,after_stage2=DIR",
+        help="a student and its states, at least one; repeatable",
+    )
+    add("--text", type=Path, required=True, help="held-out .jsonl or .txt, also with .gz or .zst")
+    add("--json-key", default="text", help="key of the text in .jsonl (default: %(default)s)")
+    add("--seq-length", type=int, default=1024, help="tokens of a window (default: %(default)s)")
+    add("--max-windows", type=int, help="windows to use (default: all the text)")
+    add("--batch-size", type=int, default=2, help="windows at a time (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of weights and caches (default: float32 on a CPU, else bfloat16)",
+    )
+    add("--output", type=Path, required=True, help="folder for report.json and report.html")
+    add("--json", type=Path, help="write report.json here too")
+    add("--prompts", type=int, default=3, help="continuations to show (default: %(default)s)")
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse numbers that make no evaluation."""
+    for name, least in (("seq_length", 2), ("max_windows", 1), ("batch_size", 1), ("prompts", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def main() -> None:
+    args = parse_args()
+    check(args)
+    start_logging()
+    accelerator = bootstrap()
+    import torch
+
+    from megatron_attnedit.evaluate import html, report, table
+    from megatron_attnedit.evaluate.models import hf_directory, load_model, load_tokenizer
+    from megatron_attnedit.evaluate.students import parse_student
+    from megatron_attnedit.evaluate.text import token_windows
+
+    students = [parse_student(text) for text in args.student]
+    dtype = args.dtype or ("float32" if accelerator.kind == "cpu" else "bfloat16")
+    with tempfile.TemporaryDirectory() as folder:
+        directory = hf_directory(args.teacher, Path(folder))
+        tokenizer = load_tokenizer(directory)
+        windows = token_windows(
+            args.text, tokenizer, args.seq_length, args.max_windows, args.json_key
+        )
+        teacher = load_model(directory, getattr(torch, dtype), accelerator.device)
+        models = report.load_students(students, teacher, tokenizer, directory, Path(folder))
+    result = report.evaluate(
+        teacher, students, models, tokenizer, windows,
+        batch_size=args.batch_size, prompts=args.prompts,
+    )
+    result |= report.describe(teacher, windows, args.text)
+    result["teacher"]["name"] = args.teacher.resolve().name
+    text = report.to_json(result)
+    for file in filter(None, (args.output / "report.json", args.json)):
+        report.write_text(file, text)
+    report.write_text(args.output / "report.html", html.render(result))
+    print(table.plain(result))
+    print(f"wrote {args.output / 'report.json'} and {args.output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
