@@ -24,7 +24,7 @@ STYLE: dict[str, Any] = {
 
 
 def _svg(draw: Any, *args: Any) -> str:
-    with rc_context(STYLE):
+    with rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         draw(figure.add_subplot(), *args)
         buffer = io.StringIO()
@@ -75,7 +75,7 @@ def _draw_layers(axes: Axes, students: dict[str, Any]) -> None:
                 x, y = zip(*errors, strict=True)
                 axes.plot(x, y, style, marker="o", ms=3, color=color, label=f"{name}, {when}")
     axes.set(xlabel="layer", ylabel="relative error of the attention", yscale="log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     if axes.lines:
         axes.legend(fontsize=8)
 

@@ -16,6 +16,7 @@ from megatron_attnedit.convert.hf_checkpoint import (
     write_hf,
 )
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.output import new_directory
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import ParallelConfig
@@ -73,22 +74,15 @@ def _with_teacher(
     source: str, output: Path, overwrite: bool, write: Callable[[Teacher, Path], None]
 ) -> None:
     """Load the teacher and let ``write`` fill a folder that becomes ``output`` when complete."""
-    if output.exists() and not overwrite:
-        raise UserError(f"--output {output}: exists; give --overwrite to replace it")
-    partial = output.parent / f".writing-{output.name}"
     parallel = ParallelConfig()
-    accelerator = start_processes(parallel)
-    try:
-        teacher = load_teacher(source, parallel, torch.float32, accelerator)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(teacher, partial)
-        copy_tokenizer_files(teacher.hf.path, partial)
-        shutil.rmtree(output, ignore_errors=True)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        stop_processes()
+    with new_directory(output, overwrite=overwrite) as folder:
+        accelerator = start_processes(parallel)
+        try:
+            teacher = load_teacher(source, parallel, torch.float32, accelerator)
+            write(teacher, folder)
+        finally:
+            stop_processes()
+        copy_tokenizer_files(teacher.hf.path, folder)
 
 
 def _write_student(

@@ -32,7 +32,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 try:
     from .configuration_gate_swa import GateSWAConfig
 except ImportError:  # loaded as a single file beside the weights
-    from configuration_gate_swa import GateSWAConfig
+    from configuration_gate_swa import GateSWAConfig  # type: ignore[no-redef]
 
 # Checkpoints hold one tensor per expert, as Qwen3-MoE's do; loading stacks them.
 register_checkpoint_conversion_mapping(
