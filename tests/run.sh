@@ -9,4 +9,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . examples/env/cpu.sh
 
 ruff check .
+mypy
 exec python -m pytest --durations=15 "$@"

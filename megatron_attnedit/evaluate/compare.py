@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_attnedit.evaluate.distance import Distance
-from megatron_attnedit.evaluate.layers import LayerErrors, record_attention
+from megatron_attnedit.evaluate.layers import LayerErrors, Recording, record_attention
 from megatron_attnedit.evaluate.perplexity import Perplexity
 
 CHUNK_TOKENS = 1024
@@ -61,7 +61,7 @@ def compare(
         ids, labels = batch[:, :-1], batch[:, 1:].flatten()
         with record_attention(teacher) as recording:
             target = _hidden(teacher, ids)
-        hidden = [_hidden(model, ids) for model, _ in students]
+        hidden = [_student_hidden(model, measured, ids, recording) for model, measured in students]
         for chunk in torch.arange(labels.numel(), device=labels.device).split(CHUNK_TOKENS):
             teacher_log_probs = _log_probs(teacher, target[chunk])
             perplexity.add(teacher_log_probs, labels[chunk])
@@ -70,15 +70,19 @@ def compare(
                 measured.perplexity.add(log_probs, labels[chunk])
                 if measured.distance:
                     measured.distance.add(teacher_log_probs, log_probs)
-        for model, measured in students:
-            if measured.layer_errors:
-                measured.layer_errors.add(model, ids, recording)
     return perplexity
 
 
 def _hidden(model: Any, ids: Tensor) -> Tensor:
     """Hidden states [b * s, h] before the output head."""
     return model.model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def _student_hidden(model: Any, measured: Measured, ids: Tensor, recording: Recording) -> Tensor:
+    if measured.layer_errors is None:
+        return _hidden(model, ids)
+    with measured.layer_errors.measure(model, recording):
+        return _hidden(model, ids)
 
 
 def _log_probs(model: Any, hidden: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
 """Error of each student attention when it gets what the teacher's attention got."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 Recording = list[tuple[Tensor, Tensor]]
@@ -36,27 +35,27 @@ class LayerErrors:
         self.error = [0.0] * num_layers
         self.norm = [0.0] * num_layers
 
-    @torch.no_grad()
-    def add(self, student: Any, input_ids: Tensor, recording: Recording) -> None:
-        """Run the student on ``input_ids`` [b, s], every attention on the teacher's input."""
+    @contextlib.contextmanager
+    def measure(self, student: Any, recording: Recording) -> Iterator[None]:
+        """While open, a pass of the student also runs each attention on the teacher's input.
+
+        Mask and rotary angles are those of the pass, which must be over the recorded tokens.
+        """
         with contextlib.ExitStack() as stack:
             for index, layer in enumerate(student.model.layers):
-                for hook in self._hooks(layer.self_attn, index, *recording[index]):
-                    stack.callback(hook.remove)
-            student.model(input_ids, use_cache=False)
+                hook = self._hook(index, *recording[index])
+                handle = layer.self_attn.register_forward_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
 
-    def _hooks(self, attention: Any, index: int, given: Tensor, target: Tensor) -> list[Any]:
-        def replace(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return args[1:], {**kwargs, "hidden_states": given}
-
-        def compare(module: Any, args: tuple, output: Any) -> None:
-            self.error[index] += (output[0].float() - target.float()).square().sum().item()
+    def _hook(self, index: int, given: Tensor, target: Tensor) -> Callable[..., None]:
+        def compare(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+            # ``forward`` itself: calling the module would come back here.
+            out = module.forward(*args[1:], **{**kwargs, "hidden_states": given})[0]
+            self.error[index] += (out.float() - target.float()).square().sum().item()
             self.norm[index] += target.float().square().sum().item()
 
-        return [
-            attention.register_forward_pre_hook(replace, with_kwargs=True),
-            attention.register_forward_hook(compare),
-        ]
+        return compare
 
     def values(self) -> list[float]:
         """Relative error of each layer, the first layer first."""

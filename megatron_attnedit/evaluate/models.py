@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.evaluate.attention import attention_implementation
 from megatron_attnedit.export.hf import register
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -43,7 +44,11 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any
     register()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+            directory,
+            dtype=dtype,
+            attn_implementation=attention_implementation(device),
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{directory}: cannot be loaded: {_one_line(error)}") from error

@@ -64,7 +64,7 @@ def layer_errors(students: dict[str, Any]) -> str:
 def _draw_layers(axes: Axes, students: dict[str, Any]) -> None:
     for name, color in _colors(students).items():
         entry = students[name]
-        last = entry["last_state"].replace("_", " ")
+        last = entry["last_state"].replace("_", " ").replace("stage", "stage ")
         for key, style, when in (
             ("relative_error_after_edit", "--", "after edit"),
             ("relative_error", "-", last),

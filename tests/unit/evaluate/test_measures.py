@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from megatron_attnedit.evaluate import generation, kv_cache
 from megatron_attnedit.evaluate.compare import compare, compared
@@ -82,6 +83,16 @@ def test_layer_errors(load, teacher_dir, student, windows):
             ]
             error = (outputs[1] - outputs[0]).square().sum() / outputs[0].square().sum()
             assert measured.layer_errors.values()[i] == pytest.approx(error.item(), rel=1e-4)
+
+
+def test_padded_values_change_nothing(load, mla_dir, windows):
+    ours = load(mla_dir)
+    stock = AutoModelForCausalLM.from_pretrained(mla_dir, attn_implementation="eager")
+    assert ours.config._attn_implementation == "sdpa_padded_value"
+    assert stock.config.v_head_dim < stock.config.qk_head_dim
+    with torch.no_grad():
+        one, other = ours(windows).logits, stock(windows).logits
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_is_at_no_distance_from_itself(load, teacher_dir, windows):
