@@ -8,7 +8,8 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
-from megatron_attnedit.models.config import ParallelConfig, transformer_config
+from megatron_attnedit.models.config import transformer_config
+from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import build_teacher, load_teacher_from_hf
 
 VOCAB = 131  # odd, so that tensor parallelism has to pad it
@@ -36,10 +37,15 @@ def tiny_hf_dir(path: Path, family: str = "qwen3", **overrides: Any) -> Path:
         "head_dim": 32,
         "max_position_embeddings": 256,
         "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6 if family == "qwen3" else 1e-5,
+        "rms_norm_eps": 1e-5 if family == "llama" else 1e-6,
         **overrides,
     }
-    name = {"qwen3": "Qwen3", "llama": "Llama"}[family]
+    if family == "qwen3_moe":
+        fields = {
+            "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+            "norm_topk_prob": True, **fields,
+        }
+    name = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}[family]
     config = getattr(transformers, f"{name}Config")(**fields)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).float()
@@ -60,9 +66,9 @@ def build_tiny_teacher(hf_dir: Path, **parallel: Any) -> tuple[HFConfig, Any]:
     hf = read_hf_config(hf_dir)
     size = parallel_state.get_tensor_model_parallel_world_size()
     grid = ParallelConfig(tensor_model_parallel_size=size, **parallel)
-    teacher = build_teacher(hf, transformer_config(hf, grid, torch.float32))
-    load_teacher_from_hf(teacher, hf)
-    return hf, teacher
+    chunks = build_teacher(hf, transformer_config(hf, grid, torch.float32))
+    load_teacher_from_hf(chunks, hf)
+    return hf, chunks[0]
 
 
 def tokens(batch: int = 2, length: int = 63, seed: int = 7) -> torch.Tensor:

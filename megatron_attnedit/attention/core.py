@@ -6,11 +6,15 @@ values, and builds its masks on a CUDA device.
 
 from typing import Any
 
+import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_attnedit.attention.backends import attention_backend
+from megatron_attnedit.attention.context import attend_in_parts
 
 
 class CoreAttention(MegatronModule):
@@ -37,6 +41,7 @@ class CoreAttention(MegatronModule):
         self.backend = attention_backend(backend)
         self.window_size = window_size
         self.softmax_scale = softmax_scale
+        self.recompute = config.recompute_granularity == "selective"
 
     def forward(
         self,
@@ -49,7 +54,7 @@ class CoreAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: ``[s, b, n, d]``.
+            query: ``[s, b, n, d]``; s is this rank's share under context parallelism.
             key: ``[s, b, g, d]``.
             value: ``[s, b, g, dv]``.
             attention_mask: Must be None: causality and window are this module's own.
@@ -59,7 +64,22 @@ class CoreAttention(MegatronModule):
             ``[s, b, n * dv]``.
         """
         assert attention_mask is None, "the attention mask is implied: causal, sliding or full"
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        scale = self.softmax_scale or q.shape[-1] ** -0.5
-        out = self.backend(q, k, v, self.window_size, scale)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(
+                self._attend, query, key, value, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._attend(query, key, value)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scale = self.softmax_scale or query.shape[-1] ** -0.5
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+            return self.backend(q, k, v, self.window_size, scale).permute(2, 0, 1, 3)
+
+        if self.config.context_parallel_size > 1:
+            group = parallel_state.get_context_parallel_group()
+            out = attend_in_parts(attend, query, key, value, self.window_size, group)
+        else:
+            out = attend(query, key, value)
+        return out.flatten(2)

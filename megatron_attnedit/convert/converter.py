@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow, check_complete
+from megatron_attnedit.convert.param_rows import ParamRow, TensorParallelPlace, check_complete
 from megatron_attnedit.errors import UserError
 
 
@@ -19,8 +19,7 @@ def hf_to_megatron(
     params: Mapping[str, Tensor],
     *,
     ignored: Mapping[str, str],
-    tp_rank: int,
-    tp_size: int,
+    place: TensorParallelPlace,
     progress: bool = False,
 ) -> None:
     """Fill this rank's parameters from a Hugging Face directory.
@@ -30,8 +29,7 @@ def hf_to_megatron(
         rows: The table of the whole model; rows of other pipeline stages are skipped.
         params: This rank's parameters under their global names; filled in place.
         ignored: Source tensors that are left out, with the reason.
-        tp_rank: Tensor-parallel rank.
-        tp_size: Tensor-parallel size.
+        place: Which shards this rank holds.
         progress: Show a progress bar.
 
     Raises:
@@ -45,7 +43,7 @@ def hf_to_megatron(
     for name, param in tqdm(params.items(), "import", unit="tensor", disable=not progress):
         row = by_name[name]
         tensors = [reader.tensor(hf) for hf in row.hf_params]
-        shard = row.to_megatron(tensors, tp_rank=tp_rank, tp_size=tp_size)
+        shard = row.shard_at(tensors, place)
         if not torch.isfinite(shard).all():
             raise UserError(f"{reader.directory}: {row.hf_params} hold NaN or Inf")
         assert shard.shape == param.shape, f"{name}: {shard.shape} into {param.shape}"
@@ -87,6 +85,7 @@ def check_tensor_parallel(config: HFConfig, tp_size: int) -> None:
             f"{flag} neither divides nor is a multiple of num_key_value_heads {groups} "
             f"of {config.path}"
         )
-    for name in ("hidden_size", "intermediate_size"):
+    names = ["hidden_size"] if config.num_experts else ["hidden_size", "intermediate_size"]
+    for name in names:
         if getattr(config, name) % tp_size:
             raise UserError(f"{flag} does not divide {name} {getattr(config, name)}")

@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_attnedit.errors import UserError
 
-FAMILIES = ("qwen3", "llama")
+FAMILIES = ("qwen3", "qwen3_moe", "llama")
+QK_NORM = ("qwen3", "qwen3_moe")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -22,6 +23,10 @@ class HFConfig:
         rope_theta: Base of the rotary frequencies.
         rope_scaling: Parameters of Llama 3's scaling (``rope_type: llama3``); None without.
         dtype: Type of the stored tensors.
+        num_experts: Experts of every layer; 0 in a dense model.
+        num_experts_per_tok: Experts that a token visits.
+        moe_intermediate_size: Width of an expert.
+        norm_topk_prob: Do the weights of the visited experts sum to one?
         raw: Everything in the file, for export.
     """
 
@@ -40,12 +45,16 @@ class HFConfig:
     rope_theta: float
     rope_scaling: dict[str, Any] | None
     dtype: str
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
     raw: dict[str, Any] = field(repr=False)
 
     @property
     def qk_norm(self) -> bool:
         """Does the attention normalise queries and keys per head?"""
-        return self.model_type == "qwen3"
+        return self.model_type in QK_NORM
 
     def __post_init__(self) -> None:
         file = self.path / "config.json"
@@ -66,6 +75,16 @@ class HFConfig:
             raise UserError(f"{file}: hidden_act {self.raw['hidden_act']!r} is not supported")
         if self.raw.get("use_sliding_window"):
             raise UserError(f"{file}: use_sliding_window true is not supported in a teacher")
+        if self.raw.get("mlp_only_layers") or self.raw.get("decoder_sparse_step", 1) != 1:
+            raise UserError(
+                f"{file}: dense layers between experts (mlp_only_layers, decoder_sparse_step) are "
+                "not supported"
+            )
+        if self.model_type == "qwen3_moe" and not 0 < self.num_experts_per_tok <= self.num_experts:
+            raise UserError(
+                f"{file}: num_experts_per_tok {self.num_experts_per_tok} is not between 1 and "
+                f"num_experts {self.num_experts}"
+            )
 
 
 def _rope(raw: dict[str, Any], file: Path) -> tuple[float, dict[str, Any] | None]:
@@ -114,10 +133,23 @@ def read_hf_config(directory: str | Path) -> HFConfig:
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             dtype=_dtype(raw, file),
+            **_experts(raw),
             raw=raw,
         )
     except KeyError as error:
         raise UserError(f"{file}: field {error} is missing") from None
+
+
+def _experts(raw: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a mixture of experts; transformers 5 may call ``num_experts`` local."""
+    if raw.get("model_type") != "qwen3_moe":
+        return {}
+    return {
+        "num_experts": raw.get("num_local_experts") or raw["num_experts"],
+        "num_experts_per_tok": raw["num_experts_per_tok"],
+        "moe_intermediate_size": raw["moe_intermediate_size"],
+        "norm_topk_prob": raw.get("norm_topk_prob", False),
+    }
 
 
 def _dtype(raw: dict[str, Any], file: Path) -> str:

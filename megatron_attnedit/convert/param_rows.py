@@ -15,6 +15,16 @@ from megatron_attnedit.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
+class TensorParallelPlace:
+    """Which shard of everything a process holds: rank and size, in experts and elsewhere."""
+
+    rank: int = 0
+    size: int = 1
+    expert_rank: int = 0
+    expert_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParamRow:
     """One Megatron parameter and the Hugging Face tensors it is made of.
 
@@ -26,6 +36,8 @@ class ParamRow:
         tp_dim: Dimension cut by tensor parallelism: 0 column, 1 row, None replicated.
         pad_to_tp: Rows are padded with zeros to a multiple of the tensor-parallel size
             (vocabulary).
+        in_expert: Cut by expert tensor parallelism instead; the name holds the expert's index in
+            the whole model.
     """
 
     megatron_param: str
@@ -34,6 +46,7 @@ class ParamRow:
     layout: Layout = field(default_factory=Same)
     tp_dim: int | None = None
     pad_to_tp: bool = False
+    in_expert: bool = False
 
     def to_megatron(self, tensors: Sequence[Tensor], *, tp_rank: int, tp_size: int) -> Tensor:
         """This rank's shard of the Megatron parameter."""
@@ -44,6 +57,13 @@ class ParamRow:
             whole = torch.nn.functional.pad(whole, (0, 0, 0, -whole.shape[0] % tp_size))
         parts = whole.chunk(self.layout.stacked)
         return torch.cat([part.chunk(tp_size, self.tp_dim)[tp_rank] for part in parts])
+
+    def shard_at(self, tensors: Sequence[Tensor], place: TensorParallelPlace) -> Tensor:
+        """The shard that the process at that place holds."""
+        rank, size = place.rank, place.size
+        if self.in_expert:
+            rank, size = place.expert_rank, place.expert_size
+        return self.to_megatron(tensors, tp_rank=rank, tp_size=size)
 
     def to_hf(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """Hugging Face tensors from the shards of all tensor-parallel ranks, in rank order."""

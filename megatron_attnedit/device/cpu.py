@@ -174,6 +174,51 @@ def _patch_tensor() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
+def _let_experts_run() -> None:
+    """Two things that Megatron's expert dispatch takes for granted and gloo machines lack."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def counts_to_host(
+        tensor: Any, as_numpy: bool = False, record_stream: bool = False
+    ) -> Any:
+        if isinstance(tensor, torch.Tensor):
+            return tensor.numpy() if as_numpy else tensor
+        return tensor
+
+    # mcore's converts CUDA tensors only, and all_to_all then gets a tensor for its sizes.
+    moe_utils.maybe_move_tensor_to_cpu = counts_to_host
+    token_dispatcher.maybe_move_tensor_to_cpu = counts_to_host
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_padded(
+        x: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        """Gloo gathers parts of one size only: pad to the longest."""
+        if sizes is None or group.size() == 1:
+            return gather(x, group, sizes, use_global_buffer)
+        longest = max(sizes)
+        padded = x.new_zeros(longest, *x.shape[1:])
+        padded[: x.shape[0]] = x
+        out = x.new_empty(longest * len(sizes), *x.shape[1:])
+        torch.distributed.all_gather_into_tensor(out, padded, group=group)
+        return torch.cat([p[:n] for p, n in zip(out.split(longest), sizes, strict=True)])
+
+    def scatter_padded(
+        x: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        """As ``gather_padded``."""
+        if sizes is None or group.size() == 1:
+            return scatter(x, group, sizes, use_global_buffer)
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split([int(n) for n in sizes])[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim = gather_padded
+    mappings._reduce_scatter_along_first_dim = scatter_padded
+
+
 @functools.cache
 def install() -> None:
     """Put the stand-in in place; modules loaded before and after this call get it."""
@@ -192,5 +237,6 @@ def install() -> None:
     logging.getLogger(rng.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
+    _let_experts_run()
     rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -27,6 +27,14 @@ def _fork_results_queue() -> None:
     filesystem_async._get_write_results_queue = queue
 
 
+def _router_in_float32() -> None:
+    """``moe_router_dtype="fp32"`` without Transformer Engine reads a name that is not defined."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def _own_adam_steps() -> None:
     """Give every parameter its own Adam ``step`` after a load of the distributed optimizer.
 
@@ -93,5 +101,6 @@ def install(kind: str) -> None:
             f"megatron-core {megatron.core.__version__} is installed; "
             f"this program needs {SUPPORTED}x (pip install 'megatron-core>=0.16.0,<0.17')"
         )
+    _router_in_float32()
     _fork_results_queue()
     _own_adam_steps()

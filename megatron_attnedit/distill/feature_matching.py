@@ -42,7 +42,8 @@ class FeatureMatching:
     ) -> None:
         self.scale = weight / num_layers
         self.mask: Tensor | None = None
-        self.total = torch.zeros(())
+        device = next(teacher_layers.parameters()).device
+        self.total = torch.zeros((), device=device)  # of this rank, over micro-batches
         self._targets: dict[int, Tensor] = {}
         for i, (teacher, student) in enumerate(zip(teacher_layers, student_layers, strict=True)):
             if teacher is not student:
@@ -52,7 +53,6 @@ class FeatureMatching:
     def start(self, mask: Tensor) -> None:
         """Begin a micro-batch; ``mask [s, b]`` as held by this rank."""
         self.mask = mask
-        self.total = mask.new_zeros(())
         self._targets.clear()
 
     def stop(self) -> None:
@@ -74,7 +74,7 @@ class FeatureMatching:
             hidden = output[0]
             cosine = F.cosine_similarity(hidden.float(), self._targets.pop(i).float(), dim=-1)
             loss = ((1 - cosine) * self.mask).sum() * self.scale
-            self.total = self.total + loss.detach()
+            self.total += loss.detach()
             return (_Attach.apply(hidden, loss), *output[1:])
 
         return hook

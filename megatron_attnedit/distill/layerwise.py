@@ -63,6 +63,14 @@ class LayerwiseDistillation(MegatronModule):
         self.attentions.train(mode)
         return self
 
+    # mcore asks, to add up gradients of tied embeddings; here nothing of the kind trains.
+    share_embeddings_and_output_weights = False
+
+    @property
+    def pre_process(self) -> bool:
+        """Is the embedding here?"""
+        return self.teacher.pre_process
+
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Called by Megatron's schedules."""
         self.teacher.set_input_tensor(input_tensor)

@@ -4,6 +4,8 @@ Both models run on the same tokens. Through a pipeline their hidden states trave
 teacher behind student on the batch dimension, the teacher's half without a gradient.
 """
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +55,7 @@ class ModelLevelConfig:
 
 
 class ModelLevelDistillation(MegatronModule):
-    """Teacher and student of this pipeline stage.
+    """Teacher and student: one piece of each on this pipeline stage.
 
     Args:
         teacher: Frozen; stays in eval mode, with every module that the student shares.
@@ -61,6 +63,7 @@ class ModelLevelDistillation(MegatronModule):
         trained: The student's own modules, which ``train()`` switches.
         config: The loss.
         vocab_size: Words without padding.
+        num_edited: Edited layers of the whole model.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class ModelLevelDistillation(MegatronModule):
         *,
         config: ModelLevelConfig,
         vocab_size: int,
+        num_edited: int,
     ) -> None:
         super().__init__(config=teacher.config)
         self.model_type = teacher.model_type
@@ -86,15 +90,30 @@ class ModelLevelDistillation(MegatronModule):
                 teacher.decoder.layers,
                 student.decoder.layers,
                 weight=config.feature_matching_weight,
-                num_layers=len(trained),
+                num_layers=num_edited,
             )
 
     def train(self, mode: bool = True) -> Self:
         """Switch what is the student's own; shared modules stay in eval mode."""
         self.training = mode
+        self.student.decoder.training = mode  # the student's own object: does it recompute?
         for module in self._trained:
             module.train(mode)
         return self
+
+    @property
+    def pre_process(self) -> bool:
+        """Is the embedding here? mcore asks, to add up gradients of tied weights."""
+        return self.student.pre_process
+
+    @property
+    def share_embeddings_and_output_weights(self) -> bool:
+        """See ``pre_process``."""
+        return self.student.share_embeddings_and_output_weights
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """See ``pre_process``."""
+        return self.student.shared_embedding_or_output_weight()
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Called by Megatron's schedules with ``[s, 2b, h]``, or None on the first stage."""
@@ -125,7 +144,7 @@ class ModelLevelDistillation(MegatronModule):
 
     def loss(
         self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, *, with_lm_loss: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Sum over this rank's tokens of the KL loss, on the last pipeline stage.
 
         Args:
@@ -135,7 +154,7 @@ class ModelLevelDistillation(MegatronModule):
             with_lm_loss: Also compute both models' cross entropies (validation).
 
         Returns:
-            The loss, and detached sums by the name that is logged.
+            The loss, and detached sums in the order of ``loss_names``.
         """
         group = parallel_state.get_tensor_model_parallel_group()
         student, teacher = (self._whole_sequence(half) for half in hidden.chunk(2, dim=1))
@@ -154,20 +173,18 @@ class ModelLevelDistillation(MegatronModule):
             temperature=self.loss_config.temperature,
             **common,
         )
-        sums = {"logits distillation loss": kl.detach()}
-        if self.features:
-            total = self.features.total.clone()
-            if self.config.sequence_parallel:  # each rank has seen its own tokens
-                torch.distributed.all_reduce(total, group=group)
-            sums["feature matching loss"] = total
+        sums = [kl.detach()]
         if with_lm_loss:
             targets = labels.t().reshape(-1)
-            for name, states, weight in (
-                ("student lm loss", student, weights[0]),
-                ("teacher lm loss", teacher, weights[1]),
-            ):
-                sums[name] = chunked_lm_loss(states.detach(), weight, targets, mask, **common)
+            for states, weight in ((student, weights[0]), (teacher, weights[1])):
+                sums.append(chunked_lm_loss(states.detach(), weight, targets, mask, **common))
         return kl, sums
+
+    @staticmethod
+    def loss_names(*, with_lm_loss: bool) -> list[str]:
+        """What the sums of ``loss`` are."""
+        names = ["logits distillation loss"]
+        return [*names, "student lm loss", "teacher lm loss"] if with_lm_loss else names
 
     def _whole_sequence(self, hidden: Tensor) -> Tensor:
         """``[s or s/tp, b, h]`` to ``[s * b, h]``; backward sums over tensor-parallel ranks."""
@@ -181,19 +198,17 @@ class ModelLevelDistillation(MegatronModule):
         return whole.flatten(0, 1)
 
 
-def first_nonfinite_layer(student: GPTModel, tokens: Tensor, position_ids: Tensor) -> int | None:
-    """Number (1-based) of the first layer whose output holds NaN or Inf, for an error message."""
+@contextlib.contextmanager
+def nonfinite_layers(students: Sequence[GPTModel]) -> Iterator[list[int]]:
+    """While open, collects the numbers (1-based) of layers whose output holds NaN or Inf."""
     found: list[int] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if not found and not torch.isfinite(output[0]).all():
+        if not torch.isfinite(output[0]).all():
             found.append(module.layer_number)  # type: ignore[arg-type]
 
-    handles = [layer.register_forward_hook(hook) for layer in student.decoder.layers]
-    try:
-        with torch.no_grad():
-            backbone(student, tokens, position_ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
+    with contextlib.ExitStack() as stack:
+        for student in students:
+            for layer in student.decoder.layers:
+                stack.callback(layer.register_forward_hook(hook).remove)
+        yield found

@@ -19,7 +19,7 @@ from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.output import new_directory
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.config import ParallelConfig
+from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import student_rows
 from megatron_attnedit.models.teacher import global_params
 from megatron_attnedit.training import checkpoint

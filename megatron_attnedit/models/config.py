@@ -1,15 +1,15 @@
 """From Hugging Face's configuration to Megatron's."""
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_attnedit.convert.converter import check_tensor_parallel
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.grid import ParallelConfig
 
 # What mcore's RotaryEmbedding has built in for Llama 3's frequency scaling.
 LLAMA3_ROPE = {
@@ -19,28 +19,6 @@ LLAMA3_ROPE = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How a model is cut over processes, in Megatron's words.
-
-    Attributes:
-        tensor_model_parallel_size: Processes that share each layer.
-        sequence_parallel: Cut the norms' tokens over the tensor-parallel processes, too.
-    """
-
-    tensor_model_parallel_size: int = 1
-    sequence_parallel: bool = False
-
-    def __post_init__(self) -> None:
-        if self.tensor_model_parallel_size < 1:
-            raise UserError(
-                f"--tensor-model-parallel-size {self.tensor_model_parallel_size}: "
-                "expected a positive number"
-            )
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1")
-
-
 @torch.no_grad()
 def fill_with_nan(weight: Tensor) -> None:
     """First content of every parameter: one that is never loaded cannot pass unseen."""
@@ -48,7 +26,11 @@ def fill_with_nan(weight: Tensor) -> None:
 
 
 def transformer_config(
-    hf: HFConfig, parallel: ParallelConfig, dtype: torch.dtype
+    hf: HFConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    *,
+    recompute: str = "none",
 ) -> TransformerConfig:
     """Megatron's configuration of the teacher; its student runs under the same.
 
@@ -56,11 +38,13 @@ def transformer_config(
         hf: The teacher's ``config.json``.
         parallel: The grid.
         dtype: Type of parameters and activations.
+        recompute: What backward computes again instead of keeping: ``none``, ``selective`` (core
+            attention) or ``full`` (whole layers).
 
     Raises:
         UserError: the grid cannot cut this model, or its rotary scaling is another than Llama 3's.
     """
-    check_tensor_parallel(hf, parallel.tensor_model_parallel_size)
+    parallel.check_model(hf)
     for key, value in LLAMA3_ROPE.items():
         if hf.rope_scaling and hf.rope_scaling.get(key, value) != value:
             raise UserError(
@@ -82,8 +66,6 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         init_method=fill_with_nan,
@@ -97,4 +79,60 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
+        **_grid(parallel, dtype),
+        **_experts(hf),
+        **_recompute(recompute),
     )
+
+
+def _grid(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    interleaved = parallel.num_chunks > 1
+    fields: dict[str, Any] = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "pipeline_dtype": dtype,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        # Without overlap, mcore's interleaved schedule on two stages computes wrong numbers.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
+    if interleaved:
+        fields["virtual_pipeline_model_parallel_size"] = parallel.num_chunks
+    if parallel.pipeline_model_parallel_layout:
+        fields["pipeline_model_parallel_layout"] = parallel.pipeline_model_parallel_layout
+    return fields
+
+
+def _experts(hf: HFConfig) -> dict[str, Any]:
+    """Softmax router without any loss of its own: it is frozen, and in a frozen router an auxiliary
+    loss would still reach the hidden states.
+    """
+    if not hf.num_experts:
+        return {}
+    return {
+        "num_moe_experts": hf.num_experts,
+        "moe_router_topk": hf.num_experts_per_tok,
+        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        # Softmax over the chosen experts only is the same as scaling their weights to sum to one.
+        "moe_router_pre_softmax": not hf.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": False,
+    }
+
+
+def _recompute(what: str) -> dict[str, Any]:
+    if what == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    if what == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}

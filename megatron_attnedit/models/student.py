@@ -33,7 +33,7 @@ def build_student(
     outside attention can differ. Layers that are not edited are shared whole.
 
     Args:
-        teacher: This rank's part of the teacher.
+        teacher: One of this rank's pieces of the teacher.
         student_attention: What replaces its attention, and in which layers.
         attention_backend: See ``attention.backends``.
     """

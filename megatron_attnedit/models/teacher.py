@@ -1,14 +1,17 @@
 """The teacher: a Megatron GPT model with a Hugging Face model's weights."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -18,6 +21,9 @@ from megatron_attnedit.convert.converter import hf_to_megatron
 from megatron_attnedit.convert.families import ignored_names, teacher_rows
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.models.grid import place_of_this_process
+
+EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def teacher_layer_spec(config: TransformerConfig, *, attention_backend: str) -> ModuleSpec:
@@ -26,7 +32,10 @@ def teacher_layer_spec(config: TransformerConfig, *, attention_backend: str) -> 
     ``input_layernorm`` stays a module of its own, because the student needs what comes out of it.
     """
     spec = get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
     )
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
@@ -45,13 +54,26 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 def build_teacher(
     hf: HFConfig, config: TransformerConfig, *, attention_backend: str = "auto"
+) -> list[GPTModel]:
+    """Build this rank's part of the teacher, frozen, with weights that are NaN until loaded.
+
+    Returns:
+        The pieces of the model on this rank: one, or several when the pipeline is interleaved.
+    """
+    chunks = config.virtual_pipeline_model_parallel_size
+    if chunks is None:
+        return [_build_chunk(hf, config, None, attention_backend)]
+    return [_build_chunk(hf, config, i, attention_backend) for i in range(chunks)]
+
+
+def _build_chunk(
+    hf: HFConfig, config: TransformerConfig, vp_stage: int | None, attention_backend: str
 ) -> GPTModel:
-    """Build this rank's part of the teacher, frozen, with weights that are NaN until loaded."""
     spec = teacher_layer_spec(config, attention_backend=attention_backend)
-    assert config.num_layers is not None
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
     model = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=RMSNorm),
+        TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm),
         vocab_size=padded_vocab_size(hf.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=hf.max_position_embeddings,
         position_embedding_type="rope",
@@ -59,33 +81,67 @@ def build_teacher(
         rope_scaling=hf.rope_scaling is not None,
         rope_scaling_factor=(hf.rope_scaling or {}).get("factor", 8.0),
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        pre_process=is_pipeline_end(config, vp_stage, first=True),
+        post_process=is_pipeline_end(config, vp_stage, first=False),
+        vp_stage=vp_stage,
     )
     return model.requires_grad_(False).eval()
 
 
+def is_pipeline_end(config: TransformerConfig, vp_stage: int | None, *, first: bool) -> bool:
+    """Does the first (last) piece of the model lie here?"""
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    if first:
+        return rank == 0 and (vp_stage or 0) == 0
+    last = parallel_state.get_pipeline_model_parallel_world_size() - 1
+    return rank == last and (vp_stage or 0) == chunks - 1
+
+
+def global_name(model: GPTModel, name: str) -> str:
+    """A parameter's name with layer and expert indices of the whole model.
+
+    Args:
+        model: This rank's piece.
+        name: Its name in that piece.
+    """
+    if not name.startswith("decoder.layers."):
+        return name
+    decoder, layers, local, rest = name.split(".", 3)
+    number = model.decoder.layers[int(local)].layer_number
+    before, experts, after = rest.partition(".local_experts.")
+    if experts:
+        expert, parameter = after.split(".", 1)
+        per_rank = model.config.num_moe_experts // model.config.expert_model_parallel_size
+        index = parallel_state.get_expert_model_parallel_rank() * per_rank + int(expert)
+        rest = f"{before}{experts}{index}.{parameter}"
+    return f"{decoder}.{layers}.{number - 1}.{rest}"
+
+
 def global_params(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
-    """This rank's parameters, layers named by their index in the whole model."""
-    numbers = [layer.layer_number - 1 for layer in model.decoder.layers]
+    """This rank's parameters under their names in the whole model."""
     for name, param in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            _, _, local, rest = name.split(".", 3)
-            name = f"decoder.layers.{numbers[int(local)]}.{rest}"
-        yield name, param
+        yield global_name(model, name), param
 
 
-def load_teacher_from_hf(model: GPTModel, hf: HFConfig, *, progress: bool = False) -> None:
+def load_teacher_from_hf(
+    chunks: Sequence[GPTModel], hf: HFConfig, *, progress: bool = False
+) -> None:
     """Fill the teacher from the directory that ``hf`` was read from.
 
     Raises:
         UserError: a file is missing or does not fit ``config.json``.
     """
+    params = dict(item for chunk in chunks for item in global_params(chunk))
+    if hf.tie_word_embeddings and "output_layer.weight" in params:
+        # The last pipeline stage has a copy of its own.
+        params[EMBEDDING] = params.pop("output_layer.weight")
     hf_to_megatron(
         HFReader(hf.path),
         teacher_rows(hf),
-        dict(global_params(model)),
+        params,
         ignored=ignored_names(hf),
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        place=place_of_this_process(),
         progress=progress,
     )
 
@@ -95,17 +151,20 @@ def backbone(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:
 
     Args:
         model: Teacher or student.
-        tokens: ``[b, s]``.
+        tokens: ``[b, s]``; s is this rank's share under context parallelism.
         position_ids: ``[b, s]``.
 
     Returns:
         ``[s, b, h]``, or ``[s/tp, b, h]`` under sequence parallelism; normed on the last stage.
     """
     decoder_input = model.embedding(tokens, position_ids) if model.pre_process else None
+    if decoder_input is not None and torch.is_grad_enabled() and not decoder_input.requires_grad:
+        # The embedding may be frozen, and recomputed layers need something to hang a gradient on.
+        decoder_input.requires_grad_()
     return model.decoder(
         hidden_states=decoder_input,
         attention_mask=None,
-        rotary_pos_emb=model.rotary_pos_emb(tokens.shape[1]),
+        rotary_pos_emb=model.rotary_pos_emb(tokens.shape[1] * model.config.context_parallel_size),
     )
 
 

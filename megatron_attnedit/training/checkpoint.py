@@ -6,7 +6,7 @@ weights are not written again: a student's checkpoint holds what trained and nam
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.teacher import global_name
 from megatron_attnedit.training.lineage import FILE, Lineage
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -33,9 +34,13 @@ def metadata() -> dict[str, Any]:
     }
 
 
-def model_state(model: GPTModel) -> dict[str, Any]:
-    """Sharded tensors of a whole model."""
-    return model.sharded_state_dict(metadata=metadata())
+def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
+    """Sharded tensors of this rank's pieces of a model, under their names in the whole model."""
+    return {
+        global_name(chunk, name): sharded
+        for chunk in chunks
+        for name, sharded in chunk.sharded_state_dict(metadata=metadata()).items()
+    }
 
 
 def attention_state(attentions: Mapping[int, MegatronModule]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from megatron_attnedit.attention import StudentAttention, student_attention_clas
 from megatron_attnedit.convert.hf_checkpoint import torch_dtype
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.config import ParallelConfig
+from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import (
     build_student,
     edited_attentions,

@@ -57,6 +57,16 @@ class Recipe:
 
     tensor_model_parallel_size: int = option(1, "processes that share each layer")
     sequence_parallel: bool = option(False, "cut norms over tensor-parallel processes, too")
+    pipeline_model_parallel_size: int = option(1, "stages that the layers are cut into")
+    num_virtual_stages_per_pipeline_rank: int = option(
+        1, "pieces of the model on each process; above 1: interleaved pipeline"
+    )
+    pipeline_model_parallel_layout: str = option(
+        "", "layers of each stage, for example Et|ttt|tttL (E embedding, t layer, L loss)"
+    )
+    context_parallel_size: int = option(1, "processes that share each sequence")
+    expert_model_parallel_size: int = option(1, "processes that share the experts")
+    expert_tensor_parallel_size: int = option(1, "processes that share each expert")
     use_distributed_optimizer: bool = option(
         False, "cut optimizer state over data-parallel processes"
     )
@@ -122,9 +132,22 @@ class Stage2Recipe(Recipe):
         0.0, "weight of 1 - cosine of hidden states against the KL loss; 0: off"
     )
     kl_chunk_tokens: int = option(1024, "tokens whose logits live at a time")
+    recompute: str = option(
+        "none",
+        "what backward computes again to save memory: core attention, or whole layers",
+        ("none", "selective", "full"),
+    )
     trainable: str = option(
         "attention", "what trains: edited attentions, or a full copy", ("attention", "all")
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recompute == "full" and self.feature_matching_weight:
+            raise UserError(
+                "--recompute full does not go with --feature-matching-weight: its targets are gone "
+                "when a layer runs again; use --recompute selective"
+            )
 
 
 def _field_types(cls: type[Recipe]) -> dict[str, Any]:

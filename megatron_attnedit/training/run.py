@@ -1,17 +1,18 @@
 """From a recipe to a trained student."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
-from megatron_attnedit.device import Accelerator
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.config import ParallelConfig
 from megatron_attnedit.models.flops import stage1_flops, stage2_flops
+from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.student import edited_attentions
 from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.data import DataConfig, build_datasets, data_identity
 from megatron_attnedit.training.lineage import read_lineage
@@ -43,10 +44,8 @@ def run(recipe: Recipe) -> None:
 
 def parallel_config(recipe: Recipe) -> ParallelConfig:
     """The recipe's grid."""
-    return ParallelConfig(
-        tensor_model_parallel_size=recipe.tensor_model_parallel_size,
-        sequence_parallel=recipe.sequence_parallel,
-    )
+    names = (item.name for item in dataclasses.fields(ParallelConfig))
+    return ParallelConfig(**{name: getattr(recipe, name) for name in names})
 
 
 def prepare(recipe: Recipe) -> Run:
@@ -54,6 +53,7 @@ def prepare(recipe: Recipe) -> Run:
     start = checkpoint.find(recipe.load, "--load")
     before = read_lineage(start)
     parallel = parallel_config(recipe)
+    parallel.check_sequence(recipe.seq_length)
     accelerator = start_processes(parallel, recipe.seed)
     backend = recipe.attention_backend
     teacher = load_teacher(
@@ -62,6 +62,7 @@ def prepare(recipe: Recipe) -> Run:
         torch.bfloat16 if recipe.bf16 else torch.float32,
         accelerator,
         attention_backend=backend,
+        recompute=getattr(recipe, "recompute", "none"),
     )
     if teacher.fingerprint != before.teacher_fingerprint:
         raise UserError(
@@ -73,13 +74,15 @@ def prepare(recipe: Recipe) -> Run:
     )
     own_copies = isinstance(recipe, Stage2Recipe) and recipe.trainable == "all"
     student = Student(teacher, start, before, attention_backend=backend, own_copies=own_copies)
+    size = parallel_state.get_data_parallel_world_size()
+    parallel.check_microbatches(recipe.num_microbatches(size))
     data_config, train_data, valid_data = _data(recipe, teacher)
-    check_teacher(teacher, train_data, accelerator)
+    check_teacher(teacher, train_data)
     if isinstance(recipe, Stage2Recipe):
-        parts = _stage2(recipe, teacher, student, accelerator)
+        parts = _stage2(recipe, teacher, student)
     else:
         assert isinstance(recipe, Stage1Recipe)
-        parts = _stage1(recipe, teacher, student, accelerator)
+        parts = _stage1(recipe, teacher, student)
     return Run(
         recipe=recipe,
         train_data=train_data,
@@ -95,40 +98,51 @@ def prepare(recipe: Recipe) -> Run:
     )
 
 
-def _stage1(
-    recipe: Stage1Recipe, teacher: Teacher, student: Student, accelerator: Accelerator
-) -> dict[str, Any]:
+def _edited(teacher: Teacher, student: Student) -> list[int]:
+    """Indices of the edited layers of the whole model."""
+    return [i for i in range(teacher.hf.num_hidden_layers) if student.attention.edits(i)]
+
+
+def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> dict[str, Any]:
     student.trained_modules()
-    module = LayerwiseDistillation(
-        teacher.model, student.attentions, normalisation=recipe.normalisation
-    )
-    model, optimizer, schedule = wrap(module, recipe)
+    modules = [
+        LayerwiseDistillation(
+            chunk,
+            edited_attentions(mine, student.attention),
+            normalisation=recipe.normalisation,
+        )
+        for chunk, mine in zip(teacher.chunks, student.chunks, strict=True)
+    ]
+    models, optimizer, schedule = wrap(modules, recipe)
     return {
-        "stage": Stage1(module, model, accelerator),
+        "stage": Stage1(modules, models, _edited(teacher, student)),
         "optimizer": optimizer,
         "schedule": schedule,
         "flops_per_token": stage1_flops(teacher.hf, recipe.seq_length),
     }
 
 
-def _stage2(
-    recipe: Stage2Recipe, teacher: Teacher, student: Student, accelerator: Accelerator
-) -> dict[str, Any]:
-    module = ModelLevelDistillation(
-        teacher.model,
-        student.model,
-        student.trained_modules(),
-        config=ModelLevelConfig(
-            kl=recipe.kl,
-            temperature=recipe.temperature,
-            feature_matching_weight=recipe.feature_matching_weight,
-            kl_chunk_tokens=recipe.kl_chunk_tokens,
-        ),
-        vocab_size=teacher.hf.vocab_size,
-    )
-    model, optimizer, schedule = wrap(module, recipe)
+def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> dict[str, Any]:
+    trained = student.trained_modules()
+    modules = [
+        ModelLevelDistillation(
+            chunk,
+            student_chunk,
+            own,
+            config=ModelLevelConfig(
+                kl=recipe.kl,
+                temperature=recipe.temperature,
+                feature_matching_weight=recipe.feature_matching_weight,
+                kl_chunk_tokens=recipe.kl_chunk_tokens,
+            ),
+            vocab_size=teacher.hf.vocab_size,
+            num_edited=len(_edited(teacher, student)),
+        )
+        for chunk, student_chunk, own in zip(teacher.chunks, student.chunks, trained, strict=True)
+    ]
+    models, optimizer, schedule = wrap(modules, recipe)
     return {
-        "stage": Stage2(module, model, accelerator),
+        "stage": Stage2(modules, models),
         "optimizer": optimizer,
         "schedule": schedule,
         "flops_per_token": stage2_flops(teacher.hf, recipe.seq_length),
@@ -136,7 +150,6 @@ def _stage2(
 
 
 def _data(recipe: Recipe, teacher: Teacher) -> tuple[DataConfig, Any, Any]:
-    recipe.num_microbatches(parallel_state.get_data_parallel_world_size())
     data_config = DataConfig(
         train_data_path=recipe.train_data_path,
         valid_data_path=recipe.valid_data_path,

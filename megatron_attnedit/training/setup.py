@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,8 @@ from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.device import Accelerator, bootstrap
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.config import ParallelConfig, transformer_config
+from megatron_attnedit.models.config import transformer_config
+from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import build_teacher, load_teacher_from_hf
 from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.lineage import Lineage, read_lineage
@@ -41,11 +43,7 @@ def start_processes(
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, alone)
     world_size = int(os.environ["WORLD_SIZE"])
-    if world_size % parallel.tensor_model_parallel_size:
-        raise UserError(
-            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} does not divide "
-            f"the number of processes {world_size} (torchrun --nproc-per-node)"
-        )
+    parallel.check_processes(world_size)
     if not dist.is_initialized():
         store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
         dist.init_process_group(
@@ -55,9 +53,7 @@ def start_processes(
             world_size=world_size,
             timeout=timeout,
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size
-    )
+    parallel.start()
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     if dist.get_rank() != 0:
         logging.getLogger("megatron_attnedit").setLevel(logging.ERROR)
@@ -76,16 +72,22 @@ class Teacher:
     """A loaded teacher.
 
     Attributes:
-        model: This rank's part, frozen.
+        chunks: This rank's pieces, frozen; several when the pipeline is interleaved.
         hf: Its configuration.
         fingerprint: Identity of its weights.
         source: The directory given by the user.
     """
 
-    model: GPTModel
+    chunks: list[GPTModel]
     hf: HFConfig
     fingerprint: str
     source: str
+
+    @property
+    def model(self) -> GPTModel:
+        """The whole model, where one process holds it."""
+        (model,) = self.chunks
+        return model
 
     def lineage(self) -> Lineage:
         """The root of every student's lineage."""
@@ -120,6 +122,7 @@ def load_teacher(
     accelerator: Accelerator,
     *,
     attention_backend: str = "auto",
+    recompute: str = "none",
 ) -> Teacher:
     """Build the teacher on this grid and load it from either format.
 
@@ -127,24 +130,27 @@ def load_teacher(
         UserError: see ``read_hf_config``, ``transformer_config`` and the loaders.
     """
     hf = read_hf_config(teacher_hf_dir(source))
-    config = transformer_config(hf, parallel, dtype)
-    model = build_teacher(hf, config, attention_backend=attention_backend).to(accelerator.device)
+    config = transformer_config(hf, parallel, dtype, recompute=recompute)
+    chunks = build_teacher(hf, config, attention_backend=attention_backend)
+    for chunk in chunks:
+        chunk.to(accelerator.device)
     if hf.path == Path(source):
-        load_teacher_from_hf(model, hf, progress=dist.get_rank() == 0)
-        return Teacher(model, hf, fingerprint(HFReader(hf.path)), source)
+        load_teacher_from_hf(chunks, hf, progress=dist.get_rank() == 0)
+        return Teacher(chunks, hf, fingerprint(HFReader(hf.path)), source)
     path = checkpoint.find(source, "--teacher")
-    checkpoint.load_params(path, checkpoint.model_state(model))
-    return Teacher(model, hf, read_lineage(path).teacher_fingerprint, source)
+    checkpoint.load_params(path, checkpoint.model_state(chunks))
+    return Teacher(chunks, hf, read_lineage(path).teacher_fingerprint, source)
 
 
 def wrap(
-    module: MegatronModule, recipe: Recipe
-) -> tuple[DistributedDataParallel, MegatronOptimizer, OptimizerParamScheduler]:
+    modules: Sequence[MegatronModule], recipe: Recipe
+) -> tuple[list[DistributedDataParallel], MegatronOptimizer, OptimizerParamScheduler]:
     """mcore's data parallelism, optimizer and learning-rate schedule around what trains."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=recipe.use_distributed_optimizer
     )
-    model = DistributedDataParallel(module.config, ddp_config, module)
+    config = modules[0].config
+    models = [DistributedDataParallel(config, ddp_config, module) for module in modules]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -156,10 +162,10 @@ def wrap(
             adam_eps=recipe.adam_eps,
             clip_grad=recipe.clip_grad,
             bf16=recipe.bf16,
-            params_dtype=module.config.params_dtype,
+            params_dtype=config.params_dtype,
             use_distributed_optimizer=recipe.use_distributed_optimizer,
         ),
-        [model],
+        models,
     )
     schedule = OptimizerParamScheduler(
         optimizer,
@@ -174,4 +180,4 @@ def wrap(
         wd_incr_steps=recipe.train_iters,
         wd_incr_style="constant",
     )
-    return model, optimizer, schedule
+    return models, optimizer, schedule

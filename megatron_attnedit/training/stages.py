@@ -5,20 +5,20 @@ return plain numbers under the names that are logged. Sums over tokens are reduc
 and divided once.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_attnedit.device import Accelerator
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
-from megatron_attnedit.distill.model_level import ModelLevelDistillation, first_nonfinite_layer
+from megatron_attnedit.distill.model_level import ModelLevelDistillation, nonfinite_layers
 from megatron_attnedit.training.data import Batch
+from megatron_attnedit.training.schedule import run_schedule, sum_over_ranks
 
 Metrics = dict[str, Any]
 
@@ -27,7 +27,7 @@ class Stage(Protocol):
     """What the loop needs to know of a stage."""
 
     number: int
-    model: DistributedDataParallel
+    models: Sequence[DistributedDataParallel]
 
     def train_step(self, batches: Iterator[Batch], num_microbatches: int) -> Metrics:
         """Gradients of one global batch; ``loss`` and whatever else is logged."""
@@ -39,136 +39,149 @@ class Stage(Protocol):
         """Where a loss that is not finite comes from."""
 
 
-def _schedule(
-    model: torch.nn.Module,
-    batches: Iterator[Batch],
-    step: Callable[..., Any],
-    num_microbatches: int,
-    *,
-    forward_only: bool,
-) -> list[Any]:
-    """Megatron's schedule for this grid over ``num_microbatches``."""
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=batches,
-        model=model,
-        num_microbatches=num_microbatches,
-        seq_length=1,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-
-
 class Stage1:
-    """Layer-wise; see ``distill.layerwise``."""
+    """Layer-wise; see ``distill.layerwise``.
+
+    Args:
+        modules: This rank's pieces.
+        models: The same, wrapped for data parallelism.
+        edited: 0-based indices of all edited layers of the whole model.
+    """
 
     number = 1
 
     def __init__(
         self,
-        module: LayerwiseDistillation,
-        model: DistributedDataParallel,
-        accelerator: Accelerator,
+        modules: Sequence[LayerwiseDistillation],
+        models: Sequence[DistributedDataParallel],
+        edited: Sequence[int],
     ) -> None:
-        self.module = module
-        self.model = model
-        self.accelerator = accelerator
+        self.modules = modules
+        self.models = models
+        self.edited = edited
         self._layer_losses: dict[str, float] = {}
 
-    def _run(self, batches: Iterator[Batch], num_microbatches: int) -> Tensor:
+    def _run(
+        self, batches: Iterator[Batch], num_microbatches: int, *, training: bool
+    ) -> Tensor:
         """Losses' sums ``[layers, 2]`` over all ranks."""
-        self.module.sums.zero_()
+        for module in self.modules:
+            module.train(training)
+            module.sums.zero_()
 
         def step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-            batch = next(iterator).to(self.accelerator.device)
+            batch = next(iterator)
             hidden = model(batch.tokens, batch.position_ids, batch.loss_mask)
             return hidden, lambda out: (out.new_zeros(()), {})
 
-        _schedule(self.model, batches, step, num_microbatches, forward_only=True)
-        sums = self.module.sums.clone()
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(True))
-        if self.module.config.sequence_parallel:
-            dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
-        return sums
+        run_schedule(self.models, batches, step, num_microbatches, forward_only=True)
+        config = self.modules[0].config
+        sums = torch.stack([module.sums for module in self.modules]).sum(0)
+        return sum_over_ranks(sums, token_shards=config.sequence_parallel)
 
     def _metrics(self, sums: Tensor) -> Metrics:
         losses = (sums[:, 0] / sums[:, 1].clamp_min(1e-12)).tolist()
-        edited = sorted(int(i) for i in self.module.attentions)
-        self._layer_losses = {str(i + 1): losses[i] for i in edited}
-        mean = sum(self._layer_losses.values()) / len(edited)
+        self._layer_losses = {str(i + 1): losses[i] for i in self.edited}
+        mean = sum(self._layer_losses.values()) / len(self.edited)
         return {"loss": mean, "layer_losses": self._layer_losses}
 
     def train_step(self, batches: Iterator[Batch], num_microbatches: int) -> Metrics:
-        self.module.train()
-        self.model.zero_grad_buffer()
-        sums = self._run(batches, num_microbatches)
-        finalize_model_grads([self.model])
-        self.module.normalise_gradients(sums)
+        for model in self.models:
+            model.zero_grad_buffer()
+        sums = self._run(batches, num_microbatches, training=True)
+        finalize_model_grads(list(self.models))
+        for module in self.modules:
+            module.normalise_gradients(sums)
         return self._metrics(sums)
 
     def validate(self, batches: Iterator[Batch], num_microbatches: int) -> Metrics:
-        self.module.eval()
-        return self._metrics(self._run(batches, num_microbatches))
+        return self._metrics(self._run(batches, num_microbatches, training=False))
 
     def blame(self) -> str:
-        bad = [layer for layer, loss in self._layer_losses.items() if not _finite(loss)]
+        bad = [layer for layer, loss in self._layer_losses.items() if not math.isfinite(loss)]
         return f"layer {', '.join(bad)}"
 
 
 class Stage2:
-    """Model-level; see ``distill.model_level``."""
+    """Model-level; see ``distill.model_level``.
+
+    Args:
+        modules: This rank's pieces.
+        models: The same, wrapped for data parallelism.
+    """
 
     number = 2
 
     def __init__(
         self,
-        module: ModelLevelDistillation,
-        model: DistributedDataParallel,
-        accelerator: Accelerator,
+        modules: Sequence[ModelLevelDistillation],
+        models: Sequence[DistributedDataParallel],
     ) -> None:
-        self.module = module
-        self.model = model
-        self.accelerator = accelerator
+        self.modules = modules
+        self.models = models
         self._last: Batch | None = None
-        module.config.finalize_model_grads_func = finalize_model_grads
+        modules[0].config.finalize_model_grads_func = finalize_model_grads
 
     def _run(
         self, batches: Iterator[Batch], num_microbatches: int, *, training: bool
     ) -> Metrics:
+        for module in self.modules:
+            module.train(training)
+            if module.features:
+                module.features.total.zero_()
+
+        def keep_last(batches: Iterator[Batch]) -> Iterator[Batch]:
+            for batch in batches:
+                self._last = batch
+                yield batch
+
         def step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-            batch = next(iterator).to(self.accelerator.device)
-            self._last = batch
+            batch = next(iterator)
             hidden = model(batch.tokens, batch.position_ids, batch.loss_mask)
 
-            def loss_func(out: Tensor) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
-                loss, sums = self.module.loss(
+            def loss_func(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                loss, sums = self.modules[-1].loss(
                     out, batch.labels, batch.loss_mask, with_lm_loss=not training
                 )
                 num_tokens = batch.loss_mask.sum()
-                return loss, num_tokens.int(), {**sums, "tokens": num_tokens}
+                return loss, num_tokens.int(), torch.stack([num_tokens.float(), *sums])
 
             return hidden, loss_func
 
         with torch.set_grad_enabled(training):
-            parts = _schedule(
-                self.model, batches, step, num_microbatches, forward_only=not training
+            parts = run_schedule(
+                self.models,
+                keep_last(batches),
+                step,
+                num_microbatches,
+                streams=2,
+                forward_only=not training,
             )
-        names = list(parts[0])
-        sums = torch.stack([sum(part[name].float() for part in parts) for name in names])
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(True))
-        totals = dict(zip(names, sums.tolist(), strict=True))
-        tokens = max(totals.pop("tokens"), 1.0)
-        means = {name: total / tokens for name, total in totals.items()}
-        loss = means["logits distillation loss"] + means.get("feature matching loss", 0.0)
+        return self._metrics(parts, with_lm_loss=not training)
+
+    def _metrics(self, parts: list[Tensor], *, with_lm_loss: bool) -> Metrics:
+        """Means over tokens; ``parts`` is empty on all pipeline stages but the last."""
+        module = self.modules[-1]
+        names = ["tokens", *module.loss_names(with_lm_loss=with_lm_loss)]
+        device = next(module.parameters()).device
+        sums = torch.stack(parts).sum(0) if parts else torch.zeros(len(names), device=device)
+        totals = sum_over_ranks(sums, token_shards=False).tolist()
+        tokens = max(totals[0], 1.0)
+        means = {n: total / tokens for n, total in zip(names[1:], totals[1:], strict=True)}
+        loss = means["logits distillation loss"]
+        if module.features:
+            mine = torch.stack([m.features.total for m in self.modules if m.features]).sum(0)
+            total = sum_over_ranks(mine, token_shards=module.config.sequence_parallel)
+            means["feature matching loss"] = total.item() / tokens
+            loss += means["feature matching loss"]
         return {"loss": loss, **means}
 
     def train_step(self, batches: Iterator[Batch], num_microbatches: int) -> Metrics:
-        self.module.train()
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.zero_grad_buffer()
         return self._run(batches, num_microbatches, training=True)
 
     def validate(self, batches: Iterator[Batch], num_microbatches: int) -> Metrics:
-        self.module.eval()
         metrics = self._run(batches, num_microbatches, training=False)
         for model in ("student", "teacher"):
             loss = torch.tensor(metrics[f"{model} lm loss"])
@@ -177,11 +190,19 @@ class Stage2:
 
     def blame(self) -> str:
         assert self._last is not None
-        layer = first_nonfinite_layer(
-            self.module.student, self._last.tokens, self._last.position_ids
-        )
-        return f"layer {layer}" if layer else "the output head"
+        last = self._last
+        pipeline = parallel_state.get_pipeline_model_parallel_world_size()
 
+        def step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+            batch = next(iterator)
+            hidden = model(batch.tokens, batch.position_ids, batch.loss_mask)
+            return hidden, lambda out: (out.new_zeros(()), {})
 
-def _finite(x: float) -> bool:
-    return x == x and abs(x) != float("inf")
+        with torch.no_grad(), nonfinite_layers([m.student for m in self.modules]) as bad:
+            run_schedule(
+                self.models, iter([last] * pipeline), step, pipeline, streams=2, forward_only=True
+            )
+        none = float("inf")
+        first = torch.tensor(min(bad, default=none), device=last.tokens.device)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        return f"layer {int(first.item())}" if first.item() < none else "the output head"

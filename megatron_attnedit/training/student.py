@@ -37,10 +37,17 @@ class Student:
         own_copies: bool = False,
     ) -> None:
         self.attention: StudentAttention = lineage.attention()
-        base = _copy_of(teacher, attention_backend) if own_copies else teacher.model
-        self.model = build_student(base, self.attention, attention_backend=attention_backend)
-        self.model.to(next(teacher.model.parameters()).device)
-        self.attentions = edited_attentions(self.model, self.attention)
+        device = next(teacher.chunks[0].parameters()).device
+        base = _copy_of(teacher, attention_backend) if own_copies else teacher.chunks
+        self.chunks = [
+            build_student(chunk, self.attention, attention_backend=attention_backend).to(device)
+            for chunk in base
+        ]
+        self.attentions = {
+            layer_idx: module
+            for chunk in self.chunks
+            for layer_idx, module in edited_attentions(chunk, self.attention).items()
+        }
         if lineage.trainable == "all" and not own_copies:
             raise UserError(
                 f"{start}: everything was trained in it, and this run shares frozen modules with "
@@ -48,7 +55,7 @@ class Student:
             )
         self.own_copies = own_copies
         stored_all = lineage.trainable == "all"
-        state = checkpoint.model_state(self.model) if stored_all else self._attention_state()
+        state = checkpoint.model_state(self.chunks) if stored_all else self._attention_state()
         checkpoint.load_params(start, state)
 
     def _attention_state(self) -> dict[str, Any]:
@@ -58,18 +65,29 @@ class Student:
     def state(self) -> Callable[[], dict[str, Any]]:
         """Makes the sharded tensors of what trains."""
         if self.own_copies:
-            return lambda: checkpoint.model_state(self.model)
+            return lambda: checkpoint.model_state(self.chunks)
         return self._attention_state
 
-    def trained_modules(self) -> list[MegatronModule]:
-        """The student's own modules, with gradients switched on."""
-        modules = [self.model] if self.own_copies else list(self.attentions.values())
-        for module in modules:
-            module.requires_grad_(True)
-        return modules
+    @property
+    def model(self) -> GPTModel:
+        """The whole model, where one process holds it."""
+        (model,) = self.chunks
+        return model
+
+    def trained_modules(self) -> list[list[MegatronModule]]:
+        """The student's own modules of every chunk, with gradients switched on."""
+        found: list[list[MegatronModule]] = []
+        for chunk in self.chunks:
+            edited = list(edited_attentions(chunk, self.attention).values())
+            found.append([chunk] if self.own_copies else edited)
+            for module in found[-1]:
+                module.requires_grad_(True)
+        return found
 
 
-def _copy_of(teacher: Teacher, attention_backend: str) -> GPTModel:
-    copy = build_teacher(teacher.hf, teacher.model.config, attention_backend=attention_backend)
-    copy.load_state_dict(teacher.model.state_dict())
-    return copy
+def _copy_of(teacher: Teacher, attention_backend: str) -> list[GPTModel]:
+    config = teacher.chunks[0].config
+    copies = build_teacher(teacher.hf, config, attention_backend=attention_backend)
+    for copy, original in zip(copies, teacher.chunks, strict=True):
+        copy.load_state_dict(original.state_dict())
+    return copies

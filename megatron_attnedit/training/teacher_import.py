@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_attnedit.convert.hf_checkpoint import copy_tokenizer_files, torch_dtype
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.convert.output import new_directory
-from megatron_attnedit.models.config import ParallelConfig
+from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.setup import (
     HF_FILES,
@@ -38,7 +38,7 @@ def import_teacher(
             teacher = load_teacher(
                 str(source), parallel, torch_dtype(dtype or hf.dtype), accelerator
             )
-            state = checkpoint.model_state(teacher.model)
+            state = checkpoint.model_state(teacher.chunks)
             path = checkpoint.save(folder, 0, state, teacher.lineage())
         finally:
             stop_processes()

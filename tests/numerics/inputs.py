@@ -11,9 +11,9 @@ STUDENTS = {
 }
 
 
-def make_inputs(folder: Path) -> Path:
+def make_inputs(folder: Path, family: str = "qwen3", **overrides: int) -> Path:
     """Write ``hf/``, ``data.*`` and a randomly started student of each kind."""
-    hf_dir = tiny_hf_dir(folder / "hf")
+    hf_dir = tiny_hf_dir(folder / "hf", family, **overrides)
     tiny_data(folder / "data", hf_dir)
     for name, flags in STUDENTS.items():
         edit(

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.export.hf import register
 from megatron_attnedit.export.writer import export_checkpoint
-from megatron_attnedit.models.config import ParallelConfig
+from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import full_logits
 from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.edit import EditConfig, edit

@@ -10,7 +10,8 @@ from megatron_attnedit.attention import MLA, GateSWA
 from megatron_attnedit.attention.gate_swa.reference import gate_swa_reference
 from megatron_attnedit.attention.mla.reference import mla_reference
 from megatron_attnedit.convert.hf_config import read_hf_config
-from megatron_attnedit.models.config import ParallelConfig, transformer_config
+from megatron_attnedit.models.config import transformer_config
+from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import fill_attentions
 from tests import processes
 from tests.models import start_megatron, tiny_hf_dir

@@ -1,7 +1,8 @@
 """Attention backends: one function each, ``(q, k, v, window_size, scale) -> output``.
 
 Shapes: ``q [b, n, s, d]``, ``k [b, g, s, d]``, ``v [b, g, s, dv]``, output ``[b, n, s, dv]``;
-n query heads are shared out over g key heads, n a multiple of g. Attention is causal;
+n query heads are shared out over g key heads, n a multiple of g. Attention is causal, the last
+query at the last key (there may be fewer queries than keys);
 ``window_size`` is Megatron's ``(left, 0)`` or None.
 """
 

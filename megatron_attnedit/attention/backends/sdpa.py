@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_attnedit.attention.windows import causal_window_mask
+
 # cuDNN first: on Hopper it is the fastest, and the only fused kernel that takes MLA's head sizes
 # 192 and 128.
 KERNELS = [
@@ -19,6 +21,9 @@ def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int] | None, scale: float
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
+    if q.shape[2] != k.shape[2]:
+        mask = causal_window_mask(q.shape[2], k.shape[2], window_size, q.device)
+        return _fused(q, k, v, scale, mask)
     if window_size is not None and window_size[0] + 1 < k.shape[2]:
         return _windowed(q, k, v, window_size[0] + 1, scale)
     return _fused(q, k, v, scale, mask=None)

@@ -53,9 +53,37 @@ def norm_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
 
 def dense_mlp_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
     """SwiGLU."""
+    return _swiglu_rows(
+        f"decoder.layers.{layer_idx}.mlp",
+        f"model.layers.{layer_idx}.mlp",
+        (config.intermediate_size, config.hidden_size),
+    )
+
+
+def expert_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+    """The router, and a SwiGLU per expert."""
     megatron = f"decoder.layers.{layer_idx}.mlp"
     hf = f"model.layers.{layer_idx}.mlp"
-    up = (config.intermediate_size, config.hidden_size)
+    rows = [
+        ParamRow(
+            megatron_param=f"{megatron}.router.weight",
+            hf_params=(f"{hf}.gate.weight",),
+            hf_shapes=((config.num_experts, config.hidden_size),),
+        )
+    ]
+    for expert in range(config.num_experts):
+        rows += _swiglu_rows(
+            f"{megatron}.experts.local_experts.{expert}",
+            f"{hf}.experts.{expert}",
+            (config.moe_intermediate_size, config.hidden_size),
+            in_expert=True,
+        )
+    return rows
+
+
+def _swiglu_rows(
+    megatron: str, hf: str, up: tuple[int, int], *, in_expert: bool = False
+) -> list[ParamRow]:
     return [
         ParamRow(
             megatron_param=f"{megatron}.linear_fc1.weight",
@@ -63,12 +91,14 @@ def dense_mlp_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
             hf_shapes=(up, up),
             layout=Stacked(),
             tp_dim=0,
+            in_expert=in_expert,
         ),
         ParamRow(
             megatron_param=f"{megatron}.linear_fc2.weight",
             hf_params=(f"{hf}.down_proj.weight",),
             hf_shapes=(up[::-1],),
             tp_dim=1,
+            in_expert=in_expert,
         ),
     ]
 

@@ -1,0 +1,196 @@
+"""How a model is cut over processes, in Megatron's words."""
+
+from dataclasses import dataclass
+
+from megatron.core import parallel_state
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+from megatron_attnedit.convert.converter import check_tensor_parallel
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.param_rows import TensorParallelPlace
+from megatron_attnedit.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The grid; what is left of the processes is data parallelism.
+
+    Attributes:
+        tensor_model_parallel_size: Processes that share each layer.
+        sequence_parallel: Cut the norms' tokens over the tensor-parallel processes, too.
+        pipeline_model_parallel_size: Stages that the layers are cut into.
+        num_virtual_stages_per_pipeline_rank: Pieces of the model on each process; above 1 the
+            pipeline is interleaved.
+        pipeline_model_parallel_layout: Which layers where, as Megatron writes it: ``E`` embedding,
+            ``t`` layer, ``L`` loss, ``|`` next stage, for example ``Et|ttt|tttL``. Empty: evenly.
+        context_parallel_size: Processes that share each sequence.
+        expert_model_parallel_size: Processes that share the experts.
+        expert_tensor_parallel_size: Processes that share each expert.
+    """
+
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_model_parallel_size: int = 1
+    num_virtual_stages_per_pipeline_rank: int = 1
+    pipeline_model_parallel_layout: str = ""
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if name != "sequence_parallel" and isinstance(size, int) and size < 1:
+                raise UserError(f"{_flag(name)} {size}: expected a positive number")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1")
+        if self.pipeline_model_parallel_size == 1:
+            for name in ("num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout"):
+                if getattr(self, name) not in (1, ""):
+                    raise UserError(f"{_flag(name)} needs --pipeline-model-parallel-size above 1")
+
+    @property
+    def num_chunks(self) -> int:
+        """Pieces of the model on each process."""
+        return self.num_virtual_stages_per_pipeline_rank
+
+    def check_processes(self, world_size: int) -> None:
+        """Refuse a number of processes that the grid does not fill.
+
+        Raises:
+            UserError: names the flags.
+        """
+        dense = ("tensor_model_parallel_size", "context_parallel_size")
+        experts = ("expert_tensor_parallel_size", "expert_model_parallel_size")
+        for kind in (dense, experts):
+            names = [*kind, "pipeline_model_parallel_size"]
+            size = 1
+            for name in names:
+                size *= getattr(self, name)
+            if world_size % size:
+                flags = " x ".join(
+                    f"{_flag(name)} {getattr(self, name)}"
+                    for name in names
+                    if getattr(self, name) > 1
+                )
+                raise UserError(
+                    f"{flags} does not divide the number of processes {world_size} "
+                    "(torchrun --nproc-per-node)"
+                )
+
+    def check_model(self, hf: HFConfig) -> None:
+        """Refuse a grid that cannot cut this model.
+
+        Raises:
+            UserError: names the flag and the field of ``config.json``.
+        """
+        check_tensor_parallel(hf, self.tensor_model_parallel_size)
+        self._check_pipeline(hf)
+        self._check_experts(hf)
+
+    def _check_pipeline(self, hf: HFConfig) -> None:
+        layers, layout = hf.num_hidden_layers, self.pipeline_model_parallel_layout
+        pieces = self.pipeline_model_parallel_size * self.num_chunks
+        if not layout:
+            if layers % pieces:
+                raise UserError(
+                    f"--pipeline-model-parallel-size {self.pipeline_model_parallel_size} times "
+                    f"--num-virtual-stages-per-pipeline-rank {self.num_chunks} does not divide "
+                    f"num_hidden_layers {layers} of {hf.path}; give "
+                    "--pipeline-model-parallel-layout for an uneven cut"
+                )
+            return
+        flag = f"--pipeline-model-parallel-layout {layout}"
+        try:
+            parts = PipelineParallelLayerLayout.parse_str_to_list(layout)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise UserError(f"{flag}: {str(error) or type(error).__name__}") from None
+        if len(parts) != pieces:
+            raise UserError(
+                f"{flag}: has {len(parts)} stages; --pipeline-model-parallel-size "
+                f"{self.pipeline_model_parallel_size} times --num-virtual-stages-per-pipeline-rank "
+                f"{self.num_chunks} is {pieces}"
+            )
+        kinds = [kind.name for part in parts for kind in part]
+        if kinds != ["embedding", *["decoder"] * layers, "loss"]:
+            raise UserError(
+                f"{flag}: expected E first, num_hidden_layers {layers} of t, and L last"
+            )
+
+    def _check_experts(self, hf: HFConfig) -> None:
+        ep, etp = self.expert_model_parallel_size, self.expert_tensor_parallel_size
+        if not hf.num_experts:
+            if ep > 1 or etp > 1:
+                name = "expert_model_parallel_size" if ep > 1 else "expert_tensor_parallel_size"
+                raise UserError(f"{_flag(name)}: the model in {hf.path} has no experts")
+            return
+        if hf.num_experts % ep:
+            raise UserError(
+                f"--expert-model-parallel-size {ep} does not divide num_experts {hf.num_experts} "
+                f"of {hf.path}"
+            )
+        if hf.moe_intermediate_size % etp:
+            raise UserError(
+                f"--expert-tensor-parallel-size {etp} does not divide moe_intermediate_size "
+                f"{hf.moe_intermediate_size} of {hf.path}"
+            )
+        if self.tensor_model_parallel_size > 1 and not self.sequence_parallel:
+            raise UserError(
+                "--tensor-model-parallel-size above 1 on a model with experts needs "
+                "--sequence-parallel"
+            )
+
+    def check_sequence(self, seq_length: int) -> None:
+        """Refuse a sequence that cannot be cut.
+
+        Raises:
+            UserError: names the flags.
+        """
+        parts, flags = 1, []
+        if self.context_parallel_size > 1:
+            parts = 2 * self.context_parallel_size
+            flags.append(f"twice --context-parallel-size {self.context_parallel_size}")
+        if self.sequence_parallel:
+            parts *= self.tensor_model_parallel_size
+            flags.append(f"--tensor-model-parallel-size {self.tensor_model_parallel_size}")
+        if seq_length % parts:
+            product = " times ".join(flags)
+            raise UserError(f"--seq-length {seq_length} is not a multiple of {product}")
+
+    def check_microbatches(self, num_microbatches: int) -> None:
+        """An interleaved pipeline takes micro-batches in groups of its number of stages.
+
+        Raises:
+            UserError: names the flags.
+        """
+        stages = self.pipeline_model_parallel_size
+        if self.num_chunks > 1 and num_microbatches % stages:
+            raise UserError(
+                f"--num-virtual-stages-per-pipeline-rank above 1: the {num_microbatches} "
+                "micro-batches of a process (--global-batch-size, --micro-batch-size) are not a "
+                f"multiple of --pipeline-model-parallel-size {stages}"
+            )
+
+    def start(self) -> None:
+        """Form Megatron's process groups."""
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=self.num_chunks if self.num_chunks > 1 else None,
+            context_parallel_size=self.context_parallel_size,
+            expert_model_parallel_size=self.expert_model_parallel_size,
+            expert_tensor_parallel_size=self.expert_tensor_parallel_size,
+        )
+
+
+def place_of_this_process() -> TensorParallelPlace:
+    """Which shards this process holds."""
+    return TensorParallelPlace(
+        rank=parallel_state.get_tensor_model_parallel_rank(),
+        size=parallel_state.get_tensor_model_parallel_world_size(),
+        expert_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_size=parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

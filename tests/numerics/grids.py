@@ -1,0 +1,149 @@
+"""The grids that must agree with one process, and a run of a few iterations on one of them."""
+
+import torch
+import torch.distributed as dist
+
+from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.models.grid import place_of_this_process
+from megatron_attnedit.models.student import student_rows
+from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training.lineage import read_lineage
+from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
+from megatron_attnedit.training.run import prepare
+from tests.numerics.inputs import recipe as small_recipe
+
+ITERATIONS = 5
+LAYERS = 6
+TP2 = {"tensor_model_parallel_size": 2}
+SP = {"sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
+# Name: processes, flags, does it need experts?
+GRIDS = {
+    "DP2": (2, {}, False),
+    "DP2 distributed optimizer": (2, {"use_distributed_optimizer": True}, False),
+    "TP2": (2, TP2, False),
+    "TP2 SP": (2, TP2 | SP, False),
+    "PP2": (2, PP2, False),
+    "PP2 interleaved": (2, PP2 | {"num_virtual_stages_per_pipeline_rank": 3}, False),
+    "PP4 uneven": (
+        4,
+        {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "Et|tt|tt|tL"},
+        False,
+    ),
+    "CP2": (2, {"context_parallel_size": 2}, False),
+    "TP2 SP x CP2": (4, TP2 | SP | {"context_parallel_size": 2}, False),
+    "TP2 SP x PP2": (4, TP2 | SP | PP2, False),
+    "EP2": (2, EP2, True),
+    "EP2 distributed optimizer": (2, EP2 | {"use_distributed_optimizer": True}, True),
+    "EP2 x TP2 SP": (2, EP2 | TP2 | SP, True),
+    "ETP2": (2, TP2 | SP | {"expert_tensor_parallel_size": 2}, True),
+    "TP2 SP x PP2 x EP2": (8, TP2 | SP | PP2 | EP2, True),
+}
+STAGES = {
+    "stage 1": (Stage1Recipe, {}),
+    "stage 1 per token": (Stage1Recipe, {"normalisation": "token"}),
+    "stage 2": (Stage2Recipe, {}),
+    "stage 2 with features": (Stage2Recipe, {"feature_matching_weight": 0.5}),
+    "stage 2 all, jsd": (Stage2Recipe, {"trainable": "all", "kl": "jsd", "temperature": 2.0}),
+    "stage 2 recompute": (Stage2Recipe, {"recompute": "full"}),
+    "stage 2 all, recompute": (Stage2Recipe, {"trainable": "all", "recompute": "selective"}),
+}
+
+
+def train_on_grid(stage, folder, student, save, grid):
+    """Losses, gradient norms, first gradients and last weights of this rank, and its place."""
+    cls, fields = STAGES[stage]
+    recipe = small_recipe(
+        cls, folder, student, save,
+        train_iters=ITERATIONS, adam_eps=1e-6, eod_mask_loss=True, **fields, **grid,
+    )
+    run = prepare(recipe)
+    size = dist.get_world_size() // (
+        recipe.tensor_model_parallel_size
+        * recipe.pipeline_model_parallel_size
+        * recipe.context_parallel_size
+    )
+    batches = run.batches(run.train_data, 0)
+    losses, norms, grads = [], [], {}
+    for i in range(ITERATIONS):
+        run.optimizer.zero_grad()
+        losses.append(run.stage.train_step(batches, recipe.num_microbatches(size))["loss"])
+        if i == 0:
+            gather_gradients(run)
+            grads = {name: p.main_grad.float().clone() for name, p in trained(run)}
+        norms.append(run.optimizer.step()[1])
+        run.schedule.step(increment=1)
+    weights = {name: p.detach().float().clone() for name, p in trained(run)}
+    return place_of_this_process(), losses, norms, grads, weights
+
+
+def gather_gradients(run):
+    """With the distributed optimizer each rank has reduced its own share only."""
+    if not run.recipe.use_distributed_optimizer:
+        return
+    for model in run.stage.models:
+        for buffer in model.buffers + model.expert_parallel_buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
+
+
+def trained(run):
+    """The student's parameters under their names in the whole model."""
+    for name, sharded in run.student_state().items():
+        param = getattr(sharded, "data", None)
+        if isinstance(param, torch.Tensor) and param.requires_grad:
+            yield name, param
+
+
+def whole(rows, answers, which):
+    """Put the shards of all ranks together: name to the Hugging Face tensors, flattened."""
+    shards = {}
+    for answer in answers:
+        for name, tensor in answer[which].items():
+            row = rows.get(name) or rows["embedding.word_embeddings.weight"]  # tied output layer
+            rank = answer[0].expert_rank if row.in_expert else answer[0].rank
+            shards.setdefault(name, {})[rank] = tensor
+    return {
+        name: torch.cat(
+            [t.flatten() for t in rows[name].to_hf([parts[i] for i in sorted(parts)])]
+        )
+        for name, parts in shards.items()
+        if name in rows
+    }
+
+
+def rows_of(folder, student):
+    """The student's table by Megatron name."""
+    attention = read_lineage(checkpoint.find(str(folder / student), "--load")).attention()
+    rows = student_rows(read_hf_config(folder / "hf"), attention)
+    return {row.megatron_param: row for row in rows}
+
+
+def relative(a, b, scale):
+    """``|a - b| / |b|``, absolute to 1e-6 of the global norm where b is smaller than that."""
+    return ((a - b).norm() / max(b.norm(), 1e-6 * scale)).item()
+
+
+def differences(rows, answers, expected):
+    """Largest relative difference of each kind to one process."""
+    found = {
+        "loss": max(
+            abs(a - b) / abs(b)
+            for answer in answers
+            for a, b in zip(answer[1], expected[1], strict=True)
+        ),
+        "grad_norm": max(
+            abs(a - b) / abs(b)
+            for answer in answers
+            for a, b in zip(answer[2], expected[2], strict=True)
+        ),
+    }
+    for which, name in ((3, "gradients"), (4, "parameters")):
+        actual, reference = whole(rows, answers, which), whole(rows, [expected], which)
+        assert actual.keys() == reference.keys() and reference
+        scale = torch.stack([t.norm() for t in reference.values()]).norm()
+        found[name] = max(relative(actual[n], reference[n], scale) for n in reference)
+    return found
