@@ -69,7 +69,7 @@ class StudentAttention(ABC):
     def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
         """``config.json`` of the exported student."""
 
-    def hf_modeling_files(self) -> Sequence[str]:
+    def hf_modeling_files(self, teacher: HFConfig) -> Sequence[str]:
         """Modelling files shipped with an export; none where a stock class loads it."""
         return ()
 

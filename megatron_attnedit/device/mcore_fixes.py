@@ -5,6 +5,7 @@ They hold on every device; the tests are in ``tests/unit/device/test_mcore_fixes
 
 import functools
 import multiprocessing
+import types
 from typing import Any
 
 import torch
@@ -33,6 +34,22 @@ def _router_in_float32() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _grouped_matmul_of_torch() -> None:
+    """Mcore's grouped experts want the package ``grouped_gemm``; torch has the operation, too."""
+    from megatron.core.transformer.moe import grouped_gemm_util
+
+    if grouped_gemm_util.grouped_gemm_is_available():
+        return
+
+    def gmm(a: Any, b: Any, batch_sizes: Any, trans_b: bool = False) -> Any:
+        ends = torch.cumsum(batch_sizes.to(a.device), 0).to(torch.int32)
+        return torch.nn.functional.grouped_mm(a, b.transpose(1, 2) if trans_b else b, offs=ends)
+
+    grouped_gemm_util.ops = types.SimpleNamespace(gmm=gmm)  # type: ignore[assignment]
+    grouped_gemm_util.grouped_gemm_is_available = lambda: True
+    grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
 
 
 def _own_adam_steps() -> None:
@@ -102,5 +119,6 @@ def install(kind: str) -> None:
             f"this program needs {SUPPORTED}x (pip install 'megatron-core>=0.16.0,<0.17')"
         )
     _router_in_float32()
+    _grouped_matmul_of_torch()
     _fork_results_queue()
     _own_adam_steps()

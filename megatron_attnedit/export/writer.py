@@ -105,7 +105,7 @@ def _write_student(
         dtype,
         student.attention.hf_config(teacher.hf),
     )
-    for name in student.attention.hf_modeling_files():
+    for name in student.attention.hf_modeling_files(teacher.hf):
         shutil.copyfile(MODELING_FILES / name, folder / name)
     lineage.write(folder)
 

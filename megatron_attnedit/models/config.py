@@ -31,6 +31,7 @@ def transformer_config(
     dtype: torch.dtype,
     *,
     recompute: str = "none",
+    moe_grouped_gemm: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of the teacher; its student runs under the same.
 
@@ -40,6 +41,7 @@ def transformer_config(
         dtype: Type of parameters and activations.
         recompute: What backward computes again instead of keeping: ``none``, ``selective`` (core
             attention) or ``full`` (whole layers).
+        moe_grouped_gemm: All experts of a rank in one grouped matmul; bfloat16 only.
 
     Raises:
         UserError: the grid cannot cut this model, or its rotary scaling is another than Llama 3's.
@@ -80,7 +82,7 @@ def transformer_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
         **_grid(parallel, dtype),
-        **_experts(hf),
+        **_experts(hf, moe_grouped_gemm),
         **_recompute(recompute),
     )
 
@@ -106,7 +108,7 @@ def _grid(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return fields
 
 
-def _experts(hf: HFConfig) -> dict[str, Any]:
+def _experts(hf: HFConfig, moe_grouped_gemm: bool) -> dict[str, Any]:
     """Softmax router without any loss of its own: it is frozen, and in a frozen router an auxiliary
     loss would still reach the hidden states.
     """
@@ -122,7 +124,8 @@ def _experts(hf: HFConfig) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": moe_grouped_gemm,
+        "moe_use_legacy_grouped_gemm": moe_grouped_gemm,
     }
 
 

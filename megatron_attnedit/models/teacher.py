@@ -34,6 +34,7 @@ def teacher_layer_spec(config: TransformerConfig, *, attention_backend: str) -> 
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
+        moe_use_legacy_grouped_gemm=config.moe_use_legacy_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
@@ -119,9 +120,25 @@ def global_name(model: GPTModel, name: str) -> str:
 
 
 def global_params(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
-    """This rank's parameters under their names in the whole model."""
+    """This rank's parameters under their names in the whole model, grouped experts one by one."""
     for name, param in model.named_parameters():
-        yield global_name(model, name), param
+        for part, tensor in _expert_by_expert(model.config, name, param):
+            yield global_name(model, part), tensor
+
+
+def _expert_by_expert(
+    config: TransformerConfig, name: str, param: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Of mcore's grouped experts, one transposed matrix for all, a view per expert."""
+    prefix, grouped, which = name.partition(".experts.weight")
+    if not grouped:
+        yield name, param
+        return
+    assert config.num_moe_experts is not None
+    count = config.num_moe_experts // config.expert_model_parallel_size
+    shape = (count, config.hidden_size, -1) if which == "1" else (count, -1, config.hidden_size)
+    for expert, weight in enumerate(param.detach().view(shape)):
+        yield f"{prefix}.experts.local_experts.{expert}.linear_fc{which}.weight", weight.t()
 
 
 def load_teacher_from_hf(

@@ -67,6 +67,7 @@ class Recipe:
     context_parallel_size: int = option(1, "processes that share each sequence")
     expert_model_parallel_size: int = option(1, "processes that share the experts")
     expert_tensor_parallel_size: int = option(1, "processes that share each expert")
+    moe_grouped_gemm: bool = option(False, "all experts in one grouped matmul; needs --bf16")
     use_distributed_optimizer: bool = option(
         False, "cut optimizer state over data-parallel processes"
     )
@@ -93,6 +94,8 @@ class Recipe:
             if not getattr(self, name) > 0:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: expected a positive number")
+        if self.moe_grouped_gemm and not self.bf16:
+            raise UserError("--moe-grouped-gemm needs --bf16: mcore's grouped experts are bfloat16")
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"--min-lr {self.min_lr}: expected from 0 to --lr {self.lr}")
 

@@ -17,6 +17,7 @@ from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.data import DataConfig, build_datasets, data_identity
 from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.loop import Run, train
+from megatron_attnedit.training.optimizer import wrap
 from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.sanity import check_teacher
 from megatron_attnedit.training.setup import (
@@ -24,7 +25,6 @@ from megatron_attnedit.training.setup import (
     load_teacher,
     start_processes,
     stop_processes,
-    wrap,
 )
 from megatron_attnedit.training.stages import Stage1, Stage2
 from megatron_attnedit.training.student import Student
@@ -63,6 +63,7 @@ def prepare(recipe: Recipe) -> Run:
         accelerator,
         attention_backend=backend,
         recompute=getattr(recipe, "recompute", "none"),
+        moe_grouped_gemm=recipe.moe_grouped_gemm,
     )
     if teacher.fingerprint != before.teacher_fingerprint:
         raise UserError(

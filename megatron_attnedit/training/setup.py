@@ -1,8 +1,7 @@
-"""Processes, models and optimizer of a run."""
+"""Processes and teacher of a run."""
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -10,11 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import MegatronModule
 
 from megatron_attnedit.convert.fingerprint import fingerprint
 from megatron_attnedit.convert.hf_checkpoint import HFReader
@@ -26,7 +21,6 @@ from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import build_teacher, load_teacher_from_hf
 from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.lineage import Lineage, read_lineage
-from megatron_attnedit.training.recipe import Recipe
 
 HF_FILES = "hf"  # folder inside an imported teacher: config.json and tokenizer
 
@@ -123,6 +117,7 @@ def load_teacher(
     *,
     attention_backend: str = "auto",
     recompute: str = "none",
+    moe_grouped_gemm: bool = False,
 ) -> Teacher:
     """Build the teacher on this grid and load it from either format.
 
@@ -130,7 +125,9 @@ def load_teacher(
         UserError: see ``read_hf_config``, ``transformer_config`` and the loaders.
     """
     hf = read_hf_config(teacher_hf_dir(source))
-    config = transformer_config(hf, parallel, dtype, recompute=recompute)
+    config = transformer_config(
+        hf, parallel, dtype, recompute=recompute, moe_grouped_gemm=moe_grouped_gemm
+    )
     chunks = build_teacher(hf, config, attention_backend=attention_backend)
     for chunk in chunks:
         chunk.to(accelerator.device)
@@ -140,44 +137,3 @@ def load_teacher(
     path = checkpoint.find(source, "--teacher")
     checkpoint.load_params(path, checkpoint.model_state(chunks))
     return Teacher(chunks, hf, read_lineage(path).teacher_fingerprint, source)
-
-
-def wrap(
-    modules: Sequence[MegatronModule], recipe: Recipe
-) -> tuple[list[DistributedDataParallel], MegatronOptimizer, OptimizerParamScheduler]:
-    """mcore's data parallelism, optimizer and learning-rate schedule around what trains."""
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=recipe.use_distributed_optimizer
-    )
-    config = modules[0].config
-    models = [DistributedDataParallel(config, ddp_config, module) for module in modules]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=recipe.lr,
-            min_lr=recipe.min_lr,
-            weight_decay=recipe.weight_decay,
-            adam_beta1=recipe.adam_beta1,
-            adam_beta2=recipe.adam_beta2,
-            adam_eps=recipe.adam_eps,
-            clip_grad=recipe.clip_grad,
-            bf16=recipe.bf16,
-            params_dtype=config.params_dtype,
-            use_distributed_optimizer=recipe.use_distributed_optimizer,
-        ),
-        models,
-    )
-    schedule = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=recipe.lr,
-        min_lr=recipe.min_lr,
-        lr_warmup_steps=recipe.lr_warmup_iters,
-        lr_decay_steps=recipe.train_iters,
-        lr_decay_style=recipe.lr_decay_style,
-        start_wd=recipe.weight_decay,
-        end_wd=recipe.weight_decay,
-        wd_incr_steps=recipe.train_iters,
-        wd_incr_style="constant",
-    )
-    return models, optimizer, schedule

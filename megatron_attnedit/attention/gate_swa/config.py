@@ -90,7 +90,7 @@ class GateSWA(StudentAttention):
         layer_types = [SLIDING if self.edits(i) else FULL for i in range(self.num_layers)]
         return rows.gate_swa_config(teacher, layer_types, self.sliding_window, self.output_gate)
 
-    def hf_modeling_files(self) -> Sequence[str]:
+    def hf_modeling_files(self, teacher: HFConfig) -> Sequence[str]:
         return ("configuration_gate_swa.py", "modeling_gate_swa.py")
 
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:

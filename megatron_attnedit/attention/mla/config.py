@@ -1,6 +1,6 @@
 """The dimensions of an MLA student, and its side of the student-attention contract."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -86,7 +86,14 @@ class MLA(MLADims, StudentAttention):
         return init.fit_to_teacher(self, teacher_weights, teacher, inputs)
 
     def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
+        if teacher.num_experts:
+            return rows.moe_mla_config(self, teacher)
         return rows.deepseek_v3_config(self, teacher)
+
+    def hf_modeling_files(self, teacher: HFConfig) -> Sequence[str]:
+        if teacher.num_experts:
+            return ("configuration_moe_mla.py", "modeling_moe_mla.py")
+        return ()
 
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
         return teacher.num_hidden_layers * (self.kv_lora_rank + self.qk_pos_emb_head_dim)

@@ -35,6 +35,23 @@ def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[Pa
     ]
 
 
+def moe_mla_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
+    """``config.json`` of a mixture of experts, for which this project ships a class."""
+    return {
+        **deepseek_v3_config(dims, teacher),
+        "architectures": ["MoEMLAForCausalLM"],
+        "model_type": "moe_mla",
+        "auto_map": {
+            "AutoConfig": "configuration_moe_mla.MoEMLAConfig",
+            "AutoModelForCausalLM": "modeling_moe_mla.MoEMLAForCausalLM",
+        },
+        "n_routed_experts": teacher.num_experts,
+        "num_experts_per_tok": teacher.num_experts_per_tok,
+        "moe_intermediate_size": teacher.moe_intermediate_size,
+        "norm_topk_prob": teacher.norm_topk_prob,
+    }
+
+
 def deepseek_v3_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
     """``config.json``: dense layers only, so no expert exists."""
     rope = {"rope_type": "default", "rope_theta": dims.rotary_base}
