@@ -14,6 +14,17 @@ torch.set_num_threads(1)
 bootstrap()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full", action="store_true", help="also what takes minutes; rewrites docs/data/"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--full"):
+        config.option.markexpr = "not gpu"
+
+
 @pytest.fixture
 def one_process(tmp_path):
     """Megatron's groups in this process alone."""

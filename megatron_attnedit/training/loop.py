@@ -18,7 +18,6 @@ from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.data import Batch, batches
 from megatron_attnedit.training.lineage import Lineage, read_lineage
 from megatron_attnedit.training.metrics import MetricsLog
-from megatron_attnedit.training.optimizer import optimizer_state
 from megatron_attnedit.training.recipe import Recipe, to_yaml
 from megatron_attnedit.training.stages import Stage
 
@@ -61,8 +60,8 @@ class Run:
         student = self.student_state()
         return {
             "model": student,
-            "optimizer": optimizer_state(
-                self.optimizer, student, checkpoint.metadata(), is_loading=is_loading
+            "optimizer": self.optimizer.sharded_state_dict(
+                student, is_loading=is_loading, metadata=checkpoint.metadata()
             ),
             "schedule": self.schedule.state_dict(),
         }
@@ -76,7 +75,7 @@ def resume(run: Run) -> None:
     run.lineage.refuse_other(read_lineage(found), where=str(found))
     # A fresh optimizer's state is built by mcore while the sharded state is made.
     loaded = checkpoint.load(found, run.sharded_state(is_loading=True))
-    run.optimizer.load_state_dict(loaded.get("optimizer", {}))
+    run.optimizer.load_state_dict(loaded["optimizer"])
     run.schedule.load_state_dict(loaded["schedule"])
     run.iteration = loaded["iteration"]
     logger.info("continuing from %s", found)

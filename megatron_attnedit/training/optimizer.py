@@ -1,70 +1,13 @@
-"""mcore's optimizer around what trains, and what a stage does that trains nothing."""
+"""Megatron's data parallelism, optimizer and learning-rate schedule around what trains."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_attnedit.training.recipe import Recipe
-
-
-class NothingToTrain:
-    """The optimizer of a pipeline stage without an edited layer: takes part in the gradient norm.
-
-    Args:
-        use_distributed_optimizer: Do the other stages use it? It decides who shares the norm.
-    """
-
-    def __init__(self, *, use_distributed_optimizer: bool) -> None:
-        self.param_groups: list[dict[str, Any]] = [{"params": [], "lr": 0.0}]  # for the schedule
-        self.group = (
-            parallel_state.get_intra_distributed_optimizer_instance_group()
-            if use_distributed_optimizer
-            else parallel_state.get_model_parallel_group()
-        )
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing."""
-
-    def step(self) -> tuple[bool, float, None]:
-        """As mcore's: success, gradient norm of the whole model, zeros."""
-        return True, get_grad_norm_fp32([], grad_stats_parallel_group=self.group), None
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing."""
-
-
-def optimizer_state(
-    optimizer: MegatronOptimizer, student_state: dict[str, Any], metadata: dict[str, Any], *,
-    is_loading: bool,
-) -> dict[str, Any]:
-    """The optimizer's part of a checkpoint; collective.
-
-    Plain values (parameter groups, steps) are written by rank 0, which may have nothing to train:
-    it then gets them from another pipeline stage.
-    """
-    own = optimizer.sharded_state_dict(student_state, is_loading=is_loading, metadata=metadata)
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    if is_loading or stages == 1:
-        return own
-    kinds = (ShardedBase, LocalNonpersistentObject)
-    plain, _ = extract_matching_values(own, lambda value: not isinstance(value, kinds))
-    everyone: list[Any] = [None] * stages
-    group = parallel_state.get_pipeline_model_parallel_group()
-    dist.all_gather_object(everyone, plain, group=group)
-    return own or next(filter(None, everyone), {})
 
 
 def wrap(
@@ -98,9 +41,7 @@ def wrap(
     return models, optimizer, schedule
 
 
-def _optimizer(models: list[DistributedDataParallel], recipe: Recipe) -> Any:
-    if not any(param.requires_grad for model in models for param in model.parameters()):
-        return NothingToTrain(use_distributed_optimizer=recipe.use_distributed_optimizer)
+def _optimizer(models: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

@@ -1,5 +1,6 @@
 """The grids that must agree with one process, and a run of a few iterations on one of them."""
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -76,6 +77,55 @@ def train_on_grid(stage, folder, student, save, grid):
         run.schedule.step(increment=1)
     weights = {name: p.detach().float().clone() for name, p in trained(run)}
     return place_of_this_process(), losses, norms, grads, weights
+
+
+def _unreduced_rotary_key(patch):
+    """What mcore's own MLA does: every rank keeps its own heads' share of the gradient."""
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    from megatron_attnedit.attention.mla.module import MLASelfAttention
+
+    def to_all_heads(self, shared):
+        if not self.config.sequence_parallel:
+            return shared
+        return gather_from_sequence_parallel_region(
+            shared, tensor_parallel_output_grad=False, group=self.tp_group
+        )
+
+    patch.setattr(MLASelfAttention, "_to_all_heads", to_all_heads)
+
+
+def _unreduced_gradients(patch):
+    from megatron.core.distributed import DistributedDataParallel
+
+    patch.setattr(DistributedDataParallel, "finish_grad_sync", lambda self, **kwargs: None)
+
+
+def _mean_of_microbatch_means(patch):
+    """The mistake of three other programs: each micro-batch divided by its own tokens."""
+    from megatron_attnedit.distill.model_level import ModelLevelDistillation
+
+    loss = ModelLevelDistillation.loss
+
+    def divided(self, hidden, labels, loss_mask, **kwargs):
+        value, sums = loss(self, hidden, labels, loss_mask, **kwargs)
+        return value * (loss_mask.numel() / loss_mask.sum()), sums
+
+    patch.setattr(ModelLevelDistillation, "loss", divided)
+
+
+MISTAKES = {
+    "unreduced_rotary_key": _unreduced_rotary_key,
+    "unreduced_gradients": _unreduced_gradients,
+    "mean_of_microbatch_means": _mean_of_microbatch_means,
+}
+
+
+def train_with_mistake(mistake, *arguments):
+    """``train_on_grid`` with something wrong in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        MISTAKES[mistake](patch)
+        return train_on_grid(*arguments)
 
 
 def gather_gradients(run):

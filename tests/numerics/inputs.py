@@ -16,20 +16,25 @@ def make_inputs(folder: Path, family: str = "qwen3", **overrides: int) -> Path:
     hf_dir = tiny_hf_dir(folder / "hf", family, **overrides)
     tiny_data(folder / "data", hf_dir)
     for name, flags in STUDENTS.items():
-        edit(
-            EditConfig(
-                teacher=str(hf_dir),
-                save=str(folder / name),
-                student_attention=name,
-                flags=flags,
-                init="random",
-                seed=3,
-                calibration_data_path=[],
-                calibration_tokens=0,
-                seq_length=64,
-            )
-        )
+        make_student(folder, name, name, flags)
     return folder
+
+
+def make_student(folder: Path, name: str, student_attention: str, flags: dict) -> None:
+    """A randomly started student of the teacher in ``folder``."""
+    edit(
+        EditConfig(
+            teacher=str(folder / "hf"),
+            save=str(folder / name),
+            student_attention=student_attention,
+            flags=flags,
+            init="random",
+            seed=3,
+            calibration_data_path=[],
+            calibration_tokens=0,
+            seq_length=64,
+        )
+    )
 
 
 def recipe(cls, folder: Path, student: str, save: Path, **fields):

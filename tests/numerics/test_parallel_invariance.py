@@ -1,37 +1,55 @@
-"""Every grid gives the losses, gradients and weights of one process."""
+"""Every grid gives the losses, gradients and weights of one process.
+
+By default half of the cells run, so that every grid meets both stages and both students; ``--full``
+runs all and rewrites the table in the docs.
+"""
+
+import itertools
 
 import pytest
 
 from tests import processes
 from tests.numerics import grids
 from tests.numerics.grids import GRIDS, LAYERS, differences, rows_of, train_on_grid
-from tests.numerics.inputs import STUDENTS, make_inputs
+from tests.numerics.inputs import STUDENTS, make_inputs, make_student
+from tests.numerics.parallel_table import write_table
 
 BARS = {"loss": 1e-5, "grad_norm": 1e-4, "gradients": 1e-4, "parameters": 1e-4}
+# Rounding to 8 bits of mantissa at every step, in another order on every grid.
+BF16_BARS = {"loss": 1e-2, "grad_norm": 5e-2, "gradients": 2e-1, "parameters": 2e-2}
 MODELS = {"dense": "qwen3", "moe": "qwen3_moe"}
-# The variants of a loss, where they can go wrong.
 VARIANTS = [stage for stage in grids.STAGES if stage not in ("stage 1", "stage 2")]
 VARIANT_GRIDS = ["DP2", "TP2 SP", "PP2 interleaved", "CP2"]
-CELLS = [
-    (stage, model, grid)
-    for stage in ("stage 1", "stage 2")
-    for model in MODELS
-    for grid, (_, flags, experts) in GRIDS.items()
-    if model == "moe" or not experts
-    if model == "dense" or "sequence_parallel" in flags or "tensor_model_parallel_size" not in flags
-] + [(stage, "dense", grid) for stage in VARIANTS for grid in VARIANT_GRIDS]
+
+
+def runs_on(model, grid):
+    _, flags, experts = GRIDS[grid]
+    if model == "dense":
+        return not experts
+    return "sequence_parallel" in flags or "tensor_model_parallel_size" not in flags
+
+
+def cells():
+    core = itertools.product(("stage 1", "stage 2"), MODELS, GRIDS, STUDENTS)
+    variants = itertools.product(VARIANTS, ["dense"], VARIANT_GRIDS, STUDENTS)
+    experts = itertools.product(
+        ["stage 2 all, jsd"], ["moe"], [grid for grid in GRIDS if GRIDS[grid][2]], STUDENTS
+    )
+    for stage, model, grid, student in itertools.chain(core, variants, experts):
+        if not runs_on(model, grid):
+            continue
+        row, column = list(GRIDS).index(grid), list(grids.STAGES).index(stage)
+        odd = (row + column + list(STUDENTS).index(student)) % 2
+        dense_grid_on_experts = model == "moe" and not GRIDS[grid][2]
+        marks = [pytest.mark.full] if odd or dense_grid_on_experts else []
+        yield pytest.param(stage, model, grid, student, marks=marks)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Teacher, data and students of each model."""
     return {
-        model: make_inputs(
-            tmp_path_factory.mktemp(model),
-            family,
-            num_hidden_layers=LAYERS,
-            tie_word_embeddings=False,
-        )
+        model: make_inputs(tmp_path_factory.mktemp(model), family, num_hidden_layers=LAYERS)
         for model, family in MODELS.items()
     }
 
@@ -41,28 +59,115 @@ def one_process(inputs, tmp_path_factory):
     """Answers of one process, computed once."""
     answers = {}
 
-    def answer(stage, model, student):
-        key = (stage, model, student)
+    def answer(stage, model, student, **flags):
+        key = (stage, model, student, *flags.items())
         if key not in answers:
             save = tmp_path_factory.mktemp("save")
             (answers[key],) = processes.run(
-                1, train_on_grid, stage, inputs[model], student, save, {}
+                1, train_on_grid, stage, inputs[model], student, save, flags
             )
         return answers[key]
 
     return answer
 
 
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize(("stage", "model", "grid"), CELLS)
-def test_grid_against_one_process(inputs, one_process, tmp_path, stage, model, grid, student):
+@pytest.fixture(scope="module")
+def table(request):
+    """Differences of all cells; with ``--full`` they become the table in the docs."""
+    found = {}
+    yield found
+    if request.config.getoption("--full"):
+        write_table(found, BARS)
+
+
+@pytest.mark.parametrize(("stage", "model", "grid", "student"), cells())
+def test_grid_against_one_process(
+    inputs, one_process, table, tmp_path, stage, model, grid, student
+):
     folder = inputs[model]
     expected = one_process(stage, model, student)
     world_size, flags, _ = GRIDS[grid]
-    answers = processes.run(
-        world_size, train_on_grid, stage, folder, student, tmp_path / "save", flags
-    )
+    save = tmp_path / "save"
+    answers = processes.run(world_size, train_on_grid, stage, folder, student, save, flags)
     found = differences(rows_of(folder, student), answers, expected)
-    print(found)
+    table[stage, model, grid, student] = found
     assert all(found[name] <= bar for name, bar in BARS.items()), found
     assert all(norm > 0 for norm in expected[2])
+
+
+@pytest.mark.parametrize("grid", ["TP2 SP", "PP2", "EP2 distributed optimizer"])
+@pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
+def test_bf16(inputs, one_process, tmp_path, stage, grid):
+    """bfloat16 weights with float32 master weights and gradients."""
+    model, student = "moe" if "EP2" in grid else "dense", "mla"
+    expected = one_process(stage, model, student, bf16=True)
+    world_size, flags, _ = GRIDS[grid]
+    flags = {**flags, "bf16": True}
+    answers = processes.run(
+        world_size, train_on_grid, stage, inputs[model], student, tmp_path / "save", flags
+    )
+    found = differences(rows_of(inputs[model], student), answers, expected)
+    assert all(found[name] <= bar for name, bar in BF16_BARS.items()), found
+
+
+@pytest.mark.parametrize("flags", [{}, {"expert_model_parallel_size": 2}], ids=["alone", "EP2"])
+def test_grouped_experts(inputs, one_process, tmp_path, flags):
+    """One grouped matmul gives what one matmul per expert gives; both in bfloat16."""
+    expected = one_process("stage 2", "moe", "mla", bf16=True)
+    flags = {**flags, "bf16": True, "moe_grouped_gemm": True}
+    answers = processes.run(
+        2 if len(flags) > 2 else 1,
+        train_on_grid, "stage 2", inputs["moe"], "mla", tmp_path / "save", flags,
+    )
+    found = differences(rows_of(inputs["moe"], "mla"), answers, expected)
+    assert all(found[name] <= bar for name, bar in BF16_BARS.items()), found
+
+
+@pytest.mark.parametrize("grid", ["PP2", "PP2 interleaved"])
+def test_tied_embeddings_in_a_pipeline(tmp_path, grid):
+    """First and last stage hold a copy each, and their gradients add up."""
+    folder = make_inputs(
+        tmp_path / "tied", num_hidden_layers=LAYERS, tie_word_embeddings=True
+    )
+    world_size, flags, _ = GRIDS[grid]
+    arguments = "stage 2 all, jsd", folder, "mla"
+    expected = processes.run(1, train_on_grid, *arguments, tmp_path / "one", {})[0]
+    answers = processes.run(world_size, train_on_grid, *arguments, tmp_path / "two", flags)
+    found = differences(rows_of(folder, "mla"), answers, expected)
+    assert all(found[name] <= bar for name, bar in BARS.items()), found
+
+
+@pytest.mark.parametrize("full_layers", ["0,1,2", "3,4,5"])
+@pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_stage_with_nothing_to_train(inputs, tmp_path, stage, full_layers, distributed):
+    folder, name = inputs["dense"], f"hybrid {full_layers}"
+    if not (folder / name).exists():
+        make_student(folder, name, "gate_swa", {"sliding_window": 8, "full_layers": full_layers})
+    flags = {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": distributed}
+    expected = processes.run(1, train_on_grid, stage, folder, name, tmp_path / "one", {})[0]
+    answers = processes.run(2, train_on_grid, stage, folder, name, tmp_path / "two", flags)
+    found = differences(rows_of(folder, name), answers, expected)
+    assert all(found[name] <= bar for name, bar in BARS.items()), found
+
+
+@pytest.mark.parametrize(
+    ("mistake", "stage", "grid"),
+    [
+        ("unreduced_rotary_key", "stage 1", "TP2"),
+        ("unreduced_rotary_key", "stage 2", "TP2 SP"),
+        ("unreduced_gradients", "stage 1", "DP2"),
+        ("unreduced_gradients", "stage 2", "CP2"),
+        ("mean_of_microbatch_means", "stage 2", "DP2"),
+    ],
+)
+def test_a_planted_mistake_is_found(inputs, one_process, tmp_path, mistake, stage, grid):
+    """These tests can fail."""
+    expected = one_process(stage, "dense", "mla")
+    world_size, flags, _ = GRIDS[grid]
+    answers = processes.run(
+        world_size, grids.train_with_mistake, mistake,
+        stage, inputs["dense"], "mla", tmp_path / "save", flags,
+    )
+    found = differences(rows_of(inputs["dense"], "mla"), answers, expected)
+    assert found["gradients"] > 10 * BARS["gradients"], found

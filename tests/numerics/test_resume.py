@@ -1,6 +1,7 @@
 """A run that was cut off continues as if it had not been, bit for bit."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from tests import processes
-from tests.numerics.inputs import make_inputs
+from tests.numerics.inputs import make_inputs, make_student
 from tests.numerics.inputs import recipe as small_recipe
 
 RECIPES = {"stage 1": Stage1Recipe, "stage 2": Stage2Recipe}
@@ -21,18 +22,25 @@ GRIDS = {
     "one process": (1, {}),
     "TP2": (2, {"tensor_model_parallel_size": 2}),
     "DP2 distributed optimizer": (2, {"use_distributed_optimizer": True}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}),
+    "CP2 distributed optimizer": (
+        2, {"context_parallel_size": 2, "use_distributed_optimizer": True}
+    ),
 }
+HYBRID = {"sliding_window": 8, "full_layers": "0,1"}  # nothing to train on the first stage
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"), num_hidden_layers=4)
+    make_student(folder, "hybrid", "gate_swa", HYBRID)
+    return folder
 
 
-def train_to_the_end(stage, folder, save, fields):
+def train_to_the_end(stage, folder, save, fields, student="mla"):
     """Train; return this rank's weights at the end."""
     recipe = small_recipe(
-        RECIPES[stage], folder, "mla", save, save_interval=2, log_interval=1, **fields
+        RECIPES[stage], folder, student, save, save_interval=2, log_interval=1, **fields
     )
     run = prepare(recipe)
     train(run)
@@ -69,10 +77,58 @@ def test_continues_bit_for_bit(inputs, tmp_path, stage, grid):
     cut_off(save, 2)
     resumed = processes.run(world_size, train_to_the_end, *arguments)
     assert losses(save) == whole_losses
+    assert_equal(whole, resumed)
+
+
+def assert_equal(whole, resumed):
     for before, after in zip(whole, resumed, strict=True):
         assert before.keys() == after.keys()
         for name in before:
             assert torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("stage", RECIPES)
+def test_stage_with_nothing_to_train_continues(inputs, tmp_path, stage, distributed):
+    """Rank 0 writes what all ranks share, and here it has no optimizer state."""
+    save = tmp_path / "run"
+    fields = {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": distributed}
+    arguments = (stage, inputs, save, fields, "hybrid")
+    whole = processes.run(2, train_to_the_end, *arguments)
+    whole_losses = losses(save)
+    cut_off(save, 2)
+    assert_equal(whole, processes.run(2, train_to_the_end, *arguments))
+    assert losses(save) == whole_losses
+
+
+OTHER_GRIDS = {
+    "one process": (1, {}),
+    "TP2": (2, {"tensor_model_parallel_size": 2}),
+    "PP2 interleaved": (
+        2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+    ),
+    "DP2": (2, {}),
+}
+
+
+@pytest.mark.parametrize("grid", OTHER_GRIDS)
+@pytest.mark.parametrize("stage", RECIPES)
+def test_continues_on_another_grid(inputs, tmp_path, stage, grid):
+    """Saved by four processes, continued by others: the same losses up to rounding."""
+    save = tmp_path / "run"
+    fields = {
+        "tensor_model_parallel_size": 2, "sequence_parallel": True,
+        "pipeline_model_parallel_size": 2,
+    }
+    processes.run(4, train_to_the_end, stage, inputs, save, fields)
+    before = losses(save)
+    cut_off(save, 2)
+    world_size, fields = OTHER_GRIDS[grid]
+    processes.run(world_size, train_to_the_end, stage, inputs, save, fields)
+    after = losses(save)
+    assert before.keys() == after.keys()
+    for iteration, loss in before.items():
+        assert math.isclose(loss, after[iteration], rel_tol=1e-5)
 
 
 def test_another_run_in_the_folder_is_refused(inputs, tmp_path):

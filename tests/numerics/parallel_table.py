@@ -1,0 +1,53 @@
+"""The differences between grids as ``docs/data/parallel.json`` and as a table in the docs."""
+
+import datetime
+import json
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "docs" / "data" / "parallel.json"
+PAGE = ROOT / "docs" / "parallel.md"
+BEGIN, END = "<!-- table: written by tests -->", "<!-- end of table -->"
+
+
+def write_table(found, bars):
+    """Write both.
+
+    Args:
+        found: By stage, model, grid and student: largest relative difference of each kind.
+        bars: What each kind must stay under.
+    """
+    rows = [
+        {"stage": stage, "model": model, "grid": grid, "student": student, **values}
+        for (stage, model, grid, student), values in found.items()
+    ]
+    content = {
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "dtype": "float32",
+        "bars": bars,
+        "cells": rows,
+    }
+    DATA.parent.mkdir(exist_ok=True)
+    DATA.write_text(json.dumps(content, indent=1) + "\n")
+    text = PAGE.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n{markdown(found)}\n{END}{after}")
+
+
+def markdown(found):
+    """Rows are grids; a cell is the largest difference of gradients / of parameters."""
+    columns = list(dict.fromkeys((stage, model, student) for stage, model, _, student in found))
+    columns = [c for c in columns if c[0] in ("stage 1", "stage 2")]
+    lines = ["| grid | " + " | ".join(f"{s}, {m}, {a}" for s, m, a in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for grid in dict.fromkeys(grid for _, _, grid, _ in found):
+        cells = []
+        for stage, model, student in columns:
+            cell = found.get((stage, model, grid, student))
+            text = f"{cell['gradients']:.0e} / {cell['parameters']:.0e}" if cell else ""
+            cells.append(text)
+        lines.append(f"| {grid} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
