@@ -18,6 +18,7 @@ from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.data import Batch, batches
 from megatron_attnedit.training.lineage import Lineage, read_lineage
 from megatron_attnedit.training.metrics import MetricsLog
+from megatron_attnedit.training.optimizer import optimizer_state, trains_anything
 from megatron_attnedit.training.recipe import Recipe, to_yaml
 from megatron_attnedit.training.stages import Stage
 
@@ -60,8 +61,12 @@ class Run:
         student = self.student_state()
         return {
             "model": student,
-            "optimizer": self.optimizer.sharded_state_dict(
-                student, is_loading=is_loading, metadata=checkpoint.metadata()
+            "optimizer": optimizer_state(
+                self.optimizer,
+                self.stage.models,
+                student,
+                checkpoint.metadata(),
+                is_loading=is_loading,
             ),
             "schedule": self.schedule.state_dict(),
         }
@@ -75,7 +80,8 @@ def resume(run: Run) -> None:
     run.lineage.refuse_other(read_lineage(found), where=str(found))
     # A fresh optimizer's state is built by mcore while the sharded state is made.
     loaded = checkpoint.load(found, run.sharded_state(is_loading=True))
-    run.optimizer.load_state_dict(loaded["optimizer"])
+    if trains_anything(run.stage.models):
+        run.optimizer.load_state_dict(loaded["optimizer"])
     run.schedule.load_state_dict(loaded["schedule"])
     run.iteration = loaded["iteration"]
     logger.info("continuing from %s", found)

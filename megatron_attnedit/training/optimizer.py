@@ -1,7 +1,12 @@
 """Megatron's data parallelism, optimizer and learning-rate schedule around what trains."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -58,3 +63,37 @@ def _optimizer(models: list[DistributedDataParallel], recipe: Recipe) -> Megatro
         ),
         models,
     )
+
+
+def trains_anything(models: Sequence[DistributedDataParallel]) -> bool:
+    """Not so on a pipeline stage whose layers all keep the teacher's attention."""
+    return any(param.requires_grad for model in models for param in model.parameters())
+
+
+def optimizer_state(
+    optimizer: MegatronOptimizer,
+    models: Sequence[DistributedDataParallel],
+    student_state: dict[str, Any],
+    metadata: dict[str, Any],
+    *,
+    is_loading: bool,
+) -> dict[str, Any]:
+    """The optimizer's part of a checkpoint; collective.
+
+    Plain values (parameter groups, step) are written by rank 0. When its stage trains nothing, it
+    gets them from a stage that does.
+    """
+    own: dict[str, Any] = {}
+    if trains_anything(models):
+        own = optimizer.sharded_state_dict(
+            student_state, is_loading=is_loading, metadata=metadata
+        )
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    if is_loading or stages == 1:
+        return own
+    kinds = (ShardedBase, LocalNonpersistentObject)
+    plain, _ = extract_matching_values(own, lambda value: not isinstance(value, kinds))
+    everyone: list[Any] = [None] * stages
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.all_gather_object(everyone, plain, group=group)
+    return own or next(filter(None, everyone), {})
