@@ -1,5 +1,6 @@
 """From Hugging Face's configuration to Megatron's."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def transformer_config(
     *,
     recompute: str = "none",
     moe_grouped_gemm: bool = False,
+    gradient_accumulation_fusion: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of the teacher; its student runs under the same.
 
@@ -42,11 +44,18 @@ def transformer_config(
         recompute: What backward computes again instead of keeping: ``none``, ``selective`` (core
             attention) or ``full`` (whole layers).
         moe_grouped_gemm: All experts of a rank in one grouped matmul; bfloat16 only.
+        gradient_accumulation_fusion: Weight gradients straight into the main gradients; needs a
+            kernel of Apex.
 
     Raises:
         UserError: the grid cannot cut this model, or its rotary scaling is another than Llama 3's.
     """
     parallel.check_model(hf)
+    if gradient_accumulation_fusion and not find_spec("fused_weight_gradient_mlp_cuda"):
+        raise UserError(
+            "--gradient-accumulation-fusion needs Apex's fused_weight_gradient_mlp_cuda, which is "
+            "not installed"
+        )
     for key, value in LLAMA3_ROPE.items():
         if hf.rope_scaling and hf.rope_scaling.get(key, value) != value:
             raise UserError(
@@ -78,7 +87,7 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
         persist_layer_norm=False,
         apply_rope_fusion=False,
         **_grid(parallel, dtype),

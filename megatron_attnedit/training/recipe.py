@@ -67,6 +67,9 @@ class Recipe:
     context_parallel_size: int = option(1, "processes that share each sequence")
     expert_model_parallel_size: int = option(1, "processes that share the experts")
     expert_tensor_parallel_size: int = option(1, "processes that share each expert")
+    gradient_accumulation_fusion: bool = option(
+        False, "weight gradients straight into main gradients; needs Apex's kernel"
+    )
     moe_grouped_gemm: bool = option(False, "all experts in one grouped matmul; needs --bf16")
     use_distributed_optimizer: bool = option(
         False, "cut optimizer state over data-parallel processes"

@@ -64,6 +64,7 @@ def prepare(recipe: Recipe) -> Run:
         attention_backend=backend,
         recompute=getattr(recipe, "recompute", "none"),
         moe_grouped_gemm=recipe.moe_grouped_gemm,
+        gradient_accumulation_fusion=recipe.gradient_accumulation_fusion,
     )
     if teacher.fingerprint != before.teacher_fingerprint:
         raise UserError(

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,18 +117,23 @@ def load_teacher(
     accelerator: Accelerator,
     *,
     attention_backend: str = "auto",
-    recompute: str = "none",
-    moe_grouped_gemm: bool = False,
+    **flags: Any,
 ) -> Teacher:
     """Build the teacher on this grid and load it from either format.
+
+    Args:
+        source: Hugging Face directory or imported checkpoint.
+        parallel: The grid.
+        dtype: Type of parameters and activations.
+        accelerator: Where it goes.
+        attention_backend: See ``attention.backends``.
+        flags: See ``transformer_config``.
 
     Raises:
         UserError: see ``read_hf_config``, ``transformer_config`` and the loaders.
     """
     hf = read_hf_config(teacher_hf_dir(source))
-    config = transformer_config(
-        hf, parallel, dtype, recompute=recompute, moe_grouped_gemm=moe_grouped_gemm
-    )
+    config = transformer_config(hf, parallel, dtype, **flags)
     chunks = build_teacher(hf, config, attention_backend=attention_backend)
     for chunk in chunks:
         chunk.to(accelerator.device)

@@ -42,17 +42,38 @@ def test_kernels(dtype, window, heads, length):
         assert (actual - expected).norm() <= TOLERANCES[dtype] * expected.norm()
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("queries", [17, 500])
+def test_fewer_queries_than_keys(window, queries):
+    """As under context parallelism."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(2, 8, queries, 192), (2, 8, 1000, 192), (2, 8, 1000, 128)]
+    qkv = [torch.randn(s, device="cuda", generator=generator).bfloat16() for s in shapes]
+    size = None if window is None else to_window_size(window)
+    fast = attention_backend("sdpa")(*qkv, size, 192**-0.5).float()
+    slow = attention_backend("reference")(*(t.float() for t in qkv), size, 192**-0.5)
+    assert (fast - slow).norm() <= TOLERANCES[torch.bfloat16] * slow.norm()
+
+
+def write_inputs(folder, family):
     """Written by a process on the CPU, so that both runs start from the same files."""
-    folder = tmp_path_factory.mktemp("inputs")
     code = (
         "from megatron_attnedit.device import bootstrap; bootstrap()\n"
         "from pathlib import Path; from tests.numerics.inputs import make_inputs\n"
-        f"make_inputs(Path({str(folder)!r}))"
+        f"make_inputs(Path({str(folder)!r}), {family!r})"
     )
     call([sys.executable, "-c", code], "cpu")
     return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"), "qwen3")
+
+
+@pytest.fixture(scope="module")
+def expert_inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("experts"), "qwen3_moe")
 
 
 def call(command, device):
@@ -65,6 +86,19 @@ def call(command, device):
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("dtype, bar", [("--no-bf16", 1e-3), ("--bf16", 2e-2)])
 def test_a_run_equals_the_cpu_s(inputs, tmp_path, student, stage, dtype, bar):
+    compare_runs(inputs, tmp_path, student, stage, [dtype], bar)
+
+
+@pytest.mark.parametrize(
+    "flags, bar",
+    [(["--no-bf16"], 1e-3), (["--bf16"], 2e-2), (["--bf16", "--moe-grouped-gemm"], 2e-2)],
+)
+def test_experts_equal_the_cpu_s(expert_inputs, tmp_path, flags, bar):
+    compare_runs(expert_inputs, tmp_path, "mla", 2, flags, bar)
+
+
+def compare_runs(inputs, tmp_path, student, stage, flags, bar):
+    """Five iterations with these flags on the accelerator, in float32 on the CPU."""
     losses = {}
     for device in ("cpu", "cuda"):
         save = tmp_path / device
@@ -73,7 +107,7 @@ def test_a_run_equals_the_cpu_s(inputs, tmp_path, student, stage, dtype, bar):
              "--load", inputs / student, "--save", save, "--train-data-path", inputs / "data",
              "--seq-length", "64", "--micro-batch-size", "2", "--global-batch-size", "8",
              "--train-iters", "5", "--log-interval", "1",
-             dtype if device == "cuda" else "--no-bf16"],
+             *(flags if device == "cuda" else ["--no-bf16"])],
             device,
         )
         lines = (save / "metrics.jsonl").read_text().splitlines()
