@@ -67,6 +67,7 @@ def train_on_grid(stage, folder, student, save, grid):
     )
     batches = run.batches(run.train_data, 0)
     losses, norms, grads = [], [], {}
+    visits = count_visits(run) if cls is Stage2Recipe else {}
     for i in range(ITERATIONS):
         run.optimizer.zero_grad()
         losses.append(run.stage.train_step(batches, recipe.num_microbatches(size))["loss"])
@@ -76,7 +77,25 @@ def train_on_grid(stage, folder, student, save, grid):
         norms.append(run.optimizer.step()[1])
         run.schedule.step(increment=1)
     weights = {name: p.detach().float().clone() for name, p in trained(run)}
-    return place_of_this_process(), losses, norms, grads, weights
+    return place_of_this_process(), losses, norms, grads, weights, visits
+
+
+def count_visits(run):
+    """Filled as the student runs: by layer, how many of this rank's tokens visit each expert."""
+    visits = {}
+
+    def hook(layer_idx):
+        def count(module, args, output):
+            visits[layer_idx] = visits.get(layer_idx, 0) + output[1].sum(0).long()
+
+        return count
+
+    for module in run.stage.modules:
+        # Where the router is the teacher's own object, its passes count, too: on every grid alike.
+        for layer in module.student.decoder.layers:
+            if hasattr(layer.mlp, "router"):
+                layer.mlp.router.register_forward_hook(hook(layer.layer_number - 1))
+    return visits
 
 
 def _unreduced_rotary_key(patch):
@@ -177,6 +196,14 @@ def relative(a, b, scale):
     return ((a - b).norm() / max(b.norm(), 1e-6 * scale)).item()
 
 
+def _sum_of_visits(answers):
+    total = {}
+    for answer in answers:
+        for layer_idx, visits in answer[5].items():
+            total[layer_idx] = total.get(layer_idx, 0) + visits
+    return total
+
+
 def differences(rows, answers, expected):
     """Largest relative difference of each kind to one process."""
     found = {
@@ -191,6 +218,9 @@ def differences(rows, answers, expected):
             for a, b in zip(answer[2], expected[2], strict=True)
         ),
     }
+    ours, theirs = _sum_of_visits(answers), _sum_of_visits([expected])
+    assert ours.keys() == theirs.keys()
+    found["routing"] = sum(int((ours[i] - theirs[i]).abs().sum()) for i in theirs)
     for which, name in ((3, "gradients"), (4, "parameters")):
         actual, reference = whole(rows, answers, which), whole(rows, [expected], which)
         assert actual.keys() == reference.keys() and reference

@@ -71,7 +71,7 @@ def on_ranks(kind, temperature, chunk_tokens, tp_size):
     return loss.item(), hs.grad, ws.grad, lm_loss.item()
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
