@@ -3,6 +3,7 @@
 
 import argparse
 
+from megatron_attnedit.device import quiet_megatron
 from megatron_attnedit.errors import run_tool
 from megatron_attnedit.logs import start_logging
 from megatron_attnedit.training.documents import DatasetOptions
@@ -53,6 +54,7 @@ def main() -> None:
     """Parse, preprocess, say what was written."""
     args = parser().parse_args()
     start_logging()
+    quiet_megatron()
     options = DatasetOptions(args.dataset_config, args.dataset_split, args.streaming)
     config = PreprocessConfig(
         inputs=args.input,

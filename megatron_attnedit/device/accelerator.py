@@ -49,6 +49,12 @@ def _detect() -> str:
     return "cpu"
 
 
+def quiet_megatron() -> None:
+    """Its notes on optional packages that are absent would bury what this program has to say."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", message=r"(?s).*megatron\.core")
+
+
 @functools.cache
 def bootstrap() -> Accelerator:
     """Resolve the accelerator and prepare Megatron-Core for it.
@@ -61,9 +67,7 @@ def bootstrap() -> Accelerator:
     """
     from megatron_attnedit.device import ascend, cpu, mcore_fixes
 
-    # Its notes on optional packages that are absent would bury what this program has to say.
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", message=r"(?s).*megatron\.core")
+    quiet_megatron()
     ascend.import_if_installed()
     kind = os.environ.get("MEGATRON_ATTNEDIT_DEVICE") or _detect()
     if kind not in DIST_BACKENDS:
