@@ -45,7 +45,7 @@ def tiny_hf_dir(path: Path, family: str = "qwen3", **overrides: Any) -> Path:
             "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
             "norm_topk_prob": True, **fields,
         }
-    name = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}[family]
+    name = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen2": "Qwen2", "llama": "Llama"}[family]
     config = getattr(transformers, f"{name}Config")(**fields)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).float()

@@ -16,10 +16,13 @@ INIT_STD = 0.02
 
 def split_qkv(weights: Mapping[str, Tensor], teacher: HFConfig) -> list[Tensor]:
     """Query ``[n*d, h]``, key and value ``[g*d, h]`` out of ``linear_qkv``."""
-    layout = QKVPerQueryGroup(
+    return _layout(teacher).split(weights["linear_qkv.weight"])
+
+
+def _layout(teacher: HFConfig) -> QKVPerQueryGroup:
+    return QKVPerQueryGroup(
         teacher.num_attention_heads, teacher.num_key_value_heads, teacher.head_dim
     )
-    return layout.split(weights["linear_qkv.weight"])
 
 
 def project(
@@ -32,10 +35,11 @@ def project(
         weights: The teacher's attention of that layer.
         teacher: Its configuration.
     """
-    q, k, v = (
-        (inputs @ weight.t()).unflatten(-1, (-1, teacher.head_dim))
-        for weight in split_qkv(weights, teacher)
-    )
+    flat = [inputs @ weight.t() for weight in split_qkv(weights, teacher)]
+    if teacher.qkv_bias:
+        biases = _layout(teacher).split(weights["linear_qkv.bias"])
+        flat = [t + bias for t, bias in zip(flat, biases, strict=True)]
+    q, k, v = (t.unflatten(-1, (-1, teacher.head_dim)) for t in flat)
     if teacher.qk_norm:
         q = _rms_norm(q, weights["q_layernorm.weight"], teacher.rms_norm_eps)
         k = _rms_norm(k, weights["k_layernorm.weight"], teacher.rms_norm_eps)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_attnedit.errors import UserError
 
-FAMILIES = ("qwen3", "qwen3_moe", "llama")
+FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 QK_NORM = ("qwen3", "qwen3_moe")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,6 +55,11 @@ class HFConfig:
     def qk_norm(self) -> bool:
         """Does the attention normalise queries and keys per head?"""
         return self.model_type in QK_NORM
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Do the query, key and value projections have a bias?"""
+        return self.model_type == "qwen2"
 
     def __post_init__(self) -> None:
         file = self.path / "config.json"

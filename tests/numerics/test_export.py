@@ -53,7 +53,7 @@ def student_logits(hf_dir, folder, tp_size, ids):
     return full_logits(student.model, ids, teacher.hf.vocab_size)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2", "llama"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip_is_byte_identical(tmp_path, family, tied):
     source = tiny_hf_dir(tmp_path / "hf", family, tie_word_embeddings=tied, dtype="bfloat16")
@@ -63,9 +63,11 @@ def test_round_trip_is_byte_identical(tmp_path, family, tied):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("teacher", ["qwen3", "qwen3_moe", "llama"])
+@pytest.mark.parametrize("teacher", ["qwen3", "qwen3_moe", "qwen2", "llama"])
 @pytest.mark.parametrize("case", STUDENTS)
 def test_exported_student(tmp_path, case, teacher):
+    if teacher == "qwen2" and "mla" in case:
+        pytest.skip("refused: biases")
     register()
     hf_dir = tiny_hf_dir(tmp_path / "hf", teacher)
     folder = random_student(tmp_path / "student", hf_dir, case)

@@ -16,6 +16,8 @@ CASES = {
     "qwen3 one kv group": ("qwen3", {"num_key_value_heads": 1}),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe weights not renormalised": ("qwen3_moe", {"norm_topk_prob": False}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "llama3 scaled": (

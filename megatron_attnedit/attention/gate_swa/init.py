@@ -31,7 +31,7 @@ def random_weights(
     teacher: HFConfig,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The paper's start: output projection inherited, norms 1, the rest random."""
+    """The paper's start: output projection inherited, norms 1, biases 0, the rest random."""
     gates = gate_dim(teacher, output_gate)
     weights = {
         "linear_qkv.weight": random_matrix(
@@ -42,4 +42,5 @@ def random_weights(
         "linear_gate.bias": torch.zeros(gates),
     }
     norms = {n: torch.ones_like(t) for n, t in teacher_weights.items() if "layernorm" in n}
-    return {**weights, **norms}
+    biases = {n: torch.zeros_like(t) for n, t in teacher_weights.items() if n.endswith(".bias")}
+    return {**weights, **norms, **biases}

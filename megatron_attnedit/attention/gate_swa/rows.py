@@ -51,6 +51,7 @@ def gate_swa_config(
         "head_dim": teacher.head_dim,
         "rope_parameters": rope,
         "qk_norm": teacher.qk_norm,
+        "attention_bias": teacher.qkv_bias,
         "use_sliding_window": True,
         "layer_types": layer_types,
         "sliding_window": sliding_window,

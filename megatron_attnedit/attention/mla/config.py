@@ -42,6 +42,11 @@ class MLA(MLADims, StudentAttention):
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any], teacher: HFConfig) -> Self:
+        if teacher.qkv_bias:
+            raise UserError(
+                f"--student-attention mla: the biases of queries, keys and values of "
+                f"{teacher.path} have no place in it; gate_swa keeps them"
+            )
         given = {
             key: default if flags.get(key) is None else flags[key]
             for key, default in _defaults(teacher).items()

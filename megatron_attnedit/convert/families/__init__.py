@@ -7,13 +7,14 @@ A family gives ``shared_rows`` (everything but attention, the same in teacher an
 
 from types import ModuleType
 
-from megatron_attnedit.convert.families import llama, qwen3, qwen3_moe
+from megatron_attnedit.convert.families import llama, qwen2, qwen3, qwen3_moe
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
 
 FAMILY_ROWS: dict[str, ModuleType] = {
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
+    "qwen2": qwen2,
     "llama": llama,
 }
 

@@ -129,6 +129,23 @@ def gqa_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
     ]
 
 
+def qkv_bias_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+    """Biases of the query, key and value projections."""
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    return [
+        ParamRow(
+            megatron_param=f"decoder.layers.{layer_idx}.self_attention.linear_qkv.bias",
+            hf_params=tuple(f"model.layers.{layer_idx}.self_attn.{n}_proj.bias" for n in "qkv"),
+            hf_shapes=((queries,), (keys,), (keys,)),
+            layout=QKVPerQueryGroup(
+                config.num_attention_heads, config.num_key_value_heads, config.head_dim
+            ),
+            tp_dim=0,
+        )
+    ]
+
+
 def qk_norm_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
     """RMSNorm of queries and keys, shared by the heads."""
     return [

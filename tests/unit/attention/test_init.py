@@ -11,6 +11,7 @@ from megatron_attnedit.attention.mla.reference import mla_reference
 from megatron_attnedit.attention.teacher_weights import random_matrix
 from megatron_attnedit.convert.families import attention_rows
 from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.errors import UserError
 from tests.models import tiny_hf_dir
 
 LENGTH = 48
@@ -114,3 +115,9 @@ def test_random_start_inherits_only_the_output_projection(tmp_path):
         same = {n for n in mine.keys() & weights.keys() if torch.equal(mine[n], weights[n])}
         assert same == {"linear_proj.weight"}
         assert random_matrix((100, 100), torch.Generator()).std().item() == pytest.approx(0.02, 0.1)
+
+
+def test_mla_refuses_biases(tmp_path):
+    hf = read_hf_config(tiny_hf_dir(tmp_path / "hf", "qwen2"))
+    with pytest.raises(UserError, match="--student-attention mla: the biases .* gate_swa keeps"):
+        MLA.from_flags({}, hf)
