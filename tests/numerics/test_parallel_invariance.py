@@ -16,7 +16,8 @@ from tests.numerics.parallel_table import write_table
 
 BARS = {"loss": 1e-5, "grad_norm": 1e-4, "gradients": 1e-4, "parameters": 1e-4, "routing": 0}
 # Rounding to 8 bits of mantissa at every step, in another order on every grid.
-BF16_BARS = {"loss": 1e-2, "grad_norm": 5e-2, "gradients": 2e-1, "parameters": 2e-2}
+# Measured: 1.2e-3, 1.5e-2, 2.4e-2, 8.5e-3.
+BF16_BARS = {"loss": 5e-3, "grad_norm": 3e-2, "gradients": 5e-2, "parameters": 2e-2}
 MODELS = {"dense": "qwen3", "moe": "qwen3_moe"}
 VARIANTS = [stage for stage in grids.STAGES if stage not in ("stage 1", "stage 2")]
 VARIANT_GRIDS = ["DP2", "TP2 SP", "PP2 interleaved", "CP2"]

@@ -40,6 +40,7 @@ def load_both_ways(hf_dir, megatron_dir, flags, grouped):
         for name, param in chunk.named_parameters():
             assert torch.equal(param, expected[name]), name
             names.append(name)
+    assert any(name.endswith("experts.weight1") for name in names) == grouped
     return names
 
 
