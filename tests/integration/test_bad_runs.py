@@ -1,5 +1,6 @@
 """The tools on bad input: exit code 2, one clear line, nothing half-written."""
 
+import json
 import os
 import subprocess
 import sys
@@ -113,3 +114,102 @@ def test_a_loss_that_is_not_finite(inputs, tmp_path):
 def test_a_tensor_parallel_size_that_does_not_fit(inputs, tmp_path):
     answer = stage1(inputs, tmp_path / "run", "--tensor-model-parallel-size", 3)
     refused(answer, "--tensor-model-parallel-size 3")
+
+
+def copy_of(folder, target):
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def spoil_config(model):
+    file = model / "config.json"
+    file.write_text(file.read_text().replace('"model_type": "qwen3"', '"model_type": "mamba"'))
+
+
+def spoil_index(model):
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+
+
+def change_tensors(model, change):
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+NORM = "model.norm.weight"
+BAD_MODELS = {
+    "unsupported model_type": (spoil_config, ["config.json", "model_type 'mamba'"]),
+    "missing shard": (spoil_index, ["gone.safetensors", "no such file"]),
+    "missing tensor": (lambda m: change_tensors(m, lambda t: t.pop(NORM)), ["missing", NORM]),
+    "unexpected name": (
+        lambda m: change_tensors(m, lambda t: t.update(surprise=t[NORM] * 1)),
+        ["unexpected", "surprise"],
+    ),
+    "unexpected shape": (
+        lambda m: change_tensors(m, lambda t: t.update({NORM: t[NORM][:-1].clone()})),
+        [NORM, "[63]", "[64]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_import_of_a_bad_model(inputs, tmp_path, case):
+    spoil, words = BAD_MODELS[case]
+    model = copy_of(inputs / "hf", tmp_path / "model")
+    spoil(model)
+    answer = tool("convert_checkpoint", "import", "--input", model, "--output", tmp_path / "out")
+    refused(answer, *words)
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("learning_rate: 1.0", ["recipe.yaml", "unknown key 'learning_rate'"]),
+        ("train_iters: many", ["recipe.yaml", "train_iters", "expected int"]),
+    ],
+)
+def test_a_bad_recipe(inputs, tmp_path, line, words):
+    (tmp_path / "recipe.yaml").write_text(line + "\n")
+    answer = stage1(inputs, tmp_path / "run", "--recipe", tmp_path / "recipe.yaml")
+    refused(answer, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_another_vocabulary(inputs, tmp_path):
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"data.{suffix}").write_bytes((inputs / f"data.{suffix}").read_bytes())
+    description = json.loads((inputs / "data.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps({**description, "vocab_size": 999}))
+    answer = stage1(inputs, tmp_path / "run", "--train-data-path", tmp_path / "data")
+    refused(answer, "999", "131")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "tp_size", "word"),
+    [({}, 3, "num_attention_heads 4"), ({"heads": 12, "groups": 6}, 4, "num_key_value_heads 6")],
+)
+def test_a_grid_that_cannot_cut_the_heads(inputs, tmp_path, fields, tp_size, word):
+    model = copy_of(inputs / "hf", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    if fields:
+        config.update(num_attention_heads=fields["heads"], num_key_value_heads=fields["groups"])
+    (model / "config.json").write_text(json.dumps(config))
+    answer = tool(
+        "plan", "--teacher", model, "--student-attention", "gate_swa",
+        "--tensor-model-parallel-size", tp_size,
+    )
+    refused(answer, f"--tensor-model-parallel-size {tp_size}", word)
+
+
+def test_empty_text(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    answer = tool(
+        "preprocess_data", "--input", tmp_path / "empty.txt",
+        "--tokenizer", "examples/embedded_teacher/model", "--output", tmp_path / "out",
+    )
+    refused(answer, "empty.txt")
+    assert not list(tmp_path.glob("*out*"))
