@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_attnedit.convert.hf_checkpoint import HFReader
+from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.export.hf import register
 from megatron_attnedit.export.writer import export_checkpoint
 from megatron_attnedit.models.grid import ParallelConfig
@@ -43,8 +44,9 @@ def random_student(folder, hf_dir, case):
 
 
 def student_logits(hf_dir, folder, tp_size, ids):
+    experts = read_hf_config(hf_dir).num_experts > 0  # they need sequence parallelism
     parallel = ParallelConfig(
-        tensor_model_parallel_size=tp_size, sequence_parallel=tp_size > 1
+        tensor_model_parallel_size=tp_size, sequence_parallel=experts and tp_size > 1
     )
     accelerator = start_processes(parallel)
     teacher = load_teacher(str(hf_dir), parallel, torch.float32, accelerator)
