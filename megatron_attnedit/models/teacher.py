@@ -82,21 +82,11 @@ def _build_chunk(
         rope_scaling=hf.rope_scaling is not None,
         rope_scaling_factor=(hf.rope_scaling or {}).get("factor", 8.0),
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        pre_process=is_pipeline_end(config, vp_stage, first=True),
-        post_process=is_pipeline_end(config, vp_stage, first=False),
+        pre_process=parallel_state.is_pipeline_first_stage(False, vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(False, vp_stage),
         vp_stage=vp_stage,
     )
     return model.requires_grad_(False).eval()
-
-
-def is_pipeline_end(config: TransformerConfig, vp_stage: int | None, *, first: bool) -> bool:
-    """Does the first (last) piece of the model lie here?"""
-    rank = parallel_state.get_pipeline_model_parallel_rank()
-    chunks = config.virtual_pipeline_model_parallel_size or 1
-    if first:
-        return rank == 0 and (vp_stage or 0) == 0
-    last = parallel_state.get_pipeline_model_parallel_world_size() - 1
-    return rank == last and (vp_stage or 0) == chunks - 1
 
 
 def global_name(model: GPTModel, name: str) -> str:
@@ -175,8 +165,9 @@ def backbone(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:
         ``[s, b, h]``, or ``[s/tp, b, h]`` under sequence parallelism; normed on the last stage.
     """
     decoder_input = model.embedding(tokens, position_ids) if model.pre_process else None
-    if decoder_input is not None and torch.is_grad_enabled() and not decoder_input.requires_grad:
-        # The embedding may be frozen, and recomputed layers need something to hang a gradient on.
+    recompute = model.config.recompute_granularity == "full" and torch.is_grad_enabled()
+    if recompute and decoder_input is not None and not decoder_input.requires_grad:
+        # The embedding is frozen, and recomputed layers need something to hang a gradient on.
         decoder_input.requires_grad_()
     return model.decoder(
         hidden_states=decoder_input,

@@ -15,7 +15,7 @@ from megatron_attnedit.distill.kl import chunked_lm_loss
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.teacher import backbone, output_weight
 from megatron_attnedit.training.data import Batch, batches
-from megatron_attnedit.training.schedule import run_schedule, sum_over_ranks
+from megatron_attnedit.training.schedule import run_schedule, sum_of_reports
 from megatron_attnedit.training.setup import Teacher
 
 # A teacher that knows nothing has a cross entropy of ln(vocabulary); wrong weights or a wrong
@@ -60,8 +60,7 @@ def check_teacher(teacher: Teacher, dataset: Any) -> None:
     same = itertools.repeat(next(first))
     parts = run_schedule(teacher.chunks, same, step, rounds, forward_only=True)
     device = next(teacher.chunks[0].parameters()).device
-    sums = torch.stack(parts).sum(0) if parts else torch.zeros(2, device=device)
-    total, tokens = sum_over_ranks(sums, token_shards=False).tolist()
+    total, tokens = sum_of_reports(parts, torch.zeros(2, device=device)).tolist()
     loss = total / tokens
     guessing = math.log(teacher.hf.vocab_size)
     if not loss < WORST_SHARE * guessing:

@@ -64,6 +64,17 @@ def _share(batch: Batch) -> Batch:
     )
 
 
+def sum_of_reports(reports: list[Tensor], like: Tensor) -> Tensor:
+    """What ``run_schedule`` returned, over micro-batches and ranks.
+
+    Args:
+        reports: Empty on all pipeline stages but the last.
+        like: Zeros of a report's shape, for those stages.
+    """
+    own = torch.stack(reports).sum(0) if reports else like
+    return sum_over_ranks(own, token_shards=False)
+
+
 def sum_over_ranks(sums: Tensor, *, token_shards: bool) -> Tensor:
     """Add up over data, context and pipeline parallelism.
 

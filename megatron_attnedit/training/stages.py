@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelDistillation, nonfinite_layers
 from megatron_attnedit.training.data import Batch
-from megatron_attnedit.training.schedule import run_schedule, sum_over_ranks
+from megatron_attnedit.training.schedule import run_schedule, sum_of_reports, sum_over_ranks
 
 Metrics = dict[str, Any]
 
@@ -37,6 +37,13 @@ class Stage(Protocol):
 
     def blame(self) -> str:
         """Where a loss that is not finite comes from."""
+
+
+def _forward(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+    """A step of the schedule that reports no loss."""
+    batch = next(iterator)
+    hidden = model(batch.tokens, batch.position_ids, batch.loss_mask)
+    return hidden, lambda out: (out.new_zeros(()), {})
 
 
 class Stage1:
@@ -69,12 +76,7 @@ class Stage1:
             module.train(training)
             module.sums.zero_()
 
-        def step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-            batch = next(iterator)
-            hidden = model(batch.tokens, batch.position_ids, batch.loss_mask)
-            return hidden, lambda out: (out.new_zeros(()), {})
-
-        run_schedule(self.models, batches, step, num_microbatches, forward_only=True)
+        run_schedule(self.models, batches, _forward, num_microbatches, forward_only=True)
         config = self.modules[0].config
         sums = torch.stack([module.sums for module in self.modules]).sum(0)
         return sum_over_ranks(sums, token_shards=config.sequence_parallel)
@@ -164,8 +166,7 @@ class Stage2:
         module = self.modules[-1]
         names = ["tokens", *module.loss_names(with_lm_loss=with_lm_loss)]
         device = next(module.parameters()).device
-        sums = torch.stack(parts).sum(0) if parts else torch.zeros(len(names), device=device)
-        totals = sum_over_ranks(sums, token_shards=False).tolist()
+        totals = sum_of_reports(parts, torch.zeros(len(names), device=device)).tolist()
         tokens = max(totals[0], 1.0)
         means = {n: total / tokens for n, total in zip(names[1:], totals[1:], strict=True)}
         loss = means["logits distillation loss"]
@@ -193,14 +194,14 @@ class Stage2:
         last = self._last
         pipeline = parallel_state.get_pipeline_model_parallel_world_size()
 
-        def step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-            batch = next(iterator)
-            hidden = model(batch.tokens, batch.position_ids, batch.loss_mask)
-            return hidden, lambda out: (out.new_zeros(()), {})
-
         with torch.no_grad(), nonfinite_layers([m.student for m in self.modules]) as bad:
             run_schedule(
-                self.models, iter([last] * pipeline), step, pipeline, streams=2, forward_only=True
+                self.models,
+                iter([last] * pipeline),
+                _forward,
+                pipeline,
+                streams=2,
+                forward_only=True,
             )
         none = float("inf")
         first = torch.tensor(min(bad, default=none), device=last.tokens.device)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.models.grid import place_of_this_process
@@ -60,14 +61,10 @@ def train_on_grid(stage, folder, student, save, grid):
         train_iters=ITERATIONS, adam_eps=1e-6, eod_mask_loss=True, **fields, **grid,
     )
     run = prepare(recipe)
-    size = dist.get_world_size() // (
-        recipe.tensor_model_parallel_size
-        * recipe.pipeline_model_parallel_size
-        * recipe.context_parallel_size
-    )
+    size = parallel_state.get_data_parallel_world_size()
     batches = run.batches(run.train_data, 0)
     losses, norms, grads = [], [], {}
-    visits = count_visits(run) if cls is Stage2Recipe else {}
+    visits = count_visits(run)
     for i in range(ITERATIONS):
         run.optimizer.zero_grad()
         losses.append(run.stage.train_step(batches, recipe.num_microbatches(size))["loss"])
@@ -81,7 +78,7 @@ def train_on_grid(stage, folder, student, save, grid):
 
 
 def count_visits(run):
-    """Filled as the student runs: by layer, how many of this rank's tokens visit each expert."""
+    """Filled as the models run: by layer, how many of this rank's tokens visit each expert."""
     visits = {}
 
     def hook(layer_idx):
@@ -92,7 +89,7 @@ def count_visits(run):
 
     for module in run.stage.modules:
         # Where the router is the teacher's own object, its passes count, too: on every grid alike.
-        for layer in module.student.decoder.layers:
+        for layer in getattr(module, "student", module.teacher).decoder.layers:
             if hasattr(layer.mlp, "router"):
                 layer.mlp.router.register_forward_hook(hook(layer.layer_number - 1))
     return visits
