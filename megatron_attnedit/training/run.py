@@ -1,6 +1,8 @@
 """From a recipe to a trained student."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from megatron_attnedit.training.setup import (
     start_processes,
     stop_processes,
 )
-from megatron_attnedit.training.stages import Stage1, Stage2
+from megatron_attnedit.training.stages import Stage, Stage1, Stage2
 from megatron_attnedit.training.student import Student
 
 
@@ -81,10 +83,11 @@ def prepare(recipe: Recipe) -> Run:
     data_config, train_data, valid_data = _data(recipe, teacher)
     check_teacher(teacher, train_data)
     if isinstance(recipe, Stage2Recipe):
-        parts = _stage2(recipe, teacher, student)
+        modules, stage_of, flops_per_token = _stage2(recipe, teacher, student)
     else:
         assert isinstance(recipe, Stage1Recipe)
-        parts = _stage1(recipe, teacher, student)
+        modules, stage_of, flops_per_token = _stage1(recipe, teacher, student)
+    models, optimizer, schedule = wrap(modules, recipe)
     return Run(
         recipe=recipe,
         train_data=train_data,
@@ -96,7 +99,10 @@ def prepare(recipe: Recipe) -> Run:
             recipe=vars(recipe),
             data=data_identity(data_config),
         ),
-        **parts,
+        stage=stage_of(models),
+        optimizer=optimizer,
+        schedule=schedule,
+        flops_per_token=flops_per_token,
     )
 
 
@@ -105,7 +111,11 @@ def _edited(teacher: Teacher, student: Student) -> list[int]:
     return [i for i in range(teacher.hf.num_hidden_layers) if student.attention.edits(i)]
 
 
-def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> dict[str, Any]:
+# Modules to train, what makes a stage of them once they are wrapped, and its cost.
+Parts = tuple[list[Any], Callable[[Any], Stage], float]
+
+
+def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> Parts:
     student.trained_modules()
     modules = [
         LayerwiseDistillation(
@@ -115,16 +125,11 @@ def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> dict[st
         )
         for chunk, mine in zip(teacher.chunks, student.chunks, strict=True)
     ]
-    models, optimizer, schedule = wrap(modules, recipe)
-    return {
-        "stage": Stage1(modules, models, _edited(teacher, student)),
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "flops_per_token": stage1_flops(teacher.hf, recipe.seq_length),
-    }
+    stage_of = functools.partial(Stage1, modules, edited=_edited(teacher, student))
+    return modules, stage_of, stage1_flops(teacher.hf, recipe.seq_length)
 
 
-def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> dict[str, Any]:
+def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> Parts:
     trained = student.trained_modules()
     modules = [
         ModelLevelDistillation(
@@ -142,13 +147,9 @@ def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> dict[st
         )
         for chunk, student_chunk, own in zip(teacher.chunks, student.chunks, trained, strict=True)
     ]
-    models, optimizer, schedule = wrap(modules, recipe)
-    return {
-        "stage": Stage2(modules, models),
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "flops_per_token": stage2_flops(teacher.hf, recipe.seq_length),
-    }
+    return modules, functools.partial(Stage2, modules), stage2_flops(
+        teacher.hf, recipe.seq_length
+    )
 
 
 def _data(recipe: Recipe, teacher: Teacher) -> tuple[DataConfig, Any, Any]:

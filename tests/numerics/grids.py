@@ -164,23 +164,6 @@ def trained(run):
             yield name, param
 
 
-def whole(rows, answers, which):
-    """Put the shards of all ranks together: name to the Hugging Face tensors, flattened."""
-    shards = {}
-    for answer in answers:
-        for name, tensor in answer[which].items():
-            row = rows.get(name) or rows["embedding.word_embeddings.weight"]  # tied output layer
-            rank = answer[0].expert_rank if row.in_expert else answer[0].rank
-            shards.setdefault(name, {})[rank] = tensor
-    return {
-        name: torch.cat(
-            [t.flatten() for t in rows[name].to_hf([parts[i] for i in sorted(parts)])]
-        )
-        for name, parts in shards.items()
-        if name in rows
-    }
-
-
 def rows_of(folder, student):
     """The student's table by Megatron name."""
     attention = read_lineage(checkpoint.find(str(folder / student), "--load")).attention()
@@ -219,8 +202,21 @@ def differences(rows, answers, expected):
     assert ours.keys() == theirs.keys()
     found["routing"] = sum(int((ours[i] - theirs[i]).abs().sum()) for i in theirs)
     for which, name in ((3, "gradients"), (4, "parameters")):
-        actual, reference = whole(rows, answers, which), whole(rows, [expected], which)
-        assert actual.keys() == reference.keys() and reference
-        scale = torch.stack([t.norm() for t in reference.values()]).norm()
-        found[name] = max(relative(actual[n], reference[n], scale) for n in reference)
+        found[name] = largest_difference(rows, answers, expected, which)
     return found
+
+
+def largest_difference(rows, answers, expected, which):
+    """Every copy and every shard that a rank holds, against the same cut of one process's."""
+    reference = {name: rows[name].to_hf([t]) for name, t in expected[which].items()}
+    scale = torch.stack([t.norm() for tensors in reference.values() for t in tensors]).norm()
+    largest, seen = 0.0, set()
+    for answer in answers:
+        for name, tensor in answer[which].items():
+            # The last stage's copy of a tied embedding has no row of its own.
+            row = rows.get(name) or rows["embedding.word_embeddings.weight"]
+            shard = row.shard_at(reference[row.megatron_param], answer[0])
+            largest = max(largest, relative(tensor, shard, scale))
+            seen.add(row.megatron_param)
+    assert seen == reference.keys() and reference
+    return largest
