@@ -1,11 +1,16 @@
 #!/usr/bin/env python3
-"""Convert between Hugging Face and Megatron checkpoints.
+"""Convert between Hugging Face and Megatron checkpoints, whatever the model's size.
 
-import: Hugging Face teacher -> Megatron checkpoint, loadable on any grid.
-export: Megatron student or teacher -> Hugging Face directory.
+import: Hugging Face teacher or student -> Megatron checkpoint.
+export: Megatron teacher or student -> Hugging Face directory, or a file of edited weights only.
+verify: are two checkpoints, of whatever formats, the same numbers?
+
+A parameter is converted at a time, so memory stays small. Run under torchrun
+(torchrun --nproc-per-node N tools/convert_checkpoint.py ...) to share the work over N processes.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from megatron_attnedit.device import bootstrap
@@ -18,35 +23,60 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    importer = commands.add_parser("import", help="Hugging Face teacher -> Megatron")
-    exporter = commands.add_parser("export", help="Megatron student or teacher -> Hugging Face")
-    importer.add_argument("--input", type=Path, required=True, help="Hugging Face directory")
+    importer = commands.add_parser("import", help="Hugging Face -> Megatron")
+    exporter = commands.add_parser("export", help="Megatron -> Hugging Face")
+    importer.add_argument(
+        "--input", type=Path, required=True, help="Hugging Face directory, or edited weights"
+    )
     exporter.add_argument("--input", type=Path, required=True, help="a run's folder or checkpoint")
-    exporter.add_argument("--teacher", help="where the teacher is (default: as at edit time)")
     for command in (importer, exporter):
-        command.add_argument("--output", type=Path, required=True, help="new directory")
+        command.add_argument("--output", type=Path, required=True, help="new directory or file")
+        command.add_argument("--teacher", help="where the teacher is (default: as at edit time)")
         command.add_argument(
             "--dtype",
             choices=("float32", "bfloat16", "float16"),
             help="of the tensors (default: config.json's)",
         )
         command.add_argument("--overwrite", action="store_true", help="replace the output")
+    importer.add_argument(
+        "--format",
+        choices=("torch_dist", "torch"),
+        default="torch_dist",
+        help="torch_dist loads on any grid; torch (mp_rank_*, MindSpeed-LLM) on the one given "
+        "(default: %(default)s)",
+    )
+    exporter.add_argument(
+        "--format",
+        choices=("hf", "edited"),
+        default="hf",
+        help="hf: a whole model; edited: one .safetensors file of what is new "
+        "(default: %(default)s)",
+    )
+    for size in ("tensor", "pipeline", "expert"):
+        importer.add_argument(
+            f"--{size}-model-parallel-size", type=int, default=1, metavar="N",
+            help="of --format torch (default: 1)",
+        )  # fmt: skip
+    verifier = commands.add_parser("verify", help="compare two checkpoints of any format")
+    verifier.add_argument("a", type=Path, help="checkpoint")
+    verifier.add_argument("b", type=Path, help="checkpoint")
+    verifier.add_argument("--teacher", help="of students (default: as at edit time)")
+    verifier.add_argument("--text", type=Path, help="also compare logits on this text file")
+    verifier.add_argument("--json", dest="json_file", type=Path, help="write the result here")
     return parser.parse_args()
 
 
 def main() -> None:
-    args = parse_args()
+    args = vars(parse_args())
     start_logging()
     bootstrap()
-    from megatron_attnedit.export.writer import export_checkpoint
-    from megatron_attnedit.training.teacher_import import import_teacher
+    from megatron_attnedit.evaluate.verify import verify
+    from megatron_attnedit.export.conversion import ConversionConfig, convert
 
-    options = {"dtype": args.dtype, "overwrite": args.overwrite}
-    if args.command == "import":
-        import_teacher(args.input, args.output, **options)
-    else:
-        export_checkpoint(args.input, args.output, teacher=args.teacher, **options)
-    print(f"wrote {args.output}")
+    if args.pop("command") == "verify":
+        sys.exit(0 if verify(**args) else 1)
+    convert(ConversionConfig(source=args.pop("input"), **args))
+    print(f"wrote {args['output']}")
 
 
 if __name__ == "__main__":

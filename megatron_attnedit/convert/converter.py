@@ -1,6 +1,6 @@
-"""Apply a table of rows: fill a Megatron model from Hugging Face files, and the other way."""
+"""Apply a table of rows: fill a Megatron model from Hugging Face files."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,32 +42,11 @@ def hf_to_megatron(
     assert params.keys() <= by_name.keys(), f"no row for {params.keys() - by_name.keys()}"
     for name, param in tqdm(params.items(), "import", unit="tensor", disable=not progress):
         row = by_name[name]
-        tensors = [reader.tensor(hf) for hf in row.hf_params]
-        shard = row.shard_at(tensors, place)
+        shard = row.read_shard(reader.slice, place)
         if not torch.isfinite(shard).all():
             raise UserError(f"{reader.directory}: {row.hf_params} hold NaN or Inf")
         assert shard.shape == param.shape, f"{name}: {shard.shape} into {param.shape}"
         param.copy_(shard)
-
-
-def megatron_to_hf(
-    rows: Sequence[ParamRow],
-    gather: Callable[[ParamRow], list[Tensor]],
-    *,
-    dtype: torch.dtype,
-) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and tensors of a Megatron model, one at a time, on the CPU.
-
-    Args:
-        rows: The table of the whole model.
-        gather: Gives a row's shards of all tensor-parallel ranks.
-        dtype: Type of the result.
-    """
-    for row in rows:
-        tensors = row.to_hf(gather(row))
-        for name, shape, tensor in zip(row.hf_params, row.hf_shapes, tensors, strict=True):
-            assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} is not {shape}"
-            yield name, tensor.to("cpu", dtype).contiguous()
 
 
 def check_tensor_parallel(config: HFConfig, tp_size: int) -> None:

@@ -1,21 +1,19 @@
-"""Read and write the safetensors files of a Hugging Face directory."""
+"""Read the safetensors files of a Hugging Face directory."""
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_attnedit.convert.pieces import Piece
 from megatron_attnedit.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5 * 10**9
+STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Not weights, and not ours to change: copied byte for byte into an export.
 TOKENIZER_AND_GENERATION_FILES = (
     "tokenizer.json",
@@ -35,7 +33,7 @@ class HFReader:
     """The tensors of a Hugging Face directory, read one at a time.
 
     Args:
-        directory: Holds ``model.safetensors``, or shards and their index.
+        directory: Holds ``model.safetensors``, or shards and their index; or one safetensors file.
 
     Raises:
         UserError: a file is missing or truncated, or the index points outside the directory.
@@ -46,13 +44,20 @@ class HFReader:
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for file in self._files():
             handle = self._handle(file)
             for name in handle.keys():  # noqa: SIM118, a handle is not iterable
+                if name in self._file_of:
+                    raise UserError(f"{file}: holds {name}, which {self._file_of[name]} holds, too")
+                stored = handle.get_slice(name)
                 self._file_of[name] = file
-                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+                self.shapes[name] = tuple(stored.get_shape())
+                self._dtypes[name] = stored.get_dtype()
 
     def _files(self) -> list[Path]:
+        if self.directory.suffix == ".safetensors":
+            return [self.directory]
         index = self.directory / INDEX
         if not index.is_file():
             return [self.directory / SINGLE]
@@ -79,56 +84,42 @@ class HFReader:
         """Read one whole tensor."""
         return self._handle(self._file_of[name]).get_tensor(name)
 
+    def slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Read ``start:stop`` of dimension ``dim`` (0 or 1) of one tensor."""
+        if dim == 0 and (start, stop) == (0, self.shapes[name][0]):
+            return self.tensor(name)
+        stored = self._handle(self._file_of[name]).get_slice(name)
+        return stored[start:stop] if dim == 0 else stored[:, start:stop]
 
-def write_hf(
-    directory: Path, tensors: Iterable[tuple[str, Tensor]], config: dict[str, Any]
-) -> None:
-    """Write ``config.json`` and safetensors shards of at most 5 GB into an existing directory.
+    def read(self, piece: Piece) -> list[Tensor]:
+        """A piece of a conversion."""
+        return [self.slice(name, 0, start, stop) for name, start, stop in piece.hf_slices()]
 
-    Args:
-        directory: Where to write.
-        tensors: Names and tensors, consumed one at a time.
-        config: Content of ``config.json``.
-    """
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shards: list[dict[str, Tensor]] = [{}]
-    weight_map: dict[str, Path] = {}
-    size = total = 0
+    def metadata(self) -> dict[str, str]:
+        """The free text in the header of the first file."""
+        return self._handle(self._files()[0]).metadata() or {}
 
-    def flush() -> None:
-        file = directory / f"part-{len(shards)}.safetensors"
-        save_file(shards[-1], file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shards[-1], file))
-        shards[-1] = {}
+    def check_dtypes(self, dtype: str | None) -> None:
+        """Every tensor is of a type that can be converted, and of ``dtype`` where that is given.
 
-    for name, tensor in tensors:
-        if size and size + tensor.nbytes > MAX_SHARD_BYTES:
-            flush()
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    _name_shards(directory, weight_map, total)
+        Raises:
+            UserError: names the first that is not.
+        """
+        for name, found in self._dtypes.items():
+            if found not in STORED_DTYPES:
+                raise UserError(
+                    f"{self._file_of[name]}: tensor {name} is {found}; expected "
+                    f"{', '.join(STORED_DTYPES)}"
+                )
+            if dtype and STORED_DTYPES[found] != dtype:
+                raise UserError(
+                    f"{self._file_of[name]}: tensor {name} is {STORED_DTYPES[found]}, config.json "
+                    f"says {dtype}; give --dtype to convert"
+                )
 
-
-def _name_shards(directory: Path, weight_map: dict[str, Path], total: int) -> None:
-    """Give the parts the names that Hugging Face expects, now that their number is known."""
-    files = sorted(set(weight_map.values()), key=lambda file: int(file.stem.split("-")[1]))
-    if len(files) == 1:
-        files[0].rename(directory / SINGLE)
-        return
-    names = {
-        file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files, 1)
-    }
-    for file, name in names.items():
-        file.rename(directory / name)
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: names[file] for name, file in weight_map.items()},
-    }
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    def dtype(self, name: str) -> str:
+        """Type of one tensor in torch's words."""
+        return STORED_DTYPES.get(self._dtypes[name], self._dtypes[name])
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
@@ -137,8 +128,3 @@ def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
     for name in names:
         shutil.copyfile(source / name, target / name)
     return names
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """``"bfloat16"`` to ``torch.bfloat16``."""
-    return getattr(torch, name)

@@ -28,6 +28,12 @@ class Layout(Protocol):
     def split(self, tensor: Tensor) -> list[Tensor]:
         """The whole Megatron parameter to Hugging Face tensors."""
 
+    def part(self, count: int) -> "Layout | None":
+        """The layout of one of ``count`` equal parts, all tensors cut along dimension 0.
+
+        None where no such cut of the tensors makes one of the parameter.
+        """
+
 
 @dataclass(frozen=True)
 class Same:
@@ -41,6 +47,9 @@ class Same:
     def split(self, tensor: Tensor) -> list[Tensor]:
         return [tensor]
 
+    def part(self, count: int) -> Layout:
+        return self
+
 
 @dataclass(frozen=True)
 class Stacked:
@@ -53,6 +62,9 @@ class Stacked:
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         return list(tensor.chunk(self.stacked))
+
+    def part(self, count: int) -> Layout:
+        return self
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,12 @@ class QKVPerQueryGroup:
         sizes = [per_group * self.kv_channels, self.kv_channels, self.kv_channels]
         grouped = tensor.reshape(self.num_query_groups, -1, *tensor.shape[1:])
         return [t.reshape(-1, *t.shape[2:]) for t in grouped.split(sizes, dim=1)]
+
+    def part(self, count: int) -> Layout | None:
+        if self.num_query_groups % count:
+            return None
+        heads, groups = self.num_attention_heads // count, self.num_query_groups // count
+        return QKVPerQueryGroup(heads, groups, self.kv_channels)
 
 
 @dataclass(frozen=True)
@@ -102,3 +120,8 @@ class InterleavedRotary:
     def split(self, tensor: Tensor) -> list[Tensor]:
         order = torch.arange(self.rotary_dim).view(2, -1).t().reshape(-1)
         return [self._reorder(tensor, order)]
+
+    def part(self, count: int) -> Layout | None:
+        if self.num_heads % count:
+            return None
+        return InterleavedRotary(self.num_heads // count, self.rotary_dim)

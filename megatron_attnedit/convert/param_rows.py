@@ -4,7 +4,7 @@ A row is the only statement of the fact; both directions and every tensor-parall
 from it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from megatron_attnedit.convert.layouts import Layout, Same
 from megatron_attnedit.errors import UserError
+
+ReadSlice = Callable[[str, int, int, int], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,31 @@ class ParamRow:
             whole = torch.nn.functional.pad(whole, (0, 0, 0, -whole.shape[0] % tp_size))
         parts = whole.chunk(self.layout.stacked)
         return torch.cat([part.chunk(tp_size, self.tp_dim)[tp_rank] for part in parts])
+
+    def read_shard(self, read: ReadSlice, place: TensorParallelPlace) -> Tensor:
+        """The shard at that place, reading no more of the Hugging Face tensors than it needs.
+
+        Args:
+            read: Name, dimension, first and past-the-last index to that slice of the tensor.
+            place: Which shard.
+        """
+        rank, size = place.rank, place.size
+        if self.in_expert:
+            rank, size = place.expert_rank, place.expert_size
+        layout = self.layout.part(size) if self.tp_dim == 0 else self.layout
+        if self.tp_dim is None or size == 1 or layout is None:
+            shapes = zip(self.hf_params, self.hf_shapes, strict=True)
+            return self.shard_at([read(name, 0, 0, shape[0]) for name, shape in shapes], place)
+        tensors = []
+        for name, shape in zip(self.hf_params, self.hf_shapes, strict=True):
+            whole = shape[self.tp_dim]
+            width = -(-whole // size)
+            start, stop = min(rank * width, whole), min((rank + 1) * width, whole)
+            part = read(name, self.tp_dim, start, stop)
+            if self.pad_to_tp:
+                part = torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[0]))
+            tensors.append(part)
+        return layout.join(tensors)
 
     def shard_at(self, tensors: Sequence[Tensor], place: TensorParallelPlace) -> Tensor:
         """The shard that the process at that place holds."""

@@ -28,10 +28,10 @@ def hf_directory(path: Path, scratch: Path) -> Path:
         return path
     if not any((path / name).is_file() for name in MEGATRON_FILES):
         raise UserError(f"{path}: no config.json and no Megatron checkpoint")
-    from megatron_attnedit.export.writer import export_checkpoint
+    from megatron_attnedit.export.conversion import ConversionConfig, convert
 
     output = scratch / f"export{len(list(scratch.iterdir()))}"
-    export_checkpoint(path, output)
+    convert(ConversionConfig(source=path, output=output, format="hf"))
     return output
 
 

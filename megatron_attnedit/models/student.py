@@ -72,6 +72,12 @@ def student_rows(hf: HFConfig, student_attention: StudentAttention) -> list[Para
     return rows
 
 
+def edited_rows(hf: HFConfig, student_attention: StudentAttention) -> list[ParamRow]:
+    """What is new in the student."""
+    layers = [i for i in range(hf.num_hidden_layers) if student_attention.edits(i)]
+    return [row for i in layers for row in student_attention.rows(hf, i)]
+
+
 @torch.no_grad()
 def fill_attentions(
     attentions: Mapping[int, MegatronModule],

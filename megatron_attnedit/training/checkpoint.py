@@ -21,15 +21,22 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.teacher import global_name
 from megatron_attnedit.training.lineage import FILE, Lineage
 
+EXTRA_STATE = "_extra_state"  # Transformer Engine's, empty here
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
+# How tensors are cut into a checkpoint.
+CONTENT = {
+    "non_homogeneous_layers": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
 def metadata() -> dict[str, Any]:
-    """How tensors are cut into a checkpoint."""
+    """``CONTENT``, and the group that shares a model."""
     return {
-        "non_homogeneous_layers": True,
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
+        **CONTENT,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
@@ -40,6 +47,7 @@ def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
         global_name(chunk, name): sharded
         for chunk in chunks
         for name, sharded in chunk.sharded_state_dict(metadata=metadata()).items()
+        if not name.endswith(EXTRA_STATE)
     }
 
 
@@ -49,7 +57,7 @@ def attention_state(attentions: Mapping[int, MegatronModule]) -> dict[str, Any]:
     for layer_idx, module in attentions.items():
         prefix = f"decoder.layers.{layer_idx}.self_attention."
         state.update(module.sharded_state_dict(prefix, (), metadata()))
-    return state
+    return {name: sharded for name, sharded in state.items() if not name.endswith(EXTRA_STATE)}
 
 
 def iteration_dir(directory: Path, iteration: int) -> Path:
@@ -98,8 +106,7 @@ def save(directory: Path, iteration: int, state: dict[str, Any], lineage: Lineag
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    content = {k: v for k, v in metadata().items() if k != "dp_cp_group"}
-    dist_checkpointing.save({**state, "iteration": iteration}, partial, content_metadata=content)
+    dist_checkpointing.save({**state, "iteration": iteration}, partial, content_metadata=CONTENT)
     if dist.get_rank() == 0:
         lineage.write(partial)
         shutil.rmtree(target, ignore_errors=True)

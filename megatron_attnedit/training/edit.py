@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_attnedit.attention import StudentAttention, student_attention_class
-from megatron_attnedit.convert.hf_checkpoint import torch_dtype
 from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.convert.reading import DTYPES
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import (
@@ -82,7 +82,7 @@ def edit(config: EditConfig) -> Path:
     parallel = ParallelConfig()
     accelerator = start_processes(parallel, config.seed)
     try:
-        teacher = load_teacher(config.teacher, parallel, torch_dtype(hf.dtype), accelerator)
+        teacher = load_teacher(config.teacher, parallel, DTYPES[hf.dtype], accelerator)
         student = build_student(teacher.model, student_attention)
         attentions = edited_attentions(student, student_attention)
         fill_attentions(

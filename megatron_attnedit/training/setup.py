@@ -22,8 +22,7 @@ from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import build_teacher, load_teacher_from_hf
 from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.lineage import Lineage, read_lineage
-
-HF_FILES = "hf"  # folder inside an imported teacher: config.json and tokenizer
+from megatron_attnedit.training.opened import HF_FILES
 
 
 def start_processes(

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.export.conversion import ConversionConfig, convert
 from megatron_attnedit.export.hf import register
-from megatron_attnedit.export.writer import export_checkpoint
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import full_logits
 from megatron_attnedit.training import checkpoint
@@ -15,7 +15,6 @@ from megatron_attnedit.training.edit import EditConfig, edit
 from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.setup import load_teacher, start_processes, stop_processes
 from megatron_attnedit.training.student import Student
-from megatron_attnedit.training.teacher_import import import_teacher
 from tests import processes
 from tests.models import tiny_hf_dir, tokens
 
@@ -59,8 +58,8 @@ def student_logits(hf_dir, folder, tp_size, ids):
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip_is_byte_identical(tmp_path, family, tied):
     source = tiny_hf_dir(tmp_path / "hf", family, tie_word_embeddings=tied, dtype="bfloat16")
-    import_teacher(source, tmp_path / "megatron")
-    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    convert(ConversionConfig(source=source, output=tmp_path / "megatron", format="torch_dist"))
+    convert(ConversionConfig(source=tmp_path / "megatron", output=tmp_path / "back", format="hf"))
     for name in ("model.safetensors", "config.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
 
@@ -73,7 +72,9 @@ def test_exported_student(tmp_path, case, teacher):
     register()
     hf_dir = tiny_hf_dir(tmp_path / "hf", teacher)
     folder = random_student(tmp_path / "student", hf_dir, case)
-    export_checkpoint(folder, tmp_path / "out", dtype="float32")
+    convert(
+        ConversionConfig(source=folder, output=tmp_path / "out", format="hf", dtype="float32")
+    )
     ids = tokens(length=64)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megatron_attnedit.export.conversion import ConversionConfig, convert
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.training.setup import load_teacher, start_processes
-from megatron_attnedit.training.teacher_import import import_teacher
 from tests import processes
 from tests.models import tiny_hf_dir
 
@@ -55,7 +55,7 @@ def test_both_formats_load_alike(tmp_path, kind, tied, grid):
     hf_dir = tiny_hf_dir(
         tmp_path / "hf", family, num_hidden_layers=4, tie_word_embeddings=tied, dtype="bfloat16"
     )
-    import_teacher(hf_dir, tmp_path / "megatron")
+    convert(ConversionConfig(source=hf_dir, output=tmp_path / "megatron", format="torch_dist"))
     arguments = hf_dir, tmp_path / "megatron", flags, kind == "grouped experts"
     for names in processes.run(world_size, load_both_ways, *arguments):
         assert names

@@ -1,0 +1,252 @@
+"""Megatron's ``torch_dist`` checkpoints as torch's distributed checkpointing sees them.
+
+Written from a lazy plan and read a piece at a time, so that no model is ever in memory.
+"""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.pieces import Piece, Read, pieces_of
+from megatron_attnedit.errors import UserError
+
+# What a run's checkpoint holds besides the model.
+IGNORED = {
+    "optimizer": "optimizer state",
+    "_extra_state": "empty without Transformer Engine",
+}
+
+
+@dataclass(frozen=True)
+class StoredParam:
+    """Where a parameter is: experts of a layer are one tensor with the expert in front."""
+
+    key: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+
+    def chunk(self, piece: Piece) -> ChunkStorageMetadata:
+        """The piece's place in the stored tensor."""
+        first, last = piece.megatron_rows()
+        rest = self.shape[-1:] if len(self.shape) - (self.expert is not None) > 1 else ()
+        offsets, sizes = (first, *(0 for _ in rest)), (last - first, *rest)
+        if self.expert is not None:
+            offsets, sizes = (self.expert, *offsets), (1, *sizes)
+        return ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
+
+
+def stored_params(rows: Sequence[ParamRow]) -> dict[str, StoredParam]:
+    """By Megatron name, where mcore's ``sharded_state_dict`` puts each parameter."""
+    counts: dict[str, int] = {}
+    places = {}
+    for row in rows:
+        before, is_expert, after = row.megatron_param.partition(".local_experts.")
+        expert, _, rest = after.partition(".")
+        key = f"{before}.experts.{rest}" if is_expert else row.megatron_param
+        counts[key] = counts.get(key, 0) + 1
+        places[row.megatron_param] = (key, int(expert) if is_expert else None)
+    shapes = {}
+    for row in rows:
+        key, expert_idx = places[row.megatron_param]
+        rows_of_it = sum(shape[0] for shape in row.hf_shapes)
+        shape = (rows_of_it, *row.hf_shapes[0][1:])
+        whole = shape if expert_idx is None else (counts[key], *shape)
+        shapes[row.megatron_param] = StoredParam(key, whole, expert_idx)
+    return shapes
+
+
+class LazyPlan(DefaultSavePlanner):
+    """What one process writes; tensors are read when their turn comes.
+
+    Args:
+        rows: The whole table.
+        mine: This process's rows.
+        read: Gives the Hugging Face tensors of a piece.
+        dtype: Type of all tensors.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[ParamRow],
+        mine: Sequence[ParamRow],
+        read: Read,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._read = read
+        self._pieces: dict[MetadataIndex, Piece] = {}
+        self._items: list[WriteItem] = []
+        stored = stored_params(rows)
+        properties = TensorProperties(dtype=dtype)
+        for row in mine:
+            place = stored[row.megatron_param]
+            for piece in pieces_of(row):
+                chunk = place.chunk(piece)
+                index = MetadataIndex(place.key, chunk.offsets)
+                data = TensorWriteData(
+                    chunk=chunk, properties=properties, size=torch.Size(place.shape)
+                )
+                self._pieces[index] = piece
+                self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(self._items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        piece = self._pieces[write_item.index]
+        assert write_item.tensor_data is not None
+        tensor = piece.join(self._read(piece))
+        return tensor.reshape(write_item.tensor_data.chunk.sizes)
+
+
+def write_tensors(
+    directory: Path,
+    rows: Sequence[ParamRow],
+    mine: Sequence[ParamRow],
+    read: Read,
+    dtype: torch.dtype,
+) -> None:
+    """Write the tensors of a checkpoint; collective where several processes run.
+
+    Raises:
+        OSError: the disk is full, for example.
+    """
+    # No copying ahead: it would reorder the pieces, which are hashed in order.
+    writer = dcp.FileSystemWriter(
+        directory, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0
+    )
+    planner = LazyPlan(rows, mine, read, dtype)
+    try:
+        dcp.save({}, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
+    except dcp.api.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise cause from None
+
+
+class _IntoTensor(DefaultLoadPlanner):
+    """Reads a chunk of one stored tensor into ``target``."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        view = self._target
+        for dim, (offset, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            view = view.narrow(dim, offset, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """The target is the caller's."""
+
+
+class DistReader:
+    """The tensors of a checkpoint, read one piece at a time.
+
+    Args:
+        directory: One iteration's folder.
+
+    Raises:
+        UserError: it has no readable metadata.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._reader = dcp.FileSystemReader(directory)
+        try:
+            metadata = self._reader.read_metadata()
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{directory}: not a distributed checkpoint: {error}") from None
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._tensors: Mapping[str, TensorStorageMetadata] = {
+            key: value
+            for key, value in metadata.state_dict_metadata.items()
+            if isinstance(value, TensorStorageMetadata)
+        }
+        self._by_expert: dict[tuple[str, int], list[ChunkStorageMetadata]] = {}
+
+    def check(self, rows: Sequence[ParamRow]) -> None:
+        """Every stored tensor is claimed by a row or known not to be the model's.
+
+        Raises:
+            UserError: names what is missing, unknown or has another shape.
+        """
+        wanted = {stored.key: stored for stored in stored_params(rows).values()}
+        if missing := sorted(wanted.keys() - self._tensors.keys()):
+            raise UserError(f"{self.directory}: tensors are missing: {', '.join(missing[:10])}")
+        known = tuple(IGNORED)
+        for key in sorted(self._tensors.keys() - wanted.keys()):
+            if not any(word in key for word in known):
+                raise UserError(f"{self.directory}: tensor with unexpected name: {key}")
+        padded = {stored_params([row])[row.megatron_param].key for row in rows if row.pad_to_tp}
+        for key, stored in wanted.items():
+            found = tuple(self._tensors[key].size)
+            fits = found == stored.shape
+            if key in padded:
+                fits = found[0] >= stored.shape[0] and found[1:] == stored.shape[1:]
+            if not fits:
+                raise UserError(
+                    f"{self.directory}: tensor {key} has shape {list(found)}, "
+                    f"config.json says {list(stored.shape)}"
+                )
+
+    def reading(self, rows: Sequence[ParamRow]) -> Read:
+        """What reads pieces of these rows."""
+        stored = stored_params(rows)
+        return lambda piece: piece.split(self._read(piece, stored[piece.row.megatron_param]))
+
+    def dtype(self, row: ParamRow) -> str:
+        """Type of a stored parameter in torch's words."""
+        key = stored_params([row])[row.megatron_param].key
+        return str(self._tensors[key].properties.dtype).removeprefix("torch.")
+
+    def _read(self, piece: Piece, stored: StoredParam) -> Tensor:
+        wanted = stored.chunk(piece)
+        entry = self._tensors[stored.key]
+        target = torch.full(wanted.sizes, torch.nan, dtype=entry.properties.dtype)
+        near = TensorStorageMetadata(entry.properties, entry.size, self._near(stored))
+        items = create_read_items_for_chunk_list(stored.key, near, [wanted])
+        try:
+            self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            first_line = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"{self.directory}: {stored.key} cannot be read: {first_line}"
+            ) from None
+        return target if stored.expert is None else target[0]
+
+    def _near(self, stored: StoredParam) -> list[ChunkStorageMetadata]:
+        """The chunks that can overlap; of many experts, those of one."""
+        if stored.expert is None:
+            return self._tensors[stored.key].chunks
+        if (stored.key, stored.expert) not in self._by_expert:
+            for chunk in self._tensors[stored.key].chunks:
+                for expert in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+                    self._by_expert.setdefault((stored.key, expert), []).append(chunk)
+        return self._by_expert[stored.key, stored.expert]

@@ -1,0 +1,91 @@
+"""Work in pieces: a conversion holds one piece of one parameter at a time, never a model."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_attnedit.convert.layouts import Same, Stacked
+from megatron_attnedit.convert.param_rows import ParamRow
+
+PIECE_NUMBERS = 64 * 2**20  # 128 MiB of bfloat16
+Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start:stop`` (dimension 0) of one Hugging Face tensor of a row, or a row whole.
+
+    Attributes:
+        row: The parameter.
+        part: Which of the row's Hugging Face tensors; None: all of them, whole.
+        start: First row.
+        stop: Past the last row.
+    """
+
+    row: ParamRow
+    part: int | None = None
+    start: int = 0
+    stop: int = 0
+
+    def hf_slices(self) -> list[tuple[str, int, int]]:
+        """Name, first row and past-the-last row of what the piece holds of each tensor."""
+        if self.part is not None:
+            return [(self.row.hf_params[self.part], self.start, self.stop)]
+        shapes = zip(self.row.hf_params, self.row.hf_shapes, strict=True)
+        return [(name, 0, shape[0]) for name, shape in shapes]
+
+    def megatron_rows(self) -> tuple[int, int]:
+        """The rows that the piece fills in the whole Megatron parameter."""
+        if self.part is None:
+            return 0, sum(shape[0] for shape in self.row.hf_shapes)
+        before = sum(shape[0] for shape in self.row.hf_shapes[: self.part])
+        return before + self.start, before + self.stop
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Hugging Face tensors of the piece to its rows of the Megatron parameter."""
+        return self.row.layout.join(tensors) if self.part is None else tensors[0]
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """The piece's rows of the Megatron parameter to its Hugging Face tensors."""
+        return self.row.layout.split(tensor) if self.part is None else [tensor]
+
+    def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What the piece holds of the row's whole Hugging Face tensors."""
+        if self.part is None:
+            return list(tensors)
+        return [tensors[self.part][self.start : self.stop]]
+
+    @property
+    def numel(self) -> int:
+        """Numbers in the piece."""
+        first, last = self.megatron_rows()
+        return (last - first) * math.prod(self.row.hf_shapes[0][1:])
+
+
+Read = Callable[[Piece], list[Tensor]]
+
+
+def pieces_of(row: ParamRow) -> Iterator[Piece]:
+    """Pieces of at most ``PIECE_NUMBERS`` where the layout can be cut; in order."""
+    if not isinstance(row.layout, Same | Stacked):
+        yield Piece(row)
+        return
+    for part, shape in enumerate(row.hf_shapes):
+        rows = max(1, PIECE_NUMBERS // max(1, math.prod(shape[1:])))
+        for start in range(0, shape[0], rows):
+            yield Piece(row, part, start, min(start + rows, shape[0]))
+
+
+def share_of(rows: Sequence[ParamRow], rank: int, size: int) -> list[ParamRow]:
+    """The rows that one of ``size`` processes converts: like numbers of bytes, order kept."""
+    loads = [0] * size
+    mine = []
+    for row in sorted(rows, key=lambda row: -Piece(row).numel):
+        lightest = loads.index(min(loads))
+        loads[lightest] += Piece(row).numel
+        if lightest == rank:
+            mine.append(row.megatron_param)
+    chosen = set(mine)
+    return [row for row in rows if row.megatron_param in chosen]

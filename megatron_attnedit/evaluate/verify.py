@@ -1,0 +1,96 @@
+"""Are two checkpoints, of whatever formats, the same numbers?"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_attnedit.convert.pieces import pieces_of
+from megatron_attnedit.convert.reading import Reading
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.evaluate.models import hf_directory, load_model, load_tokenizer
+from megatron_attnedit.training.opened import open_checkpoint
+
+TOKENS = 512
+
+
+def verify(
+    a: Path,
+    b: Path,
+    *,
+    teacher: str | None = None,
+    text: Path | None = None,
+    json_file: Path | None = None,
+) -> bool:
+    """Compare names, types, shapes and SHA-256 of all tensors, and print what differs.
+
+    Args:
+        a: Checkpoint.
+        b: Checkpoint.
+        teacher: Of students, if it is not where it was at edit time.
+        text: Compare logits on the first ``TOKENS`` tokens of this file, too.
+        json_file: Write the result here.
+
+    Returns:
+        Whether all tensors are the same, bit for bit.
+    """
+    result = compare(manifest_of(a, teacher), manifest_of(b, teacher))
+    if text:
+        result["largest_logit_difference"] = logit_difference(a, b, text)
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{len(result['same'])} tensors are the same, bit for bit")
+    for what in ("only in a", "only in b", "differ"):
+        names = result[what]
+        if names:
+            print(f"{len(names)} {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
+    if text:
+        print(f"largest difference of logits: {result['largest_logit_difference']:.3g}")
+    return not (result["only in a"] or result["only in b"] or result["differ"])
+
+
+def manifest_of(path: Path, teacher: str | None = None) -> dict[str, dict[str, object]]:
+    """Type, shape and SHA-256 of every tensor by Hugging Face name, read now.
+
+    Raises:
+        UserError: it cannot be opened, or holds NaN.
+    """
+    opened = open_checkpoint(path, flag="checkpoint", teacher=teacher)
+    reading = Reading(
+        opened.read, where=str(path), dtype=None, rows=opened.rows, progress=True, text=path.name
+    )
+    for row in opened.rows:
+        for piece in pieces_of(row):
+            reading(piece)
+    return reading.manifest()
+
+
+def compare(a: dict[str, dict[str, object]], b: dict[str, dict[str, object]]) -> dict[str, Any]:
+    """Names of the tensors that are the same, that differ, and that only one has."""
+    both = sorted(a.keys() & b.keys())
+    return {
+        "same": [name for name in both if a[name] == b[name]],
+        "differ": [name for name in both if a[name] != b[name]],
+        "only in a": sorted(a.keys() - b.keys()),
+        "only in b": sorted(b.keys() - a.keys()),
+    }
+
+
+@torch.no_grad()
+def logit_difference(a: Path, b: Path, text: Path) -> float:
+    """Largest absolute difference of float32 logits; both models are loaded whole."""
+    if not text.is_file():
+        raise UserError(f"--text {text}: no such file")
+    device = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        logits = []
+        ids = None
+        for path in (a, b):
+            directory = hf_directory(path, Path(folder))
+            if ids is None:
+                ids = load_tokenizer(directory)(text.read_text(), return_tensors="pt").input_ids
+            model = load_model(directory, torch.float32, device)
+            logits.append(model(ids[:, :TOKENS]).logits)
+    return (logits[0] - logits[1]).abs().max().item()
