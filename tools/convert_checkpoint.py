@@ -10,6 +10,7 @@ A parameter is converted at a time, so memory stays small. Run under torchrun
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def main() -> None:
     if args.pop("command") == "verify":
         sys.exit(0 if verify(**args) else 1)
     convert(ConversionConfig(source=args.pop("input"), **args))
-    print(f"wrote {args['output']}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"wrote {args['output']}")
 
 
 if __name__ == "__main__":
