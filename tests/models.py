@@ -55,7 +55,7 @@ def tiny_hf_dir(path: Path, family: str = "qwen3", **overrides: Any) -> Path:
             param.copy_(torch.randn_like(param) * spread + (1.0 if param.ndim == 1 else 0.0))
         # Sharp enough that it knows something about text drawn from itself.
         model.lm_head.weight.mul_(3 if config.tie_word_embeddings else 4)
-    model.save_pretrained(path)
+    model.to(getattr(torch, fields.get("dtype", "float32"))).save_pretrained(path)
     (path / "tokenizer_config.json").write_text(json.dumps({"note": "bytes must survive"}))
     return path
 

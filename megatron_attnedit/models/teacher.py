@@ -1,7 +1,7 @@
 """The teacher: a Megatron GPT model with a Hugging Face model's weights."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -21,6 +21,7 @@ from megatron_attnedit.convert.converter import hf_to_megatron
 from megatron_attnedit.convert.families import ignored_names, teacher_rows
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.models.grid import place_of_this_process
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -131,6 +132,47 @@ def _expert_by_expert(
         yield f"{prefix}.experts.local_experts.{expert}.linear_fc{which}.weight", weight.t()
 
 
+def load_from_hf(
+    chunks: Sequence[GPTModel],
+    reader: HFReader,
+    rows: Sequence[ParamRow],
+    hf: HFConfig,
+    *,
+    only: Container[str] | None = None,
+    progress: bool = False,
+) -> None:
+    """Fill this rank's pieces from Hugging Face files; every rank reads its own slices.
+
+    Args:
+        chunks: Pieces of a teacher or student.
+        reader: The files.
+        rows: Everything that is in them.
+        hf: The teacher's configuration.
+        only: Names of the parameters to fill, with indices of the whole model; None: all.
+        progress: Show a progress bar.
+
+    Raises:
+        UserError: the files do not fit the rows.
+    """
+    params = {
+        name: param
+        for chunk in chunks
+        for name, param in global_params(chunk)
+        if only is None or name in only
+    }
+    if hf.tie_word_embeddings and "output_layer.weight" in params:
+        # The last pipeline stage has a copy of its own.
+        params[EMBEDDING] = params.pop("output_layer.weight")
+    hf_to_megatron(
+        reader,
+        rows,
+        params,
+        ignored=ignored_names(hf),
+        place=place_of_this_process(),
+        progress=progress,
+    )
+
+
 def load_teacher_from_hf(
     chunks: Sequence[GPTModel], hf: HFConfig, *, progress: bool = False
 ) -> None:
@@ -139,18 +181,7 @@ def load_teacher_from_hf(
     Raises:
         UserError: a file is missing or does not fit ``config.json``.
     """
-    params = dict(item for chunk in chunks for item in global_params(chunk))
-    if hf.tie_word_embeddings and "output_layer.weight" in params:
-        # The last pipeline stage has a copy of its own.
-        params[EMBEDDING] = params.pop("output_layer.weight")
-    hf_to_megatron(
-        HFReader(hf.path),
-        teacher_rows(hf),
-        params,
-        ignored=ignored_names(hf),
-        place=place_of_this_process(),
-        progress=progress,
-    )
+    load_from_hf(chunks, HFReader(hf.path), teacher_rows(hf), hf, progress=progress)
 
 
 def backbone(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:

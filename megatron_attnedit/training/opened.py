@@ -61,7 +61,7 @@ def open_checkpoint(path: Path, *, flag: str, teacher: str | None = None) -> Ope
     Raises:
         UserError: it is none of these, incomplete, or its teacher is another model.
     """
-    if path.suffix == ".safetensors" or (path / "config.json").is_file():
+    if is_hf(path):
         return _open_hf(path, flag, teacher)
     start = checkpoint.find(str(path), flag)
     if not (start / FILE).is_file() and is_legacy(start) and teacher:
@@ -73,6 +73,11 @@ def open_checkpoint(path: Path, *, flag: str, teacher: str | None = None) -> Ope
     return _with_teacher(
         lineage, teacher, lambda hf: _open_megatron(path, start, lineage, hf)
     )
+
+
+def is_hf(path: Path) -> bool:
+    """Is it a Hugging Face directory or a file of edited weights?"""
+    return path.suffix == ".safetensors" or (path / "config.json").is_file()
 
 
 def _open_hf(path: Path, flag: str, teacher: str | None) -> Opened:

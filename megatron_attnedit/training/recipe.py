@@ -27,7 +27,7 @@ class Recipe:
     """What both stages have in common. Flags are the field names with dashes."""
 
     teacher: str = option("", "teacher: Hugging Face directory, or imported Megatron checkpoint")
-    load: str = option("", "student checkpoint to start from (of edit, or of an earlier stage)")
+    load: str = option("", "student to start from: checkpoint, exported model or edited weights")
     save: str = option("", "folder for checkpoints, metrics.jsonl and TensorBoard; resumed from")
     train_data_path: list[str] = option(
         [], "prefix of .bin/.idx files, or weight prefix weight prefix ..."

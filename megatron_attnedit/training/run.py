@@ -15,9 +15,7 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.flops import stage1_flops, stage2_flops
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import edited_attentions
-from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.data import DataConfig, build_datasets, data_identity
-from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.loop import Run, train
 from megatron_attnedit.training.optimizer import wrap
 from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
@@ -29,7 +27,7 @@ from megatron_attnedit.training.setup import (
     stop_processes,
 )
 from megatron_attnedit.training.stages import Stage, Stage1, Stage2
-from megatron_attnedit.training.student import Student
+from megatron_attnedit.training.student import Student, find_student
 
 
 def run(recipe: Recipe) -> None:
@@ -52,8 +50,7 @@ def parallel_config(recipe: Recipe) -> ParallelConfig:
 
 def prepare(recipe: Recipe) -> Run:
     """Start the processes, load teacher, student and data, and make the optimizer."""
-    start = checkpoint.find(recipe.load, "--load")
-    before = read_lineage(start)
+    start, before = find_student(recipe.load)
     parallel = parallel_config(recipe)
     parallel.check_sequence(recipe.seq_length)
     accelerator = start_processes(parallel, recipe.seed)

@@ -8,12 +8,44 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_attnedit.attention import StudentAttention
+from megatron_attnedit.convert.hf_checkpoint import HFReader
+from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.student import build_student, edited_attentions
-from megatron_attnedit.models.teacher import build_teacher
+from megatron_attnedit.models.student import (
+    build_student,
+    edited_attentions,
+    edited_rows,
+    student_rows,
+)
+from megatron_attnedit.models.teacher import build_teacher, load_from_hf
 from megatron_attnedit.training import checkpoint
-from megatron_attnedit.training.lineage import Lineage
+from megatron_attnedit.training.lineage import Lineage, read_lineage
+from megatron_attnedit.training.opened import hf_lineage, is_hf
 from megatron_attnedit.training.setup import Teacher
+
+
+def find_student(load: str) -> tuple[Path, Lineage]:
+    """The checkpoint that ``--load`` names, and its lineage.
+
+    Args:
+        load: A run's folder, one checkpoint of it, an exported student, or edited weights.
+
+    Raises:
+        UserError: there is no student.
+    """
+    path = Path(load)
+    if not is_hf(path):
+        start = checkpoint.find(load, "--load")
+        lineage = read_lineage(start)
+    else:
+        start = path
+        found = hf_lineage(path, HFReader(path))
+        lineage = found or Lineage(stage="teacher", teacher=load, teacher_fingerprint="")
+    if lineage.stage == "teacher":
+        raise UserError(
+            f"--load {load}: holds a teacher; make a student of it with tools/edit_checkpoint.py"
+        )
+    return start, lineage
 
 
 class Student:
@@ -54,9 +86,18 @@ class Student:
                 "the teacher; give --trainable all"
             )
         self.own_copies = own_copies
-        stored_all = lineage.trainable == "all"
-        state = checkpoint.model_state(self.chunks) if stored_all else self._attention_state()
-        checkpoint.load_params(start, state)
+        if is_hf(start):
+            self._load_from_hf(teacher.hf, start, stored_all=lineage.trainable == "all")
+        else:
+            stored_all = lineage.trainable == "all"
+            state = checkpoint.model_state(self.chunks) if stored_all else self._attention_state()
+            checkpoint.load_params(start, state)
+
+    def _load_from_hf(self, hf: HFConfig, start: Path, *, stored_all: bool) -> None:
+        edited = edited_rows(hf, self.attention)
+        rows = student_rows(hf, self.attention) if start.is_dir() else edited
+        names = None if stored_all else {row.megatron_param for row in edited}
+        load_from_hf(self.chunks, HFReader(start), rows, hf, only=names)
 
     def _attention_state(self) -> dict[str, Any]:
         return checkpoint.attention_state(self.attentions)
@@ -67,12 +108,6 @@ class Student:
         if self.own_copies:
             return lambda: checkpoint.model_state(self.chunks)
         return self._attention_state
-
-    @property
-    def model(self) -> GPTModel:
-        """The whole model, where one process holds it."""
-        (model,) = self.chunks
-        return model
 
     def trained_modules(self) -> list[list[MegatronModule]]:
         """The student's own modules of every chunk, with gradients switched on."""

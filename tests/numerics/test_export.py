@@ -51,7 +51,7 @@ def student_logits(hf_dir, folder, tp_size, ids):
     teacher = load_teacher(str(hf_dir), parallel, torch.float32, accelerator)
     start = checkpoint.find(str(folder), "--load")
     student = Student(teacher, start, read_lineage(start), attention_backend="auto")
-    return full_logits(student.model, ids, teacher.hf.vocab_size)
+    return full_logits(student.chunks[0], ids, teacher.hf.vocab_size)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2", "llama"])

@@ -1,0 +1,320 @@
+"""Every format gives back the numbers that went in, on every grid, whatever the model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_attnedit.convert.families import teacher_rows
+from megatron_attnedit.convert.hf_checkpoint import INDEX, HFReader
+from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.convert.hf_writer import SafetensorsFile
+from megatron_attnedit.convert.param_rows import TensorParallelPlace
+from megatron_attnedit.evaluate.verify import compare, manifest_of, verify
+from megatron_attnedit.export import conversion
+from megatron_attnedit.export.conversion import ConversionConfig, convert
+from megatron_attnedit.models.grid import ParallelConfig, place_of_this_process
+from megatron_attnedit.models.teacher import global_params
+from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training.recipe import Stage2Recipe
+from megatron_attnedit.training.run import prepare
+from megatron_attnedit.training.setup import load_teacher, start_processes
+from tests import processes
+from tests.models import tiny_hf_dir
+from tests.numerics.inputs import STUDENTS, make_inputs
+from tests.numerics.inputs import recipe as small_recipe
+
+FAMILIES = ["qwen3", "qwen3_moe", "qwen2", "llama"]
+SIZES = [1, 2, 4]
+
+
+def make(source, output, format, **fields):
+    convert(ConversionConfig(source=source, output=output, format=format, **fields))
+    return output
+
+
+def same_files(a, b, *names):
+    for name in names or ("model.safetensors", "config.json", "tokenizer_config.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories by family and tying, made once."""
+    made = {}
+
+    def model(family, tied=False):
+        if (family, tied) not in made:
+            folder = tmp_path_factory.mktemp(family) / "hf"
+            made[family, tied] = tiny_hf_dir(
+                folder, family, tie_word_embeddings=tied, dtype="bfloat16", num_hidden_layers=4
+            )
+        return made[family, tied]
+
+    return model
+
+
+@pytest.mark.parametrize("pp", SIZES)
+@pytest.mark.parametrize("tp", SIZES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_legacy_round_trip(models, tmp_path, family, tied, tp, pp):
+    source = models(family, tied)
+    for ep in SIZES if family == "qwen3_moe" else [1]:
+        sizes = {
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "expert_model_parallel_size": ep,
+        }
+        make(source, tmp_path / f"{ep}", "torch", **sizes)
+        files = list((tmp_path / f"{ep}").rglob("model_optim_rng.pt"))
+        assert len(files) == tp * pp * ep
+        same_files(make(tmp_path / f"{ep}", tmp_path / f"back{ep}", "hf"), source)
+
+
+def legacy_equals_built(source, folder, flags):
+    """Rank files hold what this rank's model holds, under Megatron's local names."""
+    grid = ParallelConfig(**flags)
+    accelerator = start_processes(grid)
+    teacher = load_teacher(str(source), grid, torch.bfloat16, accelerator)
+    place = place_of_this_process()
+    from megatron.core import parallel_state
+
+    pp = parallel_state.get_pipeline_model_parallel_rank()
+    ep = parallel_state.get_expert_model_parallel_rank()
+    name = f"mp_rank_{place.rank:02d}" + (f"_{pp:03d}" if "pipeline" in str(flags) else "")
+    name += f"_{ep:03d}" if "expert_model" in str(flags) else ""
+    from megatron_attnedit.convert.legacy_checkpoint import _load
+
+    content = _load(folder / "iter_0000000" / name / "model_optim_rng.pt", mmap=False)
+    mine = dict(teacher.chunks[0].named_parameters())
+    assert content["model"].keys() == mine.keys()
+    differ = [name for name in mine if not torch.equal(content["model"][name], mine[name])]
+    assert not differ, differ
+    assert content["checkpoint_version"] == 3.0
+    return content["args"].num_layers
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_legacy_files_are_what_megatron_builds(models, tmp_path, family, tied):
+    flags = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    make(models(family, tied), tmp_path / "torch", "torch", **flags)
+    if family == "qwen3_moe":
+        flags |= {"sequence_parallel": True, "expert_tensor_parallel_size": 2}
+    answers = processes.run(4, legacy_equals_built, models(family, tied), tmp_path / "torch", flags)
+    assert answers == [4] * 4
+
+
+def save_teacher(source, folder, flags):
+    grid = ParallelConfig(**flags)
+    accelerator = start_processes(grid)
+    teacher = load_teacher(str(source), grid, torch.bfloat16, accelerator)
+    checkpoint.save(folder, 0, checkpoint.model_state(teacher.chunks), teacher.lineage())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
+        {"expert_model_parallel_size": 2},
+    ],
+    ids=["TP2", "PP2", "EP2"],
+)
+def test_megatrons_own_checkpoint_is_read(models, tmp_path, family, flags):
+    """What mcore writes on a grid, and what is written here from a lazy plan, are the same."""
+    if family == "qwen3" and "expert_model_parallel_size" in flags:
+        pytest.skip("no experts")
+    source = models(family)
+    processes.run(2, save_teacher, source, tmp_path / "mcore", flags)
+    start = tmp_path / "mcore" / "iter_0000000"
+    make(source, tmp_path / "lazy", "torch_dist")
+    (tmp_path / "lazy" / "iter_0000000" / "hf").rename(start / "hf")
+    found = compare(manifest_of(tmp_path / "mcore"), manifest_of(source))
+    assert found["same"] and not found["differ"] + found["only in a"] + found["only in b"]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_processes_share_the_work(models, tmp_path, family):
+    source = models(family)
+    processes.run(3, make, source, tmp_path / "shared", "torch_dist")
+    processes.run(2, make, tmp_path / "shared", tmp_path / "back", "hf")
+    same_files(tmp_path / "back", source)
+    files = sorted(file.name for file in (tmp_path / "shared" / "iter_0000000").glob("*.distcp"))
+    assert files == ["__0_0.distcp", "__1_0.distcp", "__2_0.distcp"]
+    manifest = json.loads((tmp_path / "back" / "manifest.json").read_text())
+    assert manifest == manifest_of(source)
+
+
+def test_shards_keep_their_files(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_attnedit.convert.hf_writer.MAX_SHARD_BYTES", 100_000)
+    monkeypatch.setattr("megatron_attnedit.convert.pieces.PIECE_NUMBERS", 1000)
+    sharded = make(models("llama"), tmp_path / "sharded", "hf")
+    names = sorted(file.name for file in sharded.glob("*.safetensors"))
+    assert len(names) > 2
+    monkeypatch.setattr("megatron_attnedit.convert.hf_writer.MAX_SHARD_BYTES", 10**9)
+    back = make(make(sharded, tmp_path / "megatron", "torch_dist"), tmp_path / "back", "hf")
+    same_files(back, sharded, INDEX, *names)
+    assert verify(models("llama"), back)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, {"format": "pt", "é": 'a"b'}])
+def test_our_bytes_are_the_librarys(tmp_path, dtype, metadata):
+    tensors = {
+        name: torch.randn(shape).to(dtype)
+        for name, shape in {"b": (3, 5), "a.10": (7,), "a.9": (1, 1), "ü": (2, 3)}.items()
+    }
+    save_file(tensors, tmp_path / "library", metadata=metadata or None)
+    ours = SafetensorsFile(
+        tmp_path / "ours", {n: tuple(t.shape) for n, t in tensors.items()}, dtype, metadata
+    )
+    ours.create()
+    for name, tensor in tensors.items():
+        ours.write(name, tensor, 0)
+    theirs, mine = (load_file(tmp_path / name) for name in ("library", "ours"))
+    assert all(torch.equal(theirs[name], mine[name]) for name in tensors)
+    if len(metadata) < 2:  # the library's order of several entries is not fixed
+        same_files(tmp_path, tmp_path, "ours")
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rank_reads_only_its_slices(models, family, size):
+    """And they are those that cutting the whole tensors gives."""
+    reader = HFReader(models(family))
+    read = []
+
+    def count(name, dim, start, stop):
+        part = reader.slice(name, dim, start, stop)
+        read.append(part.numel() / torch.Size(reader.shapes[name]).numel())
+        return part
+
+    for row in teacher_rows(read_hf_config(models(family))):
+        if row.tp_dim is not None and row.hf_shapes[0][row.tp_dim] % size and not row.pad_to_tp:
+            continue
+        whole = [reader.tensor(name) for name in row.hf_params]
+        for rank in range(size):
+            place = TensorParallelPlace(rank=rank, size=size, expert_rank=rank, expert_size=size)
+            read.clear()
+            assert torch.equal(row.read_shard(count, place), row.shard_at(whole, place)), row
+            fits = "qkv" not in row.megatron_param or size <= 2
+            if row.tp_dim is not None and fits and not row.pad_to_tp:
+                assert max(read) == pytest.approx(1 / size)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_students_in_every_format(inputs, tmp_path, student):
+    """Exported, edited weights only, both back, and the older format: the same numbers."""
+    folder = inputs / student
+    hf = make(folder, tmp_path / "hf", "hf", dtype="float32")
+    edited = make(folder, tmp_path / "edited.safetensors", "edited")
+    assert edited.stat().st_size < (hf / "model.safetensors").stat().st_size
+    formats = [
+        hf,
+        edited,
+        make(hf, tmp_path / "from_hf", "torch_dist"),
+        make(edited, tmp_path / "from_edited", "torch_dist"),
+        make(folder, tmp_path / "torch", "torch", dtype="float32", tensor_model_parallel_size=2),
+    ]
+    expected = manifest_of(folder)
+    for path in formats:
+        assert manifest_of(path) == expected, path
+    assert not verify(folder, inputs / "hf")
+
+
+def start_of(inputs, load, save, flags):
+    """The student's weights before the first iteration, under global names."""
+    fields = small_recipe(Stage2Recipe, inputs, "mla", save)
+    run = prepare(Stage2Recipe(**{**vars(fields), "load": str(load), **flags}))
+    return {
+        name: param.detach().clone()
+        for name, param in ((n, s.data) for n, s in run.student_state().items())
+    }
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_training_starts_from_any_format(inputs, tmp_path, student):
+    folder = inputs / student
+    hf = make(folder, tmp_path / "hf", "hf", dtype="float32")
+    edited = make(folder, tmp_path / "edited.safetensors", "edited")
+    flags = {"tensor_model_parallel_size": 2}
+    starts = [
+        processes.run(2, start_of, inputs, load, tmp_path / f"save{i}", flags)
+        for i, load in enumerate([folder, hf, edited])
+    ]
+    for rank in range(2):
+        expected = starts[0][rank]
+        assert expected
+        for other in starts[1:]:
+            assert other[rank].keys() == expected.keys()
+            assert all(torch.equal(other[rank][name], expected[name]) for name in expected)
+
+
+def train_everything(inputs, save, flags):
+    run = prepare(small_recipe(Stage2Recipe, inputs, "mla", save, trainable="all", **flags))
+    run.optimizer.zero_grad()
+    run.stage.train_step(run.batches(run.train_data, 0), 4)
+    run.optimizer.step()
+    state = {"model": run.student_state(), "optimizer": run.optimizer.sharded_state_dict(
+        run.student_state(), is_loading=False, metadata=checkpoint.metadata()
+    )}  # fmt: skip
+    checkpoint.save(save, 1, state, run.lineage)
+
+
+def weights_on(inputs, load, exported, save, flags):
+    """Names of the student's weights on this rank, after comparing them with the export."""
+    fields = small_recipe(Stage2Recipe, inputs, "mla", save, trainable="all", **flags)
+    run = prepare(Stage2Recipe(**{**vars(fields), "load": str(load)}))
+    from megatron_attnedit.models.student import student_rows
+
+    hf = read_hf_config(inputs / "hf")
+    rows = {row.megatron_param: row for row in student_rows(hf, run.lineage.attention())}
+    reader, names = HFReader(exported), []
+    for module in run.stage.modules:
+        for name, param in global_params(module.student):
+            expected = rows[name].read_shard(reader.slice, place_of_this_process())
+            assert torch.equal(param, expected), name
+            names.append(name)
+    return names
+
+
+def test_a_grids_checkpoint_loads_on_others(tmp_path):
+    """Saved by training at TP2 x PP2 x EP2; exact at TP1, TP4 and PP4."""
+    inputs = make_inputs(tmp_path / "inputs", "qwen3_moe", num_hidden_layers=4)
+    tp2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    grid = tp2 | {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
+    processes.run(8, train_everything, inputs, tmp_path / "run", grid)
+    exported = make(tmp_path / "run", tmp_path / "hf", "hf", dtype="float32")
+    before = manifest_of(inputs / "mla")
+    trained = compare(before, manifest_of(exported))
+    assert len(trained["differ"]) > 0.9 * len(before)
+    names = {}
+    for title, count, flags in (
+        ("TP1", 1, {}),
+        ("TP4", 4, tp2 | {"tensor_model_parallel_size": 4}),
+        ("PP4", 4, {"pipeline_model_parallel_size": 4}),
+    ):
+        save = tmp_path / title
+        answers = processes.run(count, weights_on, inputs, tmp_path / "run", exported, save, flags)
+        names[title] = set().union(*answers)
+    assert names["TP1"] == names["TP4"] == names["PP4"]
+
+
+def test_a_shared_weight_that_was_changed_is_noticed(inputs, tmp_path):
+    hf = make(inputs / "mla", tmp_path / "hf", "hf", dtype="float32")
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(conversion.UserError, match="model.norm.weight is not the teacher's"):
+        make(hf, tmp_path / "out", "torch_dist")
+    assert not list(tmp_path.glob("*out*"))
