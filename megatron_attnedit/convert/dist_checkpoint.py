@@ -144,6 +144,8 @@ def write_tensors(
         dcp.save({}, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
     except dcp.api.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, RuntimeError):  # torch.save's word for an OSError
+            raise OSError(f"torch cannot write (disk full?): {cause}") from None
         raise cause from None
 
 

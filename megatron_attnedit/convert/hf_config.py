@@ -90,6 +90,11 @@ class HFConfig:
                 f"{file}: num_experts_per_tok {self.num_experts_per_tok} is not between 1 and "
                 f"num_experts {self.num_experts}"
             )
+        if self.num_experts_per_tok == 1 and self.norm_topk_prob:
+            raise UserError(
+                f"{file}: num_experts_per_tok 1 with norm_topk_prob true is not supported: every "
+                "weight would be 1"
+            )
 
 
 def _rope(raw: dict[str, Any], file: Path) -> tuple[float, dict[str, Any] | None]:

@@ -53,12 +53,9 @@ class SafetensorsFile:
         self._size = len(self._head) + end
 
     def create(self) -> None:
-        """Write the header and reserve the space, so that a full disk is noticed now."""
+        """Reserve the space, so that a full disk is noticed now."""
         with open(self.file, "wb") as stream:
-            stream.write(self._head)
-            stream.flush()
-            if self._size > len(self._head):
-                os.posix_fallocate(stream.fileno(), 0, self._size)
+            os.posix_fallocate(stream.fileno(), 0, self._size)
 
     def write(self, name: str, tensor: Tensor, first_row: int) -> None:
         """Put rows of a tensor in their place."""
@@ -69,6 +66,11 @@ class SafetensorsFile:
             stream.seek(place)
             while len(data):  # one call writes at most 2 GiB
                 data = data[stream.write(data) :]
+
+    def seal(self) -> None:
+        """Write the header; before, nothing can load the file."""
+        with open(self.file, "r+b") as stream:
+            stream.write(self._head)
 
 
 def shard_names(shapes: Shapes, dtype: torch.dtype) -> dict[str, str]:
@@ -127,9 +129,14 @@ class HFWriter:
         }
 
     def create(self) -> None:
-        """Headers and index; one process."""
+        """Reserve the space; one process."""
         for file in self._files.values():
             file.create()
+
+    def seal(self) -> None:
+        """Headers and index, when all is written; one process."""
+        for file in self._files.values():
+            file.seal()
         if set(self._files) != {SINGLE}:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._file_of}
             (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")

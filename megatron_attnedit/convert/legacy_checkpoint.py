@@ -135,8 +135,7 @@ class LegacyWriter:
                     "iteration": 0,
                     "model": model,
                 }
-                with torch.serialization.skip_data(materialize_fake_tensors=True):
-                    torch.save(content, file)
+                _reserve(content, file)
             with open(file, "r+b") as stream:
                 os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
 
@@ -161,6 +160,16 @@ class LegacyWriter:
             stream.seek(self._offsets[file][name])
             while len(data):
                 data = data[stream.write(data) :]
+
+
+def _reserve(content: dict[str, Any], file: Path) -> None:
+    """``torch.save`` without the numbers."""
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(content, file)
+    except RuntimeError as error:  # torch.save's word for an OSError
+        first_line = str(error).splitlines()[0]
+        raise OSError(f"torch cannot write {file} (disk full?): {first_line}") from None
 
 
 def _load(file: Path, *, mmap: bool) -> dict[str, Any]:

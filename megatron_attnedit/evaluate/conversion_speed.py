@@ -41,6 +41,7 @@ def synthetic_model(config: dict[str, Any], folder: Path) -> None:
     writer = HFWriter(folder, rows, DTYPES["bfloat16"])
     writer.create()
     writer.write(rows, read)
+    writer.seal()
 
 
 def conversion_speed(model: Path, scratch: Path, processes: int) -> dict[str, Any]:

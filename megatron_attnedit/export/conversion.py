@@ -173,12 +173,14 @@ def _write_hf(opened: Opened, config: ConversionConfig, folder: Path) -> None:
     writer = HFWriter(folder, opened.rows, DTYPES[dtype], file_of if kept else None)
     if is_first():
         writer.create()
-        if kept:
-            shutil.copyfile(index, folder / INDEX)
-        _write_config(opened, dtype, folder)
     barrier()
     writer.write(mine, reading)
     _gather_manifest(folder, reading)
+    if is_first():
+        writer.seal()
+        if kept:
+            shutil.copyfile(index, folder / INDEX)
+        _write_config(opened, dtype, folder)
 
 
 def _write_config(opened: Opened, dtype: str, folder: Path) -> None:
@@ -208,7 +210,6 @@ def _write_megatron(opened: Opened, config: ConversionConfig, output: Path) -> N
     mine, reading = _reading(opened, config, rows, dtype)
     if is_first():
         folder.mkdir()
-        opened.lineage.write(folder)
         if not opened.is_student:
             _write_hf_files(opened, dtype, folder / HF_FILES)
     barrier()
@@ -222,6 +223,7 @@ def _write_megatron(opened: Opened, config: ConversionConfig, output: Path) -> N
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
             common = {"iteration": 0, "content_metadata": checkpoint.CONTENT}
             torch.save(common, folder / "common.pt")
+        opened.lineage.write(folder)  # last: without it nothing here loads
         (output / checkpoint.TRACKER).write_text("0\n")
 
 
@@ -293,3 +295,6 @@ def _write_edited(opened: Opened, config: ConversionConfig, file: Path) -> None:
             for (name, start, _), tensor in zip(piece.hf_slices(), reading(piece), strict=True):
                 writer.write(name, tensor, start)
     reading.manifest()
+    barrier()
+    if is_first():
+        writer.seal()

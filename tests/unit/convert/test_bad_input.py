@@ -89,6 +89,11 @@ def test_unsupported_config(model, fields, words):
     refused(model, "config.json", *words)
 
 
+def test_one_expert_of_weight_one(tmp_path):
+    model = tiny_hf_dir(tmp_path / "model", "qwen3_moe", num_experts_per_tok=1)
+    refused(model, "config.json", "num_experts_per_tok 1")
+
+
 def test_truncated_file(model):
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

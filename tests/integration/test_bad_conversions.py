@@ -1,0 +1,240 @@
+"""Conversions that must fail: one clear line, and nothing that loads is left behind."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_attnedit.convert.hf_checkpoint import INDEX
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.evaluate.verify import manifest_of, verify
+from megatron_attnedit.export.conversion import ConversionConfig, convert
+from tests.models import tiny_hf_dir
+from tests.numerics.inputs import make_inputs
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        family: tiny_hf_dir(folder / family, family, dtype="bfloat16")
+        for family in ("qwen3", "qwen3_moe")
+    }
+
+
+@pytest.fixture
+def model(good, tmp_path):
+    return shutil.copytree(good["qwen3"], tmp_path / "model")
+
+
+def make(source, output, format="torch_dist", **fields):
+    convert(ConversionConfig(source=source, output=output, format=format, **fields))
+    return output
+
+
+def refused(source, output, *words, **fields):
+    """The message has these words and one line; ``output`` is not there, and nothing beside it."""
+    with pytest.raises(UserError) as error:
+        make(source, output, **fields)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    assert not list(output.parent.glob(f"*{output.name}*"))
+    assert not list(output.parent.glob(f".*{output.name}*"))
+
+
+def change(model, edit):
+    tensors = load_file(model / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(model, **fields):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def test_missing_tensor(model, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(model, lambda tensors: tensors.pop(name))
+    refused(model, tmp_path / "out", str(model), "missing", name)
+
+
+def test_extra_tensor(model, tmp_path):
+    change(model, lambda tensors: tensors.update(surprise=torch.zeros(2)))
+    refused(model, tmp_path / "out", str(model), "unexpected", "surprise")
+
+
+@pytest.mark.parametrize(
+    "dtype, words",
+    [
+        (torch.float32, ["float32", "config.json says bfloat16", "--dtype"]),
+        (torch.int8, ["I8", "expected F32"]),
+    ],
+)
+def test_wrong_dtype(model, tmp_path, dtype, words):
+    name = "model.norm.weight"
+    change(model, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    refused(model, tmp_path / "out", "model.safetensors", name, *words)
+    if dtype == torch.float32:  # and the flag that the message names helps
+        make(model, tmp_path / "cast", dtype="bfloat16")
+
+
+def test_nan(model, tmp_path):
+    name = "model.layers.2.self_attn.o_proj.weight"
+    change(model, lambda tensors: tensors[name].view(-1)[5].fill_(float("inf")))
+    refused(model, tmp_path / "out", name, "NaN or Inf")
+
+
+def test_shard_listed_but_absent(model, tmp_path):
+    shard = "model-00002-of-00002.safetensors"
+    names = load_file(model / "model.safetensors")
+    weight_map = dict.fromkeys(names, "model.safetensors") | {"model.norm.weight": shard}
+    (model / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    refused(model, tmp_path / "out", shard, "no such file")
+
+
+@pytest.mark.parametrize("outside", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors"])
+def test_index_that_points_outside(model, tmp_path, outside):
+    (model / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": outside}}))
+    refused(model, tmp_path / "out", INDEX, outside, "outside")
+
+
+@pytest.mark.parametrize("count, word", [(6, "unexpected"), (10, "missing")])
+def test_expert_count(good, tmp_path, count, word):
+    model = shutil.copytree(good["qwen3_moe"], tmp_path / "model")
+    change_config(model, num_experts=count, num_local_experts=count)
+    refused(model, tmp_path / "out", word, "mlp.")
+
+
+def test_existing_output(model, tmp_path):
+    make(model, tmp_path / "out")
+    before = manifest_of(tmp_path / "out")
+    with pytest.raises(UserError, match="exists; give --overwrite"):
+        make(model, tmp_path / "out")
+    change(model, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    make(model, tmp_path / "out", overwrite=True)
+    assert manifest_of(tmp_path / "out") != before
+    assert verify(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"tensor_model_parallel_size": 3}, ["--tensor-model-parallel-size 3", "num_attention"]),
+        ({"pipeline_model_parallel_size": 2}, ["--pipeline-model-parallel-size 2", "3"]),
+        ({"expert_model_parallel_size": 2}, ["--expert-model-parallel-size 2", "num_experts 0"]),
+        ({"tensor_model_parallel_size": 0}, ["--tensor-model-parallel-size 0", "at least 1"]),
+    ],
+)
+def test_a_grid_that_does_not_fit(model, tmp_path, fields, words):
+    refused(model, tmp_path / "out", *words, format="torch", **fields)
+
+
+def test_a_grid_for_a_format_that_needs_none(model, tmp_path):
+    flag = "--pipeline-model-parallel-size 3"
+    refused(model, tmp_path / "out", flag, "torch_dist", pipeline_model_parallel_size=3)
+
+
+def test_edited_weights_of_a_teacher(model, tmp_path):
+    refused(model, tmp_path / "out.safetensors", "holds a teacher", format="edited")
+
+
+def test_a_student_of_another_teacher(tmp_path):
+    inputs = make_inputs(tmp_path / "inputs")
+    other = shutil.copytree(inputs / "hf", tmp_path / "other")
+    change(other, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    refused(
+        inputs / "mla", tmp_path / "out", "teacher", str(other), format="hf", teacher=str(other)
+    )
+
+
+def test_damaged_megatron_files(model, tmp_path):
+    folder = make(model, tmp_path / "megatron") / "iter_0000000"
+    data = (folder / "__0_0.distcp").read_bytes()
+    (folder / "__0_0.distcp").write_bytes(data[: len(data) // 2])
+    refused(tmp_path / "megatron", tmp_path / "out", "iter_0000000", "cannot be read", format="hf")
+    (folder / ".metadata").write_bytes(b"nonsense")
+    refused(tmp_path / "megatron", tmp_path / "out", "not a distributed", format="hf")
+
+
+def test_damaged_legacy_files(model, tmp_path):
+    make(model, tmp_path / "legacy", "torch", tensor_model_parallel_size=2)
+    file = tmp_path / "legacy" / "iter_0000000" / "mp_rank_01" / "model_optim_rng.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    refused(tmp_path / "legacy", tmp_path / "out", "mp_rank_01", "cannot be loaded", format="hf")
+    file.unlink()
+    refused(tmp_path / "legacy", tmp_path / "out", "mp_rank_01", format="hf")
+
+
+@pytest.mark.parametrize("format", ["torch_dist", "torch", "hf"])
+def test_file_that_cannot_grow(model, tmp_path, format):
+    """Writing stops in the middle."""
+    source = model if format != "hf" else make(model, tmp_path / "megatron")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        refused(source, tmp_path / "out", "--output", "cannot be written", format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("format", ["torch_dist", "torch"])
+def test_full_disk(model, tmp_path, format):
+    small = tmp_path / "small"
+    small.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting needs root; test_file_that_cannot_grow covers the rest")
+    try:
+        refused(model, small / "out", "--output", "cannot be written", format=format)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_attnedit.device import bootstrap
+bootstrap()
+from megatron_attnedit.convert.reading import Reading
+from megatron_attnedit.export.conversion import ConversionConfig, convert
+read, left = Reading.__call__, [10]
+def counted(self, piece):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, piece)
+Reading.__call__ = counted
+convert(ConversionConfig(source=Path(sys.argv[1]), output=Path(sys.argv[2]), format=sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("format", ["torch_dist", "hf"])
+def test_killed(model, tmp_path, format):
+    """What is left does not load, and does not disturb the next try."""
+    source = model if format != "hf" else make(model, tmp_path / "megatron")
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    code = subprocess.run(
+        [sys.executable, "-c", KILLED, source, out, format], env=environment, capture_output=True
+    ).returncode
+    assert code == -signal.SIGKILL
+    assert not out.exists()
+    left = tmp_path / ".writing-out"
+    assert left.is_dir()
+    with pytest.raises(UserError):
+        manifest_of(left)
+    make(source, out, format)
+    assert not left.exists()
+    assert verify(out, model)
