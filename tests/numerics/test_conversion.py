@@ -55,6 +55,16 @@ def models(tmp_path_factory):
     return model
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_name_is_claimed_once(models, family, tied):
+    source = models(family, tied)
+    rows = teacher_rows(read_hf_config(source))
+    claimed = [name for row in rows for name in row.hf_params]
+    assert sorted(claimed) == sorted(HFReader(source).shapes)
+    assert len({row.megatron_param for row in rows}) == len(rows)
+
+
 @pytest.mark.parametrize("pp", SIZES)
 @pytest.mark.parametrize("tp", SIZES)
 @pytest.mark.parametrize("tied", [False, True])
@@ -162,11 +172,11 @@ def test_shards_keep_their_files(models, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, {"format": "pt", "é": 'a"b'}])
+@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, {"format": "pt", "\u00e9": 'a"b'}])
 def test_our_bytes_are_the_librarys(tmp_path, dtype, metadata):
     tensors = {
         name: torch.randn(shape).to(dtype)
-        for name, shape in {"b": (3, 5), "a.10": (7,), "a.9": (1, 1), "ü": (2, 3)}.items()
+        for name, shape in {"b": (3, 5), "a.10": (7,), "a.9": (1, 1), "\u00fc": (2, 3)}.items()
     }
     save_file(tensors, tmp_path / "library", metadata=metadata or None)
     ours = SafetensorsFile(

@@ -32,6 +32,17 @@ def test_quick_start_figures(page, data):
         assert any(all(figure in row for figure in expected) for row in rows), name
 
 
+def test_conversion_figures():
+    lines = (ROOT / "docs" / "conversion.md").read_text().splitlines()
+    for run in json.loads((ROOT / "docs" / "data" / "conversion.json").read_text()):
+        steps = [run[step] for step in ("import", "export")]
+        times = [f"{step['seconds']:.0f} ({step['ratio_to_cp']:.2f})" for step in steps]
+        memory = f"{max(step['rss_anon_gib'] for step in steps):.2f}"
+        row = [f"{run['gigabytes']:.1f}", str(run["processes"]), f"{run['cp']['seconds']:.0f}"]
+        assert f"| {' | '.join([run['model'], *row, *times, memory])} |" in lines
+        assert run["byte_identical"]
+
+
 def test_links_lead_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
