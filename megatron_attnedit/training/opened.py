@@ -63,6 +63,8 @@ def open_checkpoint(path: Path, *, flag: str, teacher: str | None = None) -> Ope
     """
     if is_hf(path):
         return _open_hf(path, flag, teacher)
+    if checkpoint.latest(path) is None:
+        raise UserError(f"{flag} {path}: neither config.json nor a Megatron checkpoint there")
     start = checkpoint.find(str(path), flag)
     if not (start / FILE).is_file() and is_legacy(start) and teacher:
         lineage = Lineage(stage="teacher", teacher=teacher, teacher_fingerprint="")

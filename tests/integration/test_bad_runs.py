@@ -50,7 +50,7 @@ def test_import_without_config(tmp_path):
         "convert_checkpoint", "import", "--input", tmp_path / "empty",
         "--output", tmp_path / "out",
     )
-    refused(answer, "config.json", "no such file")
+    refused(answer, "--input", "empty", "neither config.json")
     assert not list(tmp_path.glob("*out*"))
 
 
