@@ -1,13 +1,19 @@
 #!/usr/bin/env python3
 """Measure this program against what it is compared with, both sides in one run.
 
-convert: import and export of a model, against cp of the same bytes.
+attention: kernels by themselves; a window against full attention.
+kl:        the chunked KL loss against kl_div on full logits, and against its matrix products.
+stage1:    layer-wise distillation against a plain transformers script, random weights.
+stage2:    model-level distillation against the same.
+convert:   import and export of a model, against cp of the same bytes.
 """
 
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError, run_tool
@@ -18,42 +24,110 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=("convert",), required=True)
     parser.add_argument(
-        "--config", type=Path, required=True, help="config.json of the model's shapes"
+        "--suite", choices=("attention", "kl", "stage1", "stage2", "convert"), required=True
+    )
+    parser.add_argument(
+        "--config", type=Path, default=Path("examples/recipes/qwen3_8b/config.json"),
+        help="config.json of the model's shapes (default: %(default)s)",
     )
     parser.add_argument("--num-layers", type=int, help="cut the model to as many layers")
-    parser.add_argument(
-        "--scratch", type=Path, required=True, help="new folder; removed at the end"
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
+
+    speed = parser.add_argument_group("attention, kl, stage1, stage2")
+    speed.add_argument("--seq-length", type=int, default=4096, help="tokens (default: %(default)s)")
+    speed.add_argument(
+        "--student-attention", choices=("mla", "gate_swa"), default="mla",
+        help="stage1, stage2 (default: %(default)s)",
     )
-    parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    speed.add_argument(
+        "--sliding-window", type=int, nargs="+", default=[128],
+        help="tokens; several for attention (default: 128)",
+    )
+    speed.add_argument("--kv-lora-rank", type=int, help="of MLA (default: as for an edit)")
+    speed.add_argument(
+        "--micro-batches", type=int, default=1,
+        help="samples per optimizer step, one at a time (default: %(default)s)",
+    )
+    speed.add_argument("--trainable", choices=("attention", "all"), default="attention")
+    speed.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    speed.add_argument("--moe-grouped-gemm", action="store_true", help="experts in one product")
+    speed.add_argument("--no-baseline", action="store_true", help="only this program's side")
+
+    convert = parser.add_argument_group("convert")
+    convert.add_argument("--scratch", type=Path, help="new folder; removed at the end")
+    convert.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
-    start_logging()
-    bootstrap()
-    from megatron_attnedit.evaluate.conversion_speed import conversion_speed, synthetic_model
-
-    if args.scratch.exists():
-        raise UserError(f"--scratch {args.scratch}: exists")
+def read_config(args: argparse.Namespace) -> dict[str, Any]:
     try:
         config = json.loads(args.config.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"--config {args.config}: {error}") from None
     if args.num_layers:
         config["num_hidden_layers"] = args.num_layers
+        config.pop("layer_types", None)
+    return config
+
+
+def convert(args: argparse.Namespace, config: dict[str, Any]) -> Any:
+    from megatron_attnedit.evaluate.conversion_speed import conversion_speed, synthetic_model
+
+    if args.scratch is None:
+        raise UserError("--scratch is required with --suite convert")
+    if args.scratch.exists():
+        raise UserError(f"--scratch {args.scratch}: exists")
     try:
         synthetic_model(config, args.scratch / "model")
         result = conversion_speed(args.scratch / "model", args.scratch / "work", args.processes)
     finally:
         shutil.rmtree(args.scratch, ignore_errors=True)
-    text = json.dumps({"config": args.config.name, "model": config, **result}, indent=1)
-    print(text)
+    return [{"config": args.config.name, "model": config, **result}]
+
+
+def stage(args: argparse.Namespace, config: dict[str, Any]) -> Any:
+    from megatron_attnedit.attention import student_attention_class
+    from megatron_attnedit.convert.hf_config import read_hf_config
+    from megatron_attnedit.evaluate.speed.ours import Workload
+    from megatron_attnedit.evaluate.speed.stages import compare
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        hf = read_hf_config(Path(folder))
+    flags = {"kv_lora_rank": args.kv_lora_rank, "sliding_window": args.sliding_window[0]}
+    work = Workload(
+        hf=hf,
+        student=student_attention_class(args.student_attention).from_flags(flags, hf),
+        stage=int(args.suite[-1]),
+        seq_length=args.seq_length,
+        micro_batches=args.micro_batches,
+        trainable=args.trainable,
+        moe_grouped_gemm=args.moe_grouped_gemm,
+        recompute=args.recompute,
+    )
+    return [compare(work, with_baseline=not args.no_baseline)]
+
+
+def kernels(args: argparse.Namespace, config: dict[str, Any]) -> Any:
+    from megatron_attnedit.evaluate.speed.kernels import attention_suite, kl_suite
+
+    if args.suite == "attention":
+        return attention_suite(args.seq_length, tuple(args.sliding_window))
+    return kl_suite(args.seq_length, config["vocab_size"], config["hidden_size"])
+
+
+def main() -> None:
+    args = parse_args()
+    start_logging()
+    bootstrap()
+    suite = {"convert": convert, "attention": kernels, "kl": kernels}.get(args.suite, stage)
+    rows = suite(args, read_config(args))
+    print(json.dumps(rows, indent=1))
     if args.json:
-        args.json.write_text(text + "\n")
+        from megatron_attnedit.evaluate.speed.results import add_rows
+
+        add_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What machine is this: cuda, npu or cpu. The only folder with such names."""
 
 from megatron_attnedit.device.accelerator import Accelerator, bootstrap, quiet_megatron
+from megatron_attnedit.device.fusion import fused
+from megatron_attnedit.device.weight_gradient import add_weight_gradient
 
-__all__ = ["Accelerator", "bootstrap", "quiet_megatron"]
+__all__ = ["Accelerator", "add_weight_gradient", "bootstrap", "fused", "quiet_megatron"]

@@ -3,11 +3,14 @@
 import functools
 import logging
 import os
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from megatron_attnedit.device.fusion import compiles
 from megatron_attnedit.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,10 +32,54 @@ class Accelerator:
     device: torch.device
     dist_backend: str
 
+    @property
+    def compiles(self) -> bool:
+        """Does ``torch.compile`` pay here?"""
+        return compiles(self.device)
+
+    @property
+    def fuses_adam(self) -> bool:
+        """Has torch's Adam a kernel of its own that pays here?"""
+        return self.kind == "cuda"
+
     def synchronize(self) -> None:
         """Wait for queued work, so that a wall clock reads true."""
         if self.kind != "cpu":
             torch.get_device_module(self.device).synchronize()
+
+    def milliseconds(self, work: Callable[[], object]) -> float:
+        """Time of some work, by the device's own clock where it has one."""
+        self.synchronize()
+        if self.kind == "cpu":
+            start = time.perf_counter()
+            work()
+            return (time.perf_counter() - start) * 1e3
+        module = torch.get_device_module(self.device)
+        begin, end = (module.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+    def memory_bytes(self) -> int:
+        """Bytes that tensors hold on the device now; 0 on a CPU."""
+        if self.kind == "cpu":
+            return 0
+        return int(torch.get_device_module(self.device).memory_allocated())
+
+    def reset_peak_memory(self) -> None:
+        """Give unused memory back and start ``peak_memory_bytes`` anew."""
+        if self.kind != "cpu":
+            module = torch.get_device_module(self.device)
+            module.empty_cache()
+            module.reset_peak_memory_stats()
+
+    def name(self) -> str:
+        """What the device calls itself."""
+        if self.kind == "cpu":
+            return "CPU"
+        return str(torch.get_device_module(self.device).get_device_name())
 
     def peak_memory_bytes(self) -> int:
         """Largest number of bytes that tensors held on the device; 0 on a CPU."""

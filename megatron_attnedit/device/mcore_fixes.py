@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_attnedit.device.weight_gradient import add_weight_gradient
 from megatron_attnedit.errors import UserError
 
 SUPPORTED = "0.16."
@@ -50,6 +51,43 @@ def _grouped_matmul_of_torch() -> None:
     grouped_gemm_util.ops = types.SimpleNamespace(gmm=gmm)  # type: ignore[assignment]
     grouped_gemm_util.grouped_gemm_is_available = lambda: True
     grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
+
+
+def _weight_gradients_without_apex() -> None:
+    """Mcore's gradient accumulation fusion wants Apex's kernel; torch's product does the same."""
+    from megatron.core.tensor_parallel import layers
+
+    if layers._grad_accum_fusion_available:
+        return
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(  # type: ignore[assignment]
+        wgrad_gemm_accum_fp32=add_weight_gradient, wgrad_gemm_accum_fp16=add_weight_gradient
+    )
+    layers._grad_accum_fusion_available = True
+
+
+def _gradient_norm_in_one_pass() -> None:
+    """Without Apex or Transformer Engine mcore takes norms one by one, each with a wait for the
+    device, and clips by way of a copy of every gradient.
+    """
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
+
+    def l2_norm(
+        chunk_size: int, noop_flag: Any, tensor_lists: Any, per_tensor: bool
+    ) -> tuple[Any, None]:
+        norms = torch.stack(torch._foreach_norm(tensor_lists[0]))
+        return torch.linalg.vector_norm(norms).reshape(1), None
+
+    def scale(chunk_size: int, noop_flag: Any, tensor_lists: Any, factor: float) -> None:
+        sources, targets = tensor_lists
+        if sources is not targets:
+            torch._foreach_copy_(targets, sources)
+        torch._foreach_mul_(targets, factor)
+
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = l2_norm
+    if clip_grads.multi_tensor_scale_impl is local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = scale
 
 
 def _own_adam_steps() -> None:
@@ -94,7 +132,7 @@ def _own_adam_steps() -> None:
         steps += [g.pop("step") for g in self.optimizer.param_groups if "step" in g]
         for state in self.optimizer.state.values():
             if "step" in state and steps:
-                state["step"] = torch.tensor(float(steps[0]))
+                state["step"] = torch.full_like(state["step"], float(steps[0]))
 
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
     DistributedOptimizer.load_state_dict = load_with_steps
@@ -121,4 +159,6 @@ def install(kind: str) -> None:
     _router_in_float32()
     _grouped_matmul_of_torch()
     _fork_results_queue()
+    _weight_gradients_without_apex()
+    _gradient_norm_in_one_pass()
     _own_adam_steps()

@@ -5,67 +5,14 @@ keeps six. Here the logits of one chunk live at a time: value and analytic gradi
 together in forward, over vocabularies cut by tensor parallelism. t tokens, v/tp words on this rank.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed import ProcessGroup
 
-Reduce = Callable[[Tensor], Tensor]
-
-
-def forward_kl(ls: Tensor, lt: Tensor, total: Reduce) -> tuple[Tensor, Tensor]:
-    """KL(teacher || student), and its gradient by the student's logits.
-
-    Args:
-        ls: The student's log-probabilities ``[t, v/tp]``.
-        lt: The teacher's.
-        total: Sums over this rank's words and over ranks, keeping the dimension.
-
-    Returns:
-        ``[t, 1]`` and ``[t, v/tp]``.
-    """
-    pt = lt.exp()
-    return total(pt * (lt - ls)), ls.exp() - pt
-
-
-def reverse_kl(ls: Tensor, lt: Tensor, total: Reduce) -> tuple[Tensor, Tensor]:
-    """KL(student || teacher), and its gradient; arguments as ``forward_kl``."""
-    ps, ratio = ls.exp(), ls - lt
-    value = total(ps * ratio)
-    return value, ps * (ratio - value)
-
-
-def jsd(ls: Tensor, lt: Tensor, total: Reduce) -> tuple[Tensor, Tensor]:
-    """Jensen-Shannon divergence with equal weights, and its gradient; as ``forward_kl``."""
-    ps, pt = ls.exp(), lt.exp()
-    lm = ((ps + pt) / 2).log()
-    student_side = total(ps * (ls - lm))
-    value = (total(pt * (lt - lm)) + student_side) / 2
-    return value, ps * (ls - lm - student_side) / 2
-
-
-DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jsd}
-
-
-def _sum_over(group: ProcessGroup) -> Reduce:
-    def total(x: Tensor) -> Tensor:
-        x = x.sum(-1, keepdim=True)
-        if group.size() > 1:
-            torch.distributed.all_reduce(x, group=group)
-        return x
-
-    return total
-
-
-def _log_softmax(logits: Tensor, group: ProcessGroup) -> Tensor:
-    """Over the whole vocabulary; ``logits`` ``[t, v/tp]`` float32."""
-    largest = logits.amax(-1, keepdim=True)
-    if group.size() > 1:
-        torch.distributed.all_reduce(largest, op=ReduceOp.MAX, group=group)
-    shifted = logits - largest
-    return shifted - _sum_over(group)(shifted.exp()).log()
+from megatron_attnedit.device import add_weight_gradient
+from megatron_attnedit.distill.divergences import divergence_and_gradient, log_sum_exp
 
 
 class _ChunkedDivergence(torch.autograd.Function):
@@ -77,42 +24,49 @@ class _ChunkedDivergence(torch.autograd.Function):
         teacher_hidden: Tensor,
         teacher_weight: Tensor,
         mask: Tensor,
-        divergence: str,
-        temperature: float,
+        words: int,
         chunk_tokens: int,
-        group: ProcessGroup,
+        into_main_grad: bool,
+        options: dict[str, Any],
     ) -> Tensor:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(student_hidden) if want_hidden else None
-        d_weight = torch.zeros_like(student_weight, dtype=torch.float32) if want_weight else None
+        d_weight = None
+        if want_weight and into_main_grad:
+            d_weight = student_weight.main_grad
+        elif want_weight:
+            d_weight = torch.zeros_like(student_weight, dtype=torch.float32)
+        ws, wt = student_weight[:words], teacher_weight[:words]
         loss = mask.new_zeros((), dtype=torch.float32)
         for start in range(0, student_hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             hs, ht = student_hidden[rows], teacher_hidden[rows]
-            ls = _log_softmax((hs @ student_weight.t()).float() / temperature, group)
-            lt = _log_softmax((ht @ teacher_weight.t()).float() / temperature, group)
-            value, d_logits = DIVERGENCES[divergence](ls, lt, _sum_over(group))
-            weight = mask[rows].float().unsqueeze(-1)
-            loss += (value * weight).sum()
-            if want_hidden or want_weight:
-                d_logits = (d_logits * (weight / temperature)).to(hs.dtype)
+            value, d_logits = divergence_and_gradient(
+                hs @ ws.t(), ht @ wt.t(), mask[rows].float(), **options
+            )
+            loss += value
             if d_hidden is not None:
-                torch.matmul(d_logits, student_weight, out=d_hidden[rows])
+                torch.matmul(d_logits, ws, out=d_hidden[rows])
             if d_weight is not None:
-                d_weight += (d_logits.t() @ hs).float()
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = student_weight.dtype
+                add_weight_gradient(hs, d_logits, d_weight[:words])
+        ctx.save_for_backward(d_hidden, None if into_main_grad else d_weight)
+        ctx.weight, ctx.into_main_grad = student_weight, into_main_grad
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         (scale,) = grad_outputs
-        return (
-            None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype),
-            None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype),
-            *[None] * 7,
-        )
+        if ctx.into_main_grad and ctx.needs_input_grad[1]:
+            # It is in the main gradient already, as for a loss that is not scaled.
+            torch._assert_async(scale == 1)
+            ctx.weight.grad_added_to_main_grad = True
+            zeros = getattr(ctx.weight, "zero_out_wgrad", False)  # tied: the embedding adds its own
+            d_weight = torch.zeros_like(ctx.weight) if zeros else torch.empty_like(ctx.weight)
+        elif d_weight is not None:
+            d_weight = (d_weight * scale).to(ctx.weight.dtype)
+        d_hidden = None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype)
+        return d_hidden, d_weight, *[None] * 7
 
 
 def chunked_divergence(
@@ -127,6 +81,7 @@ def chunked_divergence(
     divergence: str = "forward",
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
+    gradient_accumulation_fusion: bool = False,
 ) -> Tensor:
     """Sum over tokens of the divergence in nats, differentiable by student hidden and weight.
 
@@ -144,21 +99,35 @@ def chunked_divergence(
         divergence: ``forward`` is KL(teacher || student), ``reverse``, or ``jsd``.
         temperature: Divides both logits; the loss is not multiplied by its square.
         chunk_tokens: Tokens whose logits live at a time.
+        gradient_accumulation_fusion: Add the weight's gradient to its ``main_grad`` at once;
+            backward must then run, and from a gradient of 1.
     """
-    rows = student_weight.shape[0]
-    valid = min(rows, max(0, vocab_size - group.rank() * rows))
-    assert valid > 0, "a rank without a single word: vocabulary smaller than its padding"
+    into_main_grad = (
+        gradient_accumulation_fusion
+        and torch.is_grad_enabled()
+        and student_weight.requires_grad
+        and hasattr(student_weight, "main_grad")
+    )
+    options = {"kind": divergence, "temperature": temperature, "group": group}
     return _ChunkedDivergence.apply(
         student_hidden,
-        student_weight[:valid],
+        student_weight,
         teacher_hidden,
-        teacher_weight[:valid],
+        teacher_weight,
         mask,
-        divergence,
-        temperature,
+        _words_of_rank(student_weight, vocab_size, group),
         chunk_tokens,
-        group,
+        into_main_grad,
+        options,
     )
+
+
+def _words_of_rank(weight: Tensor, vocab_size: int, group: ProcessGroup) -> int:
+    """Rows of this rank's head that are words, not padding."""
+    rows = weight.shape[0]
+    words = min(rows, max(0, vocab_size - group.rank() * rows))
+    assert words > 0, "a rank without a single word: vocabulary smaller than its padding"
+    return words
 
 
 @torch.no_grad()
@@ -177,16 +146,18 @@ def chunked_lm_loss(
     Args:
         labels: ``[t]``, word ids of the whole vocabulary.
     """
-    rows = weight.shape[0]
-    first = group.rank() * rows
-    weight = weight[: min(rows, max(0, vocab_size - first))]
+    words = _words_of_rank(weight, vocab_size, group)
+    first = group.rank() * weight.shape[0]
     loss = mask.new_zeros((), dtype=torch.float32)
     for start in range(0, hidden.shape[0], chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        log_probs = _log_softmax((hidden[part] @ weight.t()).float(), group)
+        logits = hidden[part] @ weight[:words].t()
+        log_sum = log_sum_exp(logits, 1.0, group).squeeze(-1)
         local = labels[part] - first
-        mine = (local >= 0) & (local < weight.shape[0])
-        index = local.clamp(0, weight.shape[0] - 1)
-        picked = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1) * mine
-        loss -= (_sum_over(group)(picked.unsqueeze(-1)).squeeze(-1) * mask[part]).sum()
+        mine = (local >= 0) & (local < words)
+        index = local.clamp(0, words - 1).unsqueeze(-1)
+        picked = logits.gather(-1, index).squeeze(-1).float() * mine
+        if group.size() > 1:
+            torch.distributed.all_reduce(picked, group=group)
+        loss += ((log_sum - picked) * mask[part]).sum()
     return loss

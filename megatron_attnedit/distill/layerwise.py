@@ -19,10 +19,33 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from megatron_attnedit.device import fused
 from megatron_attnedit.distill.masks import local_token_mask
 from megatron_attnedit.models.teacher import backbone
 
 NORMALISATIONS = ("layer", "token")
+
+
+@fused
+def relative_error(
+    attn_output: Tensor, target: Tensor, mask: Tensor, per_token: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer's error, what it is divided by, and its gradient by the student's output.
+
+    Args:
+        attn_output: The student's, ``[s, b, h]``.
+        target: The teacher's, ``[s, b, h]``.
+        mask: ``[s, b]``, 1 where a token counts.
+        per_token: Divide each token's error by that token's energy.
+    """
+    target = target.float()
+    difference = attn_output.float() - target
+    energy = target.square().sum(-1)
+    weight = mask / energy.clamp_min(1e-12) if per_token else mask
+    numerator = (difference.square().sum(-1) * weight).sum()
+    denominator = mask.sum() if per_token else (energy * mask).sum()
+    gradient = (2 * difference * weight.unsqueeze(-1)).to(attn_output.dtype)
+    return numerator, denominator, gradient
 
 
 class LayerwiseDistillation(MegatronModule):
@@ -91,16 +114,13 @@ class LayerwiseDistillation(MegatronModule):
         assert self._mask is not None
         with torch.set_grad_enabled(self.training):
             attn_output, _ = self.attentions[str(layer_idx)](attn_input.detach(), **kwargs)
-            target = target.detach().float()
-            error = (attn_output.float() - target).pow(2).sum(-1)  # [s, b]
-            energy = target.pow(2).sum(-1)
-            if self.normalisation == "token":
-                error, energy = error / energy.clamp_min(1e-12), torch.ones_like(energy)
-            numerator = (error * self._mask).sum()
-            if self.training:
-                numerator.backward()
-        self.sums[layer_idx, 0] += numerator.detach()
-        self.sums[layer_idx, 1] += (energy * self._mask).sum()
+        numerator, denominator, gradient = relative_error(
+            attn_output.detach(), target.detach(), self._mask, self.normalisation == "token"
+        )
+        if self.training:
+            attn_output.backward(gradient)
+        self.sums[layer_idx, 0] += numerator
+        self.sums[layer_idx, 1] += denominator
 
     def forward(self, tokens: Tensor, position_ids: Tensor, loss_mask: Tensor) -> Tensor:
         """Run the teacher; each edited layer does its work on the way.

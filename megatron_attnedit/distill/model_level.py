@@ -20,8 +20,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.feature_matching import FeatureMatching
-from megatron_attnedit.distill.kl import DIVERGENCES, chunked_divergence, chunked_lm_loss
+from megatron_attnedit.distill.kl import chunked_divergence, chunked_lm_loss
 from megatron_attnedit.distill.masks import local_token_mask
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.teacher import backbone, output_weight
@@ -171,6 +172,7 @@ class ModelLevelDistillation(MegatronModule):
             mask,
             divergence=self.loss_config.kl,
             temperature=self.loss_config.temperature,
+            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
             **common,
         )
         sums = [kl.detach()]

@@ -1,6 +1,5 @@
 """From Hugging Face's configuration to Megatron's."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -44,18 +43,13 @@ def transformer_config(
         recompute: What backward computes again instead of keeping: ``none``, ``selective`` (core
             attention) or ``full`` (whole layers).
         moe_grouped_gemm: All experts of a rank in one grouped matmul; bfloat16 only.
-        gradient_accumulation_fusion: Weight gradients straight into the main gradients; needs a
-            kernel of Apex.
+        gradient_accumulation_fusion: Weight gradients straight into the main gradients, which the
+            parameters must have when backward runs.
 
     Raises:
         UserError: the grid cannot cut this model, or its rotary scaling is another than Llama 3's.
     """
     parallel.check_model(hf)
-    if gradient_accumulation_fusion and not find_spec("fused_weight_gradient_mlp_cuda"):
-        raise UserError(
-            "--gradient-accumulation-fusion needs Apex's fused_weight_gradient_mlp_cuda, which is "
-            "not installed"
-        )
     for key, value in LLAMA3_ROPE.items():
         if hf.rope_scaling and hf.rope_scaling.get(key, value) != value:
             raise UserError(
@@ -84,8 +78,8 @@ def transformer_config(
         output_layer_init_method=fill_with_nan,
         # Losses are sums over tokens, divided once by their number (all ranks, all micro-batches).
         calculate_per_token_loss=True,
+        bias_activation_fusion=True,
         # These need Transformer Engine or Apex.
-        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=gradient_accumulation_fusion,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_attnedit.attention.core import CoreAttention
 from megatron_attnedit.attention.norm import RMSNorm
+from megatron_attnedit.attention.self_attention import CausalSelfAttention
 from megatron_attnedit.convert.converter import hf_to_megatron
 from megatron_attnedit.convert.families import ignored_names, teacher_rows
 from megatron_attnedit.convert.hf_checkpoint import HFReader
@@ -42,6 +43,7 @@ def teacher_layer_spec(config: TransformerConfig, *, attention_backend: str) -> 
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     layer.sharded_state_dict_keys_map = {}
+    layer.self_attention.module = CausalSelfAttention
     attention = layer.self_attention.submodules
     attention.core_attention = functools.partial(CoreAttention, backend=attention_backend)
     if config.qk_layernorm:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
@@ -12,6 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_attnedit.device import bootstrap
 from megatron_attnedit.training.recipe import Recipe
 
 
@@ -47,7 +49,7 @@ def wrap(
 
 
 def _optimizer(models: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=recipe.lr,
@@ -63,6 +65,17 @@ def _optimizer(models: list[DistributedDataParallel], recipe: Recipe) -> Megatro
         ),
         models,
     )
+    if bootstrap().fuses_adam:
+        _fuse_adam(optimizer)
+    return optimizer
+
+
+def _fuse_adam(optimizer: MegatronOptimizer) -> None:
+    """One pass over gradients and states; torch's default keeps a copy of a state besides."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
+                group.update(fused=True, foreach=False)
 
 
 def trains_anything(models: Sequence[DistributedDataParallel]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_attnedit.distill.kl import DIVERGENCES
+from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.layerwise import NORMALISATIONS
 from megatron_attnedit.errors import UserError
 
@@ -68,7 +68,7 @@ class Recipe:
     expert_model_parallel_size: int = option(1, "processes that share the experts")
     expert_tensor_parallel_size: int = option(1, "processes that share each expert")
     gradient_accumulation_fusion: bool = option(
-        False, "weight gradients straight into main gradients; needs Apex's kernel"
+        True, "weight gradients straight into main gradients"
     )
     moe_grouped_gemm: bool = option(False, "all experts in one grouped matmul; needs --bf16")
     use_distributed_optimizer: bool = option(

@@ -1,4 +1,4 @@
-"""Sliding-window attention with an output gate, on mcore's self-attention.
+"""Sliding-window attention with an output gate.
 
 Shapes: s tokens (s/tp on each rank under sequence parallelism), b micro-batch, h hidden, n query
 heads on this rank, d head size.
@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_attnedit.attention.self_attention import CausalSelfAttention
+from megatron_attnedit.device import fused
 
 
 @dataclass
@@ -22,7 +24,7 @@ class GateSWASubmodules(SelfAttentionSubmodules):
     linear_gate: type | None = None
 
 
-class GateSWASelfAttention(SelfAttention):
+class GateSWASelfAttention(CausalSelfAttention):
     """The teacher's kind of attention, with a gate between core attention and output projection.
 
     ``output = linear_proj(core_attn_out * sigmoid(linear_gate(x)))`` with x the layer's normed
@@ -81,16 +83,15 @@ class GateSWASelfAttention(SelfAttention):
         Returns:
             Output in the shape of ``hidden_states``, and no bias.
         """
-        query, key, value = self.get_query_key_value_tensors(hidden_states)
-        query, key = (
-            apply_rotary_pos_emb(
-                t, rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp
-            )
-            for t in (query, key)
-        )
-        core_attn_out = self.core_attention(query, key, value, attention_mask)  # [s, b, n * d]
+        heads = self.rotated_heads(hidden_states, rotary_pos_emb)
+        core_attn_out = self.core_attention(*heads, attention_mask)  # [s, b, n * d]
         output_gate, _ = self.linear_gate(hidden_states)  # [s, b, n * d] or [s, b, n]
-        output_gate = torch.sigmoid(output_gate.float()).to(core_attn_out.dtype)
-        if self.gate_dim == 1:
-            output_gate = output_gate.repeat_interleave(value.shape[-1], dim=-1)
-        return self.linear_proj(core_attn_out * output_gate)
+        return self.linear_proj(gated(core_attn_out, output_gate))
+
+
+@fused
+def gated(core_attn_out: Tensor, output_gate: Tensor) -> Tensor:
+    """Multiply the sigmoid of a gate per number ``[s, b, n * d]`` or per head ``[s, b, n]``."""
+    heads = core_attn_out.unflatten(-1, (output_gate.shape[-1], -1))
+    gate = torch.sigmoid(output_gate.float()).to(core_attn_out.dtype)
+    return (heads * gate.unsqueeze(-1)).flatten(-2)

@@ -8,6 +8,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_attnedit.attention.core import CoreAttention
 from megatron_attnedit.attention.gate_swa.module import GateSWASelfAttention, GateSWASubmodules
+from megatron_attnedit.attention.input_linear import InputColumnParallelLinear
 from megatron_attnedit.attention.norm import RMSNorm
 from megatron_attnedit.attention.windows import to_window_size
 
@@ -22,7 +23,7 @@ def gate_swa_spec(
         module=GateSWASelfAttention,
         params={"output_gate": output_gate},
         submodules=GateSWASubmodules(
-            linear_qkv=provider.column_parallel_linear(),
+            linear_qkv=InputColumnParallelLinear,
             core_attention=functools.partial(
                 CoreAttention,
                 backend=attention_backend,
@@ -31,6 +32,6 @@ def gate_swa_spec(
             linear_proj=provider.row_parallel_linear(),
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
-            linear_gate=provider.column_parallel_linear(),
+            linear_gate=InputColumnParallelLinear,
         ),
     )

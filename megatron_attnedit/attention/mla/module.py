@@ -4,11 +4,11 @@ Shapes: s tokens (s/tp on each rank where sequence parallelism holds), b micro-b
 n heads on this rank, c latent, r rotary part, d non-rotary part, v value head.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
@@ -18,8 +18,12 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megatron_attnedit.attention.input_linear import input_linear
 from megatron_attnedit.attention.mla.dims import MLADims
+from megatron_attnedit.attention.rotary import cos_sin, rotate
+from megatron_attnedit.device import fused
 
 # DeepSeek's modelling code fixes this, whatever the model's own epsilon is.
 LATENT_NORM_EPS = 1e-6
@@ -29,10 +33,24 @@ LATENT_NORM_EPS = 1e-6
 class MLASubmodules:
     """Classes that the layer is built of."""
 
+    input_linear: type
     column_parallel_linear: type
     row_parallel_linear: type
     norm: type
     core_attention: Any
+
+
+@functools.lru_cache(maxsize=4)
+def rotary_embedding(dims: MLADims, cp_group: ProcessGroup) -> RotaryEmbedding:
+    """The table of angles, one for all layers."""
+    return RotaryEmbedding(
+        dims.qk_pos_emb_head_dim,
+        rotary_percent=1.0,
+        rotary_base=dims.rotary_base,  # type: ignore[arg-type]
+        rope_scaling=dims.rope_scaling_factor is not None,
+        rope_scaling_factor=dims.rope_scaling_factor or 1.0,
+        cp_group=cp_group,
+    )
 
 
 class ReplicatedLinear(torch.nn.Linear):
@@ -52,6 +70,12 @@ class ReplicatedLinear(torch.nn.Linear):
         )
         config.init_method(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.gradient_accumulation_fusion = config.gradient_accumulation_fusion
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        fusion = self.gradient_accumulation_fusion
+        return input_linear(x, self.weight, gradient_accumulation_fusion=fusion)
 
 
 class MLASelfAttention(MegatronModule):
@@ -98,7 +122,9 @@ class MLASelfAttention(MegatronModule):
             )
 
         column, row = submodules.column_parallel_linear, submodules.row_parallel_linear
-        self.linear_q_proj = parallel(column, config.hidden_size, n * dims.query_dim)
+        self.linear_q_proj = parallel(
+            submodules.input_linear, config.hidden_size, n * dims.query_dim
+        )
         self.linear_kv_down_proj = ReplicatedLinear(
             config.hidden_size, dims.kv_lora_rank + dims.qk_pos_emb_head_dim, config
         )
@@ -110,14 +136,7 @@ class MLASelfAttention(MegatronModule):
         self.linear_proj = parallel(
             row, n * dims.v_head_dim, config.hidden_size, input_is_parallel=True
         )
-        self.rotary_pos_emb = RotaryEmbedding(
-            dims.qk_pos_emb_head_dim,
-            rotary_percent=1.0,
-            rotary_base=dims.rotary_base,  # type: ignore[arg-type]
-            rope_scaling=dims.rope_scaling_factor is not None,
-            rope_scaling_factor=dims.rope_scaling_factor or 1.0,
-            cp_group=self.cp_group,
-        )
+        self.rotary_pos_emb = rotary_embedding(dims, self.cp_group)
 
     def _to_all_heads(self, shared: Tensor) -> Tensor:
         """Hand the rotary key ``[s or s/tp, b, r]`` to this rank's heads: ``[s, b, r]``.
@@ -129,9 +148,6 @@ class MLASelfAttention(MegatronModule):
                 shared, tensor_parallel_output_grad=True, group=self.tp_group
             )
         return copy_to_tensor_model_parallel_region(shared, group=self.tp_group)
-
-    def _rotate(self, t: Tensor, rotary_pos_emb: Tensor) -> Tensor:
-        return apply_rotary_pos_emb(t, rotary_pos_emb, config=self.config, cp_group=self.cp_group)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any
@@ -147,24 +163,41 @@ class MLASelfAttention(MegatronModule):
             Output in the shape of ``hidden_states``, and no bias.
         """
         dims = self.dims
-        query, _ = self.linear_q_proj(hidden_states)
-        query = query.unflatten(-1, (-1, dims.query_dim))  # [s, b, n, d + r]
+        query, _ = self.linear_q_proj(hidden_states)  # [s, b, n * (d + r)]
         compressed = self.linear_kv_down_proj(hidden_states)  # [s or s/tp, b, c + r]
         latent, k_pos_emb = compressed.split([dims.kv_lora_rank, dims.qk_pos_emb_head_dim], dim=-1)
-        kv, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
-        kv = kv.unflatten(-1, (-1, dims.qk_head_dim + dims.v_head_dim))  # [s, b, n, d + v]
-        k_pos_emb = self._to_all_heads(k_pos_emb).unsqueeze(2)  # [s, b, 1, r]
+        kv, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))  # [s, b, n * (d + v)]
+        k_pos_emb = self._to_all_heads(k_pos_emb)  # [s, b, r]
 
-        rotary_pos_emb = self.rotary_pos_emb(query.shape[0] * self.cp_group.size())
-        q_no_pe, q_pos_emb = query.split([dims.qk_head_dim, dims.qk_pos_emb_head_dim], dim=-1)
-        k_no_pe, value = kv.split([dims.qk_head_dim, dims.v_head_dim], dim=-1)
-        q_pos_emb = self._rotate(q_pos_emb, rotary_pos_emb)
-        k_pos_emb = self._rotate(k_pos_emb, rotary_pos_emb).expand(-1, -1, kv.shape[2], -1)
-        core_attn_out = self.core_attention(
-            torch.cat([q_no_pe, q_pos_emb], dim=-1),
-            torch.cat([k_no_pe, k_pos_emb], dim=-1),
-            value,
-            attention_mask,
-        )
+        cos, sin = cos_sin(self.rotary_pos_emb(query.shape[0] * self.cp_group.size()))
+        heads = assemble_heads(query, kv, k_pos_emb, cos, sin, dims.qk_head_dim, dims.v_head_dim)
+        core_attn_out = self.core_attention(*heads, attention_mask)
         attn_output, _ = self.linear_proj(core_attn_out)
         return attn_output, None
+
+
+@fused
+def assemble_heads(
+    query: Tensor, kv: Tensor, k_pos_emb: Tensor, cos: Tensor, sin: Tensor, d: int, v: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate the rotary parts and hand the rotary key to every head.
+
+    Args:
+        query: ``[s, b, n * (d + r)]``.
+        kv: ``[s, b, n * (d + v)]``.
+        k_pos_emb: ``[s, b, r]``.
+        cos: ``[s, 1, 1, r]``.
+        sin: ``[s, 1, 1, r]``.
+        d: Non-rotary part of a head.
+        v: Value head.
+
+    Returns:
+        ``[s, b, n, d + r]``, the same, and ``[s, b, n, v]``.
+    """
+    query = query.unflatten(-1, (-1, d + k_pos_emb.shape[-1]))
+    kv = kv.unflatten(-1, (-1, d + v))
+    q_pos_emb = rotate(query[..., d:], cos, sin).to(query.dtype)
+    k_pos_emb = rotate(k_pos_emb.unsqueeze(2), cos, sin).to(kv.dtype)
+    key = torch.cat([kv[..., :d], k_pos_emb.expand(-1, -1, kv.shape[2], -1)], dim=-1)
+    # A view would cost more: its gradient is added to that of the rest of kv by extra passes.
+    return torch.cat([query[..., :d], q_pos_emb], dim=-1), key, kv[..., d:].clone()

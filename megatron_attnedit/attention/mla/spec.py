@@ -6,6 +6,7 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_attnedit.attention.core import CoreAttention
+from megatron_attnedit.attention.input_linear import InputColumnParallelLinear
 from megatron_attnedit.attention.mla.dims import MLADims
 from megatron_attnedit.attention.mla.module import MLASelfAttention, MLASubmodules
 from megatron_attnedit.attention.norm import RMSNorm
@@ -18,6 +19,7 @@ def mla_spec(dims: MLADims, *, attention_backend: str) -> ModuleSpec:
         module=MLASelfAttention,
         params={"dims": dims},
         submodules=MLASubmodules(
+            input_linear=InputColumnParallelLinear,
             column_parallel_linear=provider.column_parallel_linear(),
             row_parallel_linear=provider.row_parallel_linear(),
             norm=RMSNorm,

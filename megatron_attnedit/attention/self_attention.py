@@ -1,0 +1,60 @@
+"""The teacher's kind of attention: grouped queries, QK-norm, rotary positions, fused around.
+
+Shapes: s tokens (s/tp on each rank under sequence parallelism), b micro-batch, h hidden, n query
+heads and g key-value groups on this rank, d head size.
+"""
+
+from typing import Any
+
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from megatron_attnedit.attention.rotary import cos_sin, normed_and_rotated
+
+
+class CausalSelfAttention(SelfAttention):
+    """mcore's self-attention in training: the same weights, norm and rotation in one kernel.
+
+    No inference caches, no packed sequences; the core attention knows what may be seen.
+    """
+
+    def rotated_heads(
+        self, hidden_states: Tensor, rotary_pos_emb: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query ``[s, b, n, d]``, key and value ``[s, b, g, d]``, ready for the core attention."""
+        mixed, sizes = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
+        query, key, value = mixed.split(sizes, dim=-1)
+        query = query.unflatten(-1, (-1, key.shape[-1])).flatten(2, 3)
+        assert self.config.num_query_groups is not None
+        sharing = self.pg_collection.tp.size() // self.config.num_query_groups
+        if sharing > 1:  # ranks that share a group have a part of its queries each
+            query = query.chunk(sharing, dim=2)[self.pg_collection.tp.rank() % sharing]
+        cos, sin = cos_sin(rotary_pos_emb)
+        eps = self.config.layernorm_epsilon
+        query, key = (
+            normed_and_rotated(t, getattr(norm, "weight", None), cos, sin, eps)
+            for t, norm in ((query, self.q_layernorm), (key, self.k_layernorm))
+        )
+        return query, key, value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rotary_pos_emb: Tensor,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: ``[s, b, h]``, or ``[s/tp, b, h]`` under sequence parallelism.
+            attention_mask: None; the core attention is causal.
+            rotary_pos_emb: ``[s, 1, 1, d]``, the model's rotary table.
+            unused: The rest of what a layer hands over.
+
+        Returns:
+            Output in the shape of ``hidden_states``, and no bias.
+        """
+        heads = self.rotated_heads(hidden_states, rotary_pos_emb)
+        return self.linear_proj(self.core_attention(*heads, attention_mask))

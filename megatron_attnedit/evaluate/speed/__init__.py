@@ -1,0 +1,1 @@
+"""How fast both stages and their parts are, beside a plain transformers script in the same run."""

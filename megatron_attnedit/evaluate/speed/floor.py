@@ -1,0 +1,77 @@
+"""Floating-point operations that a stage cannot do without, counted on the modules themselves.
+
+A matrix of p numbers costs 2 p per token forward, 2 p for its own gradient and 2 p for its input's.
+Scores and values cost as their products do over the keys that a query may see; backward twice that.
+"""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from megatron_attnedit.attention import MLA, StudentAttention
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.models.flops import mlp_flops
+
+# They read the layer's input, which wants no gradient in stage 1.
+INPUT_PROJECTIONS = ("linear_q_proj", "linear_kv_down_proj", "linear_qkv", "linear_gate")
+
+
+def visible_keys(seq_length: int, window: int | None) -> float:
+    """Keys that a query sees on average."""
+    if window is None or window >= seq_length:
+        return (seq_length + 1) / 2
+    return window - window * (window - 1) / (2 * seq_length)
+
+
+def _matrices(module: nn.Module) -> tuple[int, int]:
+    """Numbers in matrices, and of them in those that read the layer's input."""
+    sizes = {name: p.numel() for name, p in module.named_parameters() if p.ndim == 2}
+    return sum(sizes.values()), sum(
+        size for name, size in sizes.items() if name.split(".")[0] in INPUT_PROJECTIONS
+    )
+
+
+def _student_scores(student: StudentAttention, hf: HFConfig, seq_length: int) -> float:
+    """Forward, per token and edited layer."""
+    if isinstance(student, MLA):
+        width = student.qk_head_dim + student.qk_pos_emb_head_dim + student.v_head_dim
+        return 2 * hf.num_attention_heads * width * visible_keys(seq_length, None)
+    window = getattr(student, "sliding_window", None)
+    return 4 * hf.num_attention_heads * hf.head_dim * visible_keys(seq_length, window)
+
+
+def _teacher_attention(hf: HFConfig, seq_length: int) -> float:
+    """Forward, per token and layer."""
+    q, kv = hf.num_attention_heads * hf.head_dim, 2 * hf.num_key_value_heads * hf.head_dim
+    return 2 * hf.hidden_size * (2 * q + kv) + 4 * q * visible_keys(seq_length, None)
+
+
+def stage_floor(
+    hf: HFConfig,
+    student: StudentAttention,
+    attentions: Mapping[int, nn.Module],
+    *,
+    seq_length: int,
+    stage: int,
+) -> float:
+    """Per token.
+
+    Args:
+        hf: The teacher.
+        student: Its student.
+        attentions: The edited ones, which train.
+        seq_length: Tokens of a sample.
+        stage: 1, or 2 with frozen MLPs and a frozen head.
+    """
+    scores = _student_scores(student, hf, seq_length)
+    teacher = _teacher_attention(hf, seq_length)
+    total = hf.num_hidden_layers * (teacher + mlp_flops(hf))
+    for module in attentions.values():
+        matrices, on_input = _matrices(module)
+        backward_of_input = matrices - on_input if stage == 1 else matrices
+        total += 2 * (2 * matrices + backward_of_input) + 3 * scores
+    if stage == 2:
+        kept = hf.num_hidden_layers - len(attentions)
+        total += hf.num_hidden_layers * 2 * mlp_flops(hf) + kept * 3 * teacher
+        total += 3 * 2 * hf.hidden_size * hf.vocab_size
+    return total

@@ -1,0 +1,78 @@
+"""Both stages beside their baseline."""
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_attnedit.device import bootstrap
+from megatron_attnedit.evaluate.speed import baseline, ours
+from megatron_attnedit.evaluate.speed.floor import stage_floor
+from megatron_attnedit.evaluate.speed.measure import matmul_rate, measure, row, side
+from megatron_attnedit.evaluate.speed.ours import Workload
+
+
+def _measured(
+    build: Callable[[], tuple[Callable[[], float], float]], tokens: int, rate: float
+) -> dict[str, Any]:
+    """Build, measure, take apart again; running out of memory is a result, too."""
+    try:
+        step, flops = build()
+        figures = measure(step, warmup=2, repeats=3)
+        return side(figures, tokens=tokens, flops=flops * tokens, rate=rate)
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    finally:
+        step = None  # type: ignore[assignment]
+        gc.collect()
+        bootstrap().reset_peak_memory()
+
+
+def compare(work: Workload, *, with_baseline: bool = True) -> dict[str, Any]:
+    """One row."""
+    rate = matmul_rate()
+    floor: list[float] = []
+
+    def our_side() -> tuple[Callable[[], float], float]:
+        step, attentions = ours.training_step(work)
+        floor.append(
+            stage_floor(
+                work.hf, work.student, attentions, seq_length=work.seq_length, stage=work.stage
+            )
+        )
+        return step, floor[0]
+
+    our_figures = _measured(our_side, work.tokens, rate)
+    their_figures = None
+    if with_baseline:
+        their_figures = _measured(
+            lambda: (baseline.training_step(work), floor[0] if floor else 0.0), work.tokens, rate
+        )
+    found = row(f"stage{work.stage}", describe(work), our_figures, their_figures)
+    found["matmul_tflops"] = round(rate / 1e12, 1)
+    return found
+
+
+def describe(work: Workload) -> str:
+    """A row's name."""
+    student = dataclasses.asdict(work.student)
+    if "sliding_window" in student:
+        name = f"GateSWA window {student['sliding_window']}"
+    else:
+        name = f"MLA {student['kv_lora_rank']}+{student['qk_pos_emb_head_dim']}"
+    parts = [
+        f"{work.hf.model_type} hidden {work.hf.hidden_size}",
+        f"{work.hf.num_hidden_layers} layers",
+        name,
+        f"sequence {work.seq_length}",
+        f"{work.micro_batches} micro-batches per step",
+    ]
+    if work.hf.num_experts:
+        parts.append("grouped experts" if work.moe_grouped_gemm else "sequential experts")
+    if work.stage == 2 and work.trainable == "all":
+        parts.append("everything trained")
+    if work.recompute != "none":
+        parts.append(f"recompute {work.recompute}")
+    return ", ".join(parts)
