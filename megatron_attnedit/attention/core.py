@@ -38,7 +38,7 @@ class CoreAttention(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self.backend = attention_backend(backend, window_size)
+        self.backend = attention_backend(backend, window_size, config.params_dtype)
         self.window_size = window_size
         self.softmax_scale = softmax_scale
         self.recompute = config.recompute_granularity == "selective"

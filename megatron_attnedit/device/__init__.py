@@ -2,6 +2,15 @@
 
 from megatron_attnedit.device.accelerator import Accelerator, bootstrap, quiet_megatron
 from megatron_attnedit.device.fusion import fused
+from megatron_attnedit.device.recording import Recorded, recording_stream
 from megatron_attnedit.device.weight_gradient import add_weight_gradient
 
-__all__ = ["Accelerator", "add_weight_gradient", "bootstrap", "fused", "quiet_megatron"]
+__all__ = [
+    "Accelerator",
+    "Recorded",
+    "add_weight_gradient",
+    "bootstrap",
+    "fused",
+    "quiet_megatron",
+    "recording_stream",
+]

@@ -38,6 +38,11 @@ class Accelerator:
         return compiles(self.device)
 
     @property
+    def records(self) -> bool:
+        """Can work be recorded and replayed (``recording.Recorded``)?"""
+        return self.kind == "cuda"
+
+    @property
     def fuses_adam(self) -> bool:
         """Has torch's Adam a kernel of its own that pays here?"""
         return self.kind == "cuda"

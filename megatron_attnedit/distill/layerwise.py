@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from megatron_attnedit.device import fused
+from megatron_attnedit.device import Recorded, fused
 from megatron_attnedit.distill.masks import local_token_mask
 from megatron_attnedit.models.teacher import backbone
 
@@ -48,6 +49,19 @@ def relative_error(
     return numerator, denominator, gradient
 
 
+def can_be_recorded(config: TransformerConfig) -> bool:
+    """Are a micro-batch's shapes known beforehand, and is it this process's alone?
+
+    Experts get as many tokens as the router sends them; a pipeline brings its input from outside.
+    """
+    sizes = (
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        config.context_parallel_size,
+    )
+    return max(sizes) == 1 and not config.num_moe_experts
+
+
 class LayerwiseDistillation(MegatronModule):
     """Teacher and student attentions of this pipeline stage.
 
@@ -56,6 +70,7 @@ class LayerwiseDistillation(MegatronModule):
         attentions: The student's, by 0-based layer index; these train.
         normalisation: ``layer`` as above, or ``token``: every token's error is divided by that
             token's own ``|o_t|^2``, and the sum by the number of tokens.
+        record: Record a micro-batch and replay it (see ``device.Recorded``).
     """
 
     def __init__(
@@ -64,6 +79,7 @@ class LayerwiseDistillation(MegatronModule):
         attentions: Mapping[int, MegatronModule],
         *,
         normalisation: str = "layer",
+        record: bool = False,
     ) -> None:
         super().__init__(config=teacher.config)
         self.model_type = teacher.model_type
@@ -71,6 +87,7 @@ class LayerwiseDistillation(MegatronModule):
         self.attentions = nn.ModuleDict({str(i): module for i, module in attentions.items()})
         self.normalisation = normalisation
         self._mask: Tensor | None = None
+        self._training_run = Recorded(self._run) if record else self._run
         device = next(teacher.parameters()).device
         # Column 0: sum of errors; column 1: what they are divided by.
         self.sums = torch.zeros(self.config.num_layers, 2, device=device)
@@ -133,6 +150,10 @@ class LayerwiseDistillation(MegatronModule):
         Returns:
             The teacher's hidden states, for the next pipeline stage.
         """
+        run = self._training_run if self.training else self._run
+        return run(tokens, position_ids, loss_mask)
+
+    def _run(self, tokens: Tensor, position_ids: Tensor, loss_mask: Tensor) -> Tensor:
         self._mask = local_token_mask(loss_mask, self.config)
         try:
             with torch.no_grad():

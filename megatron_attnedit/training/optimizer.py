@@ -13,7 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_attnedit.device import bootstrap
+from megatron_attnedit.device import bootstrap, recording_stream
 from megatron_attnedit.training.recipe import Recipe
 
 
@@ -30,7 +30,8 @@ def wrap(
         grad_reduce_in_fp32=True, use_distributed_optimizer=recipe.use_distributed_optimizer
     )
     config = modules[0].config
-    models = [DistributedDataParallel(config, ddp_config, module) for module in modules]
+    with recording_stream(next(modules[0].parameters()).device):
+        models = [DistributedDataParallel(config, ddp_config, module) for module in modules]
     optimizer = _optimizer(models, recipe)
     schedule = OptimizerParamScheduler(
         optimizer,

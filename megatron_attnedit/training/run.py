@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_attnedit.distill.layerwise import LayerwiseDistillation
+from megatron_attnedit.device import bootstrap
+from megatron_attnedit.distill.layerwise import LayerwiseDistillation, can_be_recorded
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.flops import stage1_flops, stage2_flops
@@ -119,6 +120,7 @@ def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> Parts:
             chunk,
             edited_attentions(mine, student.attention),
             normalisation=recipe.normalisation,
+            record=bootstrap().records and can_be_recorded(chunk.config),
         )
         for chunk, mine in zip(teacher.chunks, student.chunks, strict=True)
     ]

@@ -3,6 +3,7 @@
     python -m pytest -m gpu tests/numerics/test_gpu.py
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,13 @@ import pytest
 import torch
 
 from megatron_attnedit.attention.backends import attention_backend
+from megatron_attnedit.attention.gate_swa.module import gated
+from megatron_attnedit.attention.mla.module import assemble_heads
+from megatron_attnedit.attention.rotary import normed_and_rotated
 from megatron_attnedit.attention.windows import to_window_size
+from megatron_attnedit.device import add_weight_gradient
+from megatron_attnedit.distill.divergences import divergence_and_gradient
+from megatron_attnedit.distill.layerwise import relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -21,19 +28,26 @@ pytestmark = pytest.mark.gpu
 TOLERANCES = {torch.bfloat16: 1.5e-2, torch.float32: 1e-4}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("window", [None, 2, 128, 5000])
-@pytest.mark.parametrize("heads", [(8, 8, 192, 128), (8, 2, 128, 128), (8, 1, 64, 64)])
-@pytest.mark.parametrize("length", [63, 1000])
-def test_kernels(dtype, window, heads, length):
+HEADS = [(8, 8, 192, 128), (8, 2, 128, 128), (8, 1, 64, 64)]
+# Backend, heads, lengths, windows, types: each where it works; flex compiles for every shape.
+KERNELS = [
+    *itertools.product(["sdpa"], HEADS, [63, 1000], [None, 2, 128, 5000], TOLERANCES),
+    *itertools.product(["flash"], HEADS[1:], [63, 1000], [None, 2, 128, 5000], [torch.bfloat16]),
+    *itertools.product(["flex"], HEADS[:2], [1000], [None, 128], TOLERANCES),
+    ("flex", HEADS[2], 63, 5000, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("backend, heads, length, window, dtype", KERNELS)
+def test_kernels(backend, heads, length, window, dtype):
     n, g, d, dv = heads
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(2, n, length, d), (2, g, length, d), (2, g, length, dv)]
     qkv = [torch.randn(s, device="cuda", generator=generator).to(dtype) for s in shapes]
     size = None if window is None else to_window_size(window)
     results = []
-    for name in ("sdpa", "reference"):
-        kind = dtype if name == "sdpa" else torch.float32
+    for name in (backend, "reference"):
+        kind = dtype if name == backend else torch.float32
         inputs = [t.detach().to(kind).requires_grad_() for t in qkv]
         out = attention_backend(name)(*inputs, size, d**-0.5)
         out.float().sin().sum().backward()
@@ -44,15 +58,87 @@ def test_kernels(dtype, window, heads, length):
 
 @pytest.mark.parametrize("window", [None, 128])
 @pytest.mark.parametrize("queries", [17, 500])
-def test_fewer_queries_than_keys(window, queries):
+@pytest.mark.parametrize("backend, d", [("sdpa", 192), ("flash", 128), ("flex", 128)])
+def test_fewer_queries_than_keys(backend, d, window, queries):
     """As under context parallelism."""
     generator = torch.Generator("cuda").manual_seed(0)
-    shapes = [(2, 8, queries, 192), (2, 8, 1000, 192), (2, 8, 1000, 128)]
+    shapes = [(2, 8, queries, d), (2, 8, 1000, d), (2, 8, 1000, 128)]
     qkv = [torch.randn(s, device="cuda", generator=generator).bfloat16() for s in shapes]
     size = None if window is None else to_window_size(window)
-    fast = attention_backend("sdpa")(*qkv, size, 192**-0.5).float()
-    slow = attention_backend("reference")(*(t.float() for t in qkv), size, 192**-0.5)
+    fast = attention_backend(backend)(*qkv, size, d**-0.5).float()
+    slow = attention_backend("reference")(*(t.float() for t in qkv), size, d**-0.5)
     assert (fast - slow).norm() <= TOLERANCES[torch.bfloat16] * slow.norm()
+
+
+def draw(*shape):
+    return torch.randn(*shape, device="cuda", dtype=torch.float64)
+
+
+def fused_cases():
+    """Functions that are compiled, each with arguments; the first of them want gradients."""
+    s, b = 37, 2
+    angles = draw(s, 1, 1, 64)
+    table = angles.cos(), angles.sin()
+    mask = (draw(s, b) > 0).double()
+    return {
+        "norm and rotation": (normed_and_rotated, [draw(s, b, 5, 64), draw(64)], [*table, 1e-6]),
+        "rotation": (normed_and_rotated, [draw(s, b, 5, 64)], [None, *table, 1e-6]),
+        "heads of MLA": (
+            assemble_heads,
+            [draw(s, b, 3 * (32 + 64)), draw(s, b, 3 * (32 + 48)), draw(s, b, 64)],
+            [*table, 32, 48],
+        ),
+        "gate": (gated, [draw(s, b, 3 * 64), draw(s, b, 3 * 64)], []),
+        "gate of heads": (gated, [draw(s, b, 3 * 64), draw(s, b, 3)], []),
+        "error of a layer": (relative_error, [draw(s, b, 70)], [draw(s, b, 70), mask, False]),
+        "error of a token": (relative_error, [draw(s, b, 70)], [draw(s, b, 70), mask, True]),
+    }
+
+
+def value_and_gradients(function, wanted, rest, dtype):
+    def cast(t):
+        return t.to(dtype) if isinstance(t, torch.Tensor) else t
+
+    wanted = [cast(t).detach().requires_grad_() for t in wanted]
+    out = function(*wanted, *(cast(t) for t in rest))
+    outs = list(out) if isinstance(out, tuple) else [out]
+    sum((o.double() * torch.linspace(0.5, 1.5, o.numel(), device="cuda").view_as(o)).sum()
+        for o in outs).backward()
+    return [*(o.detach() for o in outs), *(t.grad for t in wanted)]
+
+
+@pytest.mark.parametrize("case", fused_cases() if torch.cuda.is_available() else [])
+def test_compiled_functions_equal_what_is_written(case):
+    function, wanted, rest = fused_cases()[case]
+    expected = value_and_gradients(function.__wrapped__, wanted, rest, torch.float32)
+    for dtype, bar in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        actual = value_and_gradients(function, wanted, rest, dtype)
+        for got, want in zip(actual, expected, strict=True):
+            assert (got.double() - want.double()).norm() <= bar * want.double().norm()
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_compiled_divergence(one_process, kind):
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    student, teacher, weight = draw(11, 1003), draw(11, 1003), draw(11).abs()
+    options = {"kind": kind, "temperature": 1.3, "group": group}
+    expected = divergence_and_gradient(
+        student.float().cpu(), teacher.float().cpu(), weight.float().cpu(), **options
+    )
+    actual = divergence_and_gradient(student.float(), teacher.float(), weight.float(), **options)
+    for got, want in zip(actual, expected, strict=True):
+        assert (got.cpu() - want).norm() <= 1e-5 * want.norm()
+
+
+def test_weight_gradients_are_not_rounded():
+    inputs, grad_output = (draw(300, n).bfloat16() for n in (40, 24))
+    before = draw(24, 40).float()
+    main_grad = before.clone()
+    add_weight_gradient(inputs, grad_output, main_grad)
+    exact = before.double() + grad_output.double().t() @ inputs.double()
+    assert (main_grad.double() - exact).norm() <= 1e-5 * exact.norm()
 
 
 def write_inputs(folder, family):

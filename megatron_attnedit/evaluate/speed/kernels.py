@@ -33,7 +33,7 @@ def attention_suite(seq_length: int, windows: tuple[int, ...]) -> list[dict[str,
         if heads[0] == heads[1]:
             continue
         for window in windows:
-            for backend in ("auto", "sdpa"):
+            for backend in ("flash", "flex", "sdpa"):
                 sliding = _attention(backend, heads, seq_length, window, rate)
                 case = f"{name}, window {window}, {backend}, forward and backward"
                 rows.append(row("attention", case, sliding, full))
@@ -52,7 +52,7 @@ def _attention(
     n, g, d, dv = heads
     device = bootstrap().device
     size = None if window is None else to_window_size(window)
-    attend = attention_backend(backend, size)
+    attend = attention_backend(backend, size, torch.bfloat16)
     # As the modules hold them: [s, b, n, d], seen as [b, n, s, d].
     shapes = [(seq_length, 1, n, d), (seq_length, 1, g, d), (seq_length, 1, g, dv)]
     qkv = [
@@ -62,7 +62,8 @@ def _attention(
     grad = torch.randn(seq_length, 1, n, dv, device=device, dtype=torch.bfloat16)
 
     def work() -> None:
-        out = attend(*(t.permute(1, 2, 0, 3) for t in qkv), size, d**-0.5).permute(2, 0, 1, 3)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in qkv)
+        out = attend(q, k, v, size, d**-0.5).permute(2, 0, 1, 3)
         if not forward_only:
             torch.autograd.grad(out, qkv, grad)
 

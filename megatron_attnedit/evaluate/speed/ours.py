@@ -10,7 +10,7 @@ from torch import nn
 from megatron_attnedit.attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.device import bootstrap
-from megatron_attnedit.distill.layerwise import LayerwiseDistillation
+from megatron_attnedit.distill.layerwise import LayerwiseDistillation, can_be_recorded
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
@@ -126,7 +126,8 @@ def training_step(
         part.requires_grad_(True)
     stage: Stage
     if work.stage == 1:
-        layerwise = LayerwiseDistillation(teacher, attentions)
+        record = bootstrap().records and can_be_recorded(config)
+        layerwise = LayerwiseDistillation(teacher, attentions, record=record)
         models, optimizer, _ = wrap([layerwise], recipe)
         stage = Stage1([layerwise], models, list(attentions))
     else:

@@ -20,7 +20,7 @@ def _measured(
     """Build, measure, take apart again; running out of memory is a result, too."""
     try:
         step, flops = build()
-        figures = measure(step, warmup=2, repeats=3)
+        figures = measure(step, repeats=3)
         return side(figures, tokens=tokens, flops=flops * tokens, rate=rate)
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
