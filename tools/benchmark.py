@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--num-layers", type=int, help="cut the model to as many layers")
     parser.add_argument("--json", type=Path, help="add the figures to this file")
+    parser.add_argument("--page", type=Path, help="and put its tables into this Markdown page")
 
     speed = parser.add_argument_group("attention, kl, stage1, stage2")
     speed.add_argument("--seq-length", type=int, default=4096, help="tokens (default: %(default)s)")
@@ -125,9 +126,11 @@ def main() -> None:
     rows = suite(args, read_config(args))
     print(json.dumps(rows, indent=1))
     if args.json:
-        from megatron_attnedit.evaluate.speed.results import add_rows
+        from megatron_attnedit.evaluate.speed.results import add_rows, write_page
 
         add_rows(args.json, rows)
+        if args.page:
+            write_page(args.json, args.page)
 
 
 if __name__ == "__main__":

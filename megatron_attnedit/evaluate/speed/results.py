@@ -41,3 +41,52 @@ def add_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
     return entry.get("suite"), entry.get("case"), entry.get("device")
+
+
+BEGIN, END = "<!-- tables: made of the figures -->", "<!-- end of tables -->"
+SUITES = {
+    "stage1": "Stage 1",
+    "stage2": "Stage 2",
+    "kl": "KL loss",
+    "attention": "Attention kernels",
+}
+COLUMNS = (
+    ("ms", "ms", "{:,.1f}"),
+    ("tokens_per_s", "tokens/s", "{:,}"),
+    ("beyond_gb", "GB beyond", "{:.2f}"),
+    ("utilisation", "utilisation", "{:.1%}"),
+)
+
+
+def write_page(file: Path, page: Path) -> None:
+    """Put the tables of the figures in ``file`` between the marks of a page."""
+    text = page.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    page.write_text(f"{before}{BEGIN}\n\n{tables(json.loads(file.read_text()))}\n{END}{after}")
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """A table per suite and device, in Markdown."""
+    parts = []
+    for suite, title in SUITES.items():
+        for device in dict.fromkeys(r["device"] for r in rows if r["suite"] == suite):
+            mine = [r for r in rows if (r["suite"], r["device"]) == (suite, device)]
+            versions = ", ".join(f"{k} {v}" for k, v in mine[0]["versions"].items())
+            dates = " and ".join(dict.fromkeys(r["date"] for r in mine))
+            parts.append(f"### {title}: {device}, {dates}, {versions}\n")
+            heads = [f"{who} {name}" for who in ("ours", "baseline") for _, name, _ in COLUMNS]
+            parts.append("| case | " + " | ".join([*heads, "ratio"]) + " |")
+            parts.append("|---" * (len(heads) + 2) + "|")
+            parts += [_line(entry) for entry in mine]
+            parts.append("")
+    return "\n".join(parts)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    cells = [entry["case"] + (f" ({entry['note']})" if "note" in entry else "")]
+    for side in (entry["ours"], entry["baseline"] or {}):
+        if "error" in side:
+            cells += [side["error"], *[""] * (len(COLUMNS) - 1)]
+            continue
+        cells += [form.format(side[key]) if key in side else "" for key, _, form in COLUMNS]
+    return "| " + " | ".join([*cells, str(entry.get("ratio", ""))]) + " |"

@@ -1,0 +1,108 @@
+"""The benchmark: floors against counting by hand, rows, and the page made of the figures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_attnedit.attention import MLA, GateSWA
+from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.evaluate.speed import measure, results
+from megatron_attnedit.evaluate.speed.floor import stage_floor, visible_keys
+
+ROOT = Path(__file__).parents[3]
+QWEN3_8B = ROOT / "examples" / "recipes" / "qwen3_8b"
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 10, 12])
+def test_visible_keys(window):
+    length = 10
+    seen = [min(i + 1, window or length) for i in range(length)]
+    assert visible_keys(length, window) == pytest.approx(sum(seen) / length)
+
+
+def modules(shapes, count):
+    with torch.device("meta"):
+        return {
+            i: torch.nn.ModuleDict(
+                {name: torch.nn.Linear(*shape, bias=False) for name, shape in shapes.items()}
+            )
+            for i in range(count)
+        }
+
+
+def test_floor_of_stage_1_at_qwen3_8b():
+    """781 million operations per token and layer, as counted by hand for sequences of 4096."""
+    hf = read_hf_config(QWEN3_8B)
+    student = MLA.from_flags({}, hf)
+    shapes = {
+        "linear_q_proj": (4096, 32 * 192), "linear_kv_down_proj": (4096, 576),
+        "linear_kv_up_proj": (512, 32 * 256), "linear_proj": (4096, 4096),
+    }
+    found = stage_floor(hf, student, modules(shapes, 36), seq_length=4096, stage=1)
+    teacher = 2 * 4096 * (6144 + 4096) + 4 * 4096 * 2048.5 + 6 * 4096 * 12288
+    matrices = 4096 * 6144 + 4096 * 576 + 512 * 8192 + 4096 * 4096
+    on_input = 4096 * 6144 + 4096 * 576
+    by_hand = teacher + 2 * (3 * matrices - on_input) + 3 * 2 * 32 * 320 * 2048.5
+    assert found == pytest.approx(36 * by_hand)
+    assert found / 36 == pytest.approx(781e6, rel=0.01)
+
+
+def test_floor_of_stage_2_counts_heads_and_kept_layers():
+    hf = read_hf_config(QWEN3_8B)
+    student = GateSWA.from_flags({"sliding_window": 128, "full_layers": "0,1"}, hf)
+    shapes = {"linear_qkv": (4096, 6144), "linear_gate": (4096, 4096), "linear_proj": (4096, 4096)}
+    edited = modules(shapes, 34)
+    less = stage_floor(hf, student, edited, seq_length=4096, stage=1)
+    more = stage_floor(hf, student, edited, seq_length=4096, stage=2)
+    attention = 2 * 4096 * (6144 + 4096) + 4 * 4096 * 2048.5
+    mlp = 6 * 4096 * 12288
+    extra = 36 * 2 * mlp + 2 * 3 * attention + 6 * 4096 * 151936 + 34 * 2 * 4096 * (6144 + 4096)
+    assert more - less == pytest.approx(extra)
+
+
+def test_rows():
+    figures = measure.Figures(ms=20.0, peak_gb=2.0, beyond_gb=1.0)
+    ours = measure.side(figures, tokens=100, flops=5e9, rate=1e12)
+    assert ours["tokens_per_s"] == 5000
+    assert ours["utilisation"] == 0.25
+    row = measure.row("kl", "a case", ours, {"ms": 30.0})
+    assert (row["ratio"], row["floor_fraction"]) == (1.5, 0.25)
+    assert "ratio" not in measure.row("kl", "a case", ours, {"error": "out of memory"})
+
+
+def test_a_row_takes_the_place_of_the_old_one(tmp_path):
+    file = tmp_path / "figures.json"
+    for ms in (2.0, 1.0):
+        results.add_rows(file, [{"suite": "kl", "case": "a", "ours": {"ms": ms}, "baseline": None}])
+    results.add_rows(file, [{"suite": "kl", "case": "b", "ours": {"ms": 3}, "baseline": None}])
+    assert [row["ours"]["ms"] for row in json.loads(file.read_text())] == [1.0, 3]
+
+
+def test_the_page_has_the_committed_figures(tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text((ROOT / "docs" / "performance.md").read_text())
+    results.write_page(ROOT / "docs" / "data" / "performance.json", page)
+    assert page.read_text() == (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_both_sides_run_and_are_compared(tmp_path):
+    """On a CPU and a tiny model the figures mean nothing; both sides have to be there."""
+    config = {
+        **json.loads((QWEN3_8B / "config.json").read_text()),
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+        "bos_token_id": None, "eos_token_id": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [
+        sys.executable, "tools/benchmark.py", "--suite", "stage1", "--seq-length", "32",
+        "--config", tmp_path / "config.json", "--json", tmp_path / "out.json",
+    ]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=240)
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert row["ratio"] == pytest.approx(row["baseline"]["ms"] / row["ours"]["ms"], rel=1e-2)
+    assert row["case"].startswith("qwen3 hidden 64, 2 layers, MLA 32+16, sequence 32")
