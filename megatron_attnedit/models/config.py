@@ -78,7 +78,8 @@ def transformer_config(
         output_layer_init_method=fill_with_nan,
         # Losses are sums over tokens, divided once by their number (all ranks, all micro-batches).
         calculate_per_token_loss=True,
-        bias_activation_fusion=True,
+        # Of experts, mcore fuses it in sequential ones only, which then round unlike grouped ones.
+        bias_activation_fusion=not hf.num_experts,
         # These need Transformer Engine or Apex.
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
