@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_attnedit.convert.pieces import pieces_of
-from megatron_attnedit.convert.reading import Reading
+from megatron_attnedit.convert.reading import DTYPES, Reading
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.models import hf_directory, load_model, load_tokenizer
 from megatron_attnedit.training.opened import open_checkpoint
@@ -59,7 +59,12 @@ def manifest_of(path: Path, teacher: str | None = None) -> dict[str, dict[str, o
     """
     opened = open_checkpoint(path, flag="checkpoint", teacher=teacher)
     reading = Reading(
-        opened.read, where=str(path), dtype=None, rows=opened.rows, progress=True, text=path.name
+        opened.read,
+        where=str(path),
+        rows=opened.rows,
+        stored=DTYPES[opened.dtype(opened.rows[0])],
+        progress=True,
+        text=path.name,
     )
     for row in opened.rows:
         for piece in pieces_of(row):

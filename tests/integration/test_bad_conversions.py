@@ -168,7 +168,7 @@ def test_damaged_megatron_files(model, tmp_path):
 
 def test_damaged_legacy_files(model, tmp_path):
     make(model, tmp_path / "legacy", "torch", tensor_model_parallel_size=2)
-    file = tmp_path / "legacy" / "iter_0000000" / "mp_rank_01" / "model_optim_rng.pt"
+    file = tmp_path / "legacy" / "iter_0000001" / "mp_rank_01" / "model_optim_rng.pt"
     file.write_bytes(file.read_bytes()[:1000])
     refused(tmp_path / "legacy", tmp_path / "out", "mp_rank_01", "cannot be loaded", format="hf")
     file.unlink()

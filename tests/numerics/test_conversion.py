@@ -97,7 +97,7 @@ def legacy_equals_built(source, folder, flags):
     name += f"_{ep:03d}" if "expert_model" in str(flags) else ""
     from megatron_attnedit.convert.legacy_checkpoint import _load
 
-    content = _load(folder / "iter_0000000" / name / "model_optim_rng.pt", mmap=False)
+    content = _load(folder / "iter_0000001" / name / "model_optim_rng.pt", mmap=False)
     mine = dict(teacher.chunks[0].named_parameters())
     assert content["model"].keys() == mine.keys()
     differ = [name for name in mine if not torch.equal(content["model"][name], mine[name])]
