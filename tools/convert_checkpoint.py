@@ -11,6 +11,7 @@ A parameter is converted at a time, so memory stays small. Run under torchrun
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = vars(parse_args())
     start_logging()
+    # Ends as an exception, so that what is half-written is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     bootstrap()
     from megatron_attnedit.evaluate.verify import verify
     from megatron_attnedit.export.conversion import ConversionConfig, convert

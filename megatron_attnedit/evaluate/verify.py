@@ -36,7 +36,8 @@ def verify(
     Returns:
         Whether all tensors are the same, bit for bit.
     """
-    result = compare(manifest_of(a, teacher), manifest_of(b, teacher))
+    manifests = manifest_of(a, teacher), manifest_of(b, teacher)
+    result = compare(*manifests)
     if text:
         result["largest_logit_difference"] = logit_difference(a, b, text)
     if json_file:
@@ -46,6 +47,8 @@ def verify(
         names = result[what]
         if names:
             print(f"{len(names)} {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
+    for name in result["differ"][:5]:
+        print(f"  {name}: {difference(*(manifest[name] for manifest in manifests))}")
     if text:
         print(f"largest difference of logits: {result['largest_logit_difference']:.3g}")
     return not (result["only in a"] or result["only in b"] or result["differ"])
@@ -81,6 +84,14 @@ def compare(a: dict[str, dict[str, object]], b: dict[str, dict[str, object]]) ->
         "only in a": sorted(a.keys() - b.keys()),
         "only in b": sorted(b.keys() - a.keys()),
     }
+
+
+def difference(a: dict[str, object], b: dict[str, object]) -> str:
+    """The first of type, shape and numbers in which two tensors differ."""
+    for what in ("dtype", "shape"):
+        if a[what] != b[what]:
+            return f"{what} {a[what]} and {b[what]}"
+    return "other numbers"
 
 
 @torch.no_grad()
