@@ -40,15 +40,14 @@ def hf_to_megatron(
     by_name = {row.megatron_param: row for row in rows}
     assert params.keys() <= by_name.keys(), f"no row for {params.keys() - by_name.keys()}"
     total = sum(param.nbytes for param in params.values())
-    bar = tqdm(desc="load", total=total, unit="B", unit_scale=True, disable=not progress)
-    for name, param in params.items():
-        row = by_name[name]
-        shard = row.read_shard(reader.slice, place)
-        check_finite(shard, where=str(reader.directory), name=", ".join(row.hf_params))
-        assert shard.shape == param.shape, f"{name}: {shard.shape} into {param.shape}"
-        param.copy_(shard)
-        bar.update(param.nbytes)
-    bar.close()
+    with tqdm(desc="load", total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        for name, param in params.items():
+            row = by_name[name]
+            shard = row.read_shard(reader.slice, place)
+            check_finite(shard, where=str(reader.directory), name=", ".join(row.hf_params))
+            assert shard.shape == param.shape, f"{name}: {shard.shape} into {param.shape}"
+            param.copy_(shard)
+            bar.update(param.nbytes)
 
 
 def check_tensor_parallel(config: HFConfig, tp_size: int) -> None:

@@ -123,30 +123,43 @@ class LazyPlan(DefaultSavePlanner):
         return tensor.reshape(write_item.tensor_data.chunk.sizes)
 
 
-def write_tensors(
-    directory: Path,
-    rows: Sequence[ParamRow],
-    mine: Sequence[ParamRow],
-    read: Read,
-    dtype: torch.dtype,
-) -> None:
-    """Write the tensors of a checkpoint; collective where several processes run.
+class DistWriter:
+    """The tensors of a checkpoint; collective where several processes run.
 
-    Raises:
-        OSError: the disk is full, for example.
+    Args:
+        directory: One iteration's folder; exists.
+        rows: The whole table.
+        dtype: Type of all tensors.
     """
-    # No copying ahead: it would reorder the pieces, which are hashed in order.
-    writer = dcp.FileSystemWriter(
-        directory, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0
-    )
-    planner = LazyPlan(rows, mine, read, dtype)
-    try:
-        dcp.save({}, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
-    except dcp.api.CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, RuntimeError):  # torch.save's word for an OSError
-            raise OSError(f"torch cannot write (disk full?): {cause}") from None
-        raise cause from None
+
+    def __init__(self, directory: Path, rows: Sequence[ParamRow], dtype: torch.dtype) -> None:
+        self._directory, self._rows, self._dtype = directory, rows, dtype
+
+    def create(self) -> None:
+        """Nothing: torch lays out the files."""
+
+    def write(self, rows: Sequence[ParamRow], read: Read) -> None:
+        """Write some rows; every process its own.
+
+        Raises:
+            OSError: the disk is full, for example.
+        """
+        # No copying ahead: it would reorder the pieces, which are hashed in order.
+        writer = dcp.FileSystemWriter(
+            self._directory, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0
+        )
+        planner = LazyPlan(self._rows, rows, read, self._dtype)
+        alone = not dist.is_initialized()
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=alone)
+        except dcp.api.CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, RuntimeError):  # torch.save's word for an OSError
+                raise OSError(f"torch cannot write (disk full?): {cause}") from None
+            raise cause from None
+
+    def seal(self) -> None:
+        """Nothing: torch writes the metadata last."""
 
 
 class _IntoTensor(DefaultLoadPlanner):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import Self
 
 from megatron_attnedit.convert.completeness import check_finite
 from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
@@ -52,6 +53,12 @@ class Reading:
             desc=text, total=total, unit="B", unit_scale=True, disable=not progress
         )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
     def __call__(self, piece: Piece) -> list[Tensor]:
         result = []
         for (name, _, _), tensor in zip(piece.hf_slices(), self._read(piece), strict=True):
@@ -65,7 +72,6 @@ class Reading:
 
     def manifest(self) -> dict[str, dict[str, object]]:
         """By Hugging Face name: type, shape and SHA-256 of what was read."""
-        self._bar.close()
         return {
             name: {
                 "dtype": self._dtypes[name],

@@ -61,17 +61,17 @@ def manifest_of(path: Path, teacher: str | None = None) -> dict[str, dict[str, o
         UserError: it cannot be opened, or holds NaN.
     """
     opened = open_checkpoint(path, flag="checkpoint", teacher=teacher)
-    reading = Reading(
+    with Reading(
         opened.read,
         where=str(path),
         rows=opened.rows,
         stored=DTYPES[opened.dtype(opened.rows[0])],
         progress=True,
         text=path.name,
-    )
-    for row in opened.rows:
-        for piece in pieces_of(row):
-            reading(piece)
+    ) as reading:
+        for row in opened.rows:
+            for piece in pieces_of(row):
+                reading(piece)
     return reading.manifest()
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from megatron_attnedit.convert.converter import check_tensor_parallel
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.output import new_directory, refuse_existing
 from megatron_attnedit.convert.pieces import pieces_of
@@ -66,7 +65,7 @@ def _check(opened: Opened, config: ConversionConfig) -> None:
     elif isinstance(source, HFReader) and config.dtype is None:
         source.check_dtype(opened.rows, hf.dtype)
     if config.format == "torch":
-        check_tensor_parallel(hf, config.tensor_model_parallel_size)
+        config.grid(hf)
     if config.moe_grouped_gemm and not hf.num_experts:
         raise UserError(f"--moe-grouped-gemm: the model in {hf.path} has no experts")
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_attnedit.convert.converter import check_tensor_parallel
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.legacy_grid import LegacyGrid
 from megatron_attnedit.errors import UserError
 
 
@@ -51,3 +54,17 @@ class ConversionConfig:
             raise UserError(f"--moe-grouped-gemm: {self.format} knows one layout of experts only")
         if self.format == "edited" and self.output.suffix != ".safetensors":
             raise UserError(f"--output {self.output}: edited weights are a .safetensors file")
+
+    def grid(self, hf: HFConfig) -> LegacyGrid:
+        """Of the ``torch`` format.
+
+        Raises:
+            UserError: it cannot cut that model.
+        """
+        check_tensor_parallel(hf, self.tensor_model_parallel_size)
+        return LegacyGrid(
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            self.expert_model_parallel_size,
+            hf,
+        )

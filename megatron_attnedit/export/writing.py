@@ -2,22 +2,23 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-from megatron_attnedit.convert.dist_checkpoint import write_tensors
+from megatron_attnedit.convert.dist_checkpoint import DistWriter
 from megatron_attnedit.convert.hf_checkpoint import INDEX, copy_tokenizer_files, read_index
 from megatron_attnedit.convert.hf_writer import HFWriter
 from megatron_attnedit.convert.legacy_checkpoint import LegacyWriter
-from megatron_attnedit.convert.legacy_grid import ITERATION, LegacyGrid
+from megatron_attnedit.convert.legacy_grid import ITERATION
 from megatron_attnedit.convert.output import barrier, is_first
 from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
-from megatron_attnedit.convert.pieces import share_of
+from megatron_attnedit.convert.pieces import Read, share_of
 from megatron_attnedit.convert.reading import DTYPES, Reading, write_manifest
 from megatron_attnedit.export.conversion_config import ConversionConfig
 from megatron_attnedit.models.student import edited_rows
@@ -27,13 +28,33 @@ from megatron_attnedit.training.opened import HF_FILES, LINEAGE_KEY, Opened
 MODELING_FILES = Path(__file__).parent / "hf"
 
 
-def _reading(
-    opened: Opened, rows: list[ParamRow], dtype: str
-) -> tuple[list[ParamRow], Reading]:
-    """This process's rows, and what reads them."""
+class Writer(Protocol):
+    """The files of one format, which processes fill together."""
+
+    def create(self) -> None:
+        """Lay them out; one process."""
+
+    def write(self, rows: Sequence[ParamRow], read: Read) -> None:
+        """Write some rows; every process its own."""
+
+    def seal(self) -> None:
+        """Make them loadable, when all is written; one process."""
+
+
+def _fill(
+    writer: Writer, opened: Opened, rows: list[ParamRow], dtype: str
+) -> dict[str, dict[str, object]]:
+    """Write these rows, every process its share; collective.
+
+    Returns:
+        The manifest.
+    """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = share_of(rows, rank, size)
-    reading = Reading(
+    if is_first():
+        writer.create()
+    barrier()
+    with Reading(
         opened.read,
         where=str(opened.path),
         rows=mine,
@@ -41,34 +62,27 @@ def _reading(
         dtype=DTYPES[dtype],
         progress=is_first(),
         text="convert" if size == 1 else f"convert, share 1 of {size}",
-    )
-    return mine, reading
-
-
-def _gather_manifest(folder: Path, reading: Reading) -> None:
+    ) as reading:
+        writer.write(mine, reading)
     parts: list[Any] = [reading.manifest()]
     if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
+        parts = [None] * size
         dist.all_gather_object(parts, reading.manifest())
     if is_first():
-        write_manifest(folder, {name: entry for part in parts for name, entry in part.items()})
+        writer.seal()
+    return {name: entry for part in parts for name, entry in part.items()}
 
 
 def write_hf(opened: Opened, config: ConversionConfig, folder: Path) -> None:
     """A Hugging Face directory; an imported model gets the shards that it had."""
     dtype = config.dtype or opened.hf.dtype
-    mine, reading = _reading(opened, opened.rows, dtype)
     file_of = read_index(opened.hf.path)
     kept = opened.base is None and dtype == opened.hf.dtype
     kept = kept and file_of.keys() == hf_shapes(opened.rows).keys()
     writer = HFWriter(folder, opened.rows, DTYPES[dtype], file_of=file_of if kept else None)
+    manifest = _fill(writer, opened, opened.rows, dtype)
     if is_first():
-        writer.create()
-    barrier()
-    writer.write(mine, reading)
-    _gather_manifest(folder, reading)
-    if is_first():
-        writer.seal()
+        write_manifest(folder, manifest)
         if kept:
             shutil.copyfile(opened.hf.path / INDEX, folder / INDEX)
         _write_config(opened, dtype, folder)
@@ -100,18 +114,18 @@ def write_megatron(opened: Opened, config: ConversionConfig, output: Path) -> No
     if is_student and config.format == "torch_dist" and opened.lineage.trainable != "all":
         rows = edited_rows(opened.hf, opened.lineage.attention())
         dtype = config.dtype or opened.dtype(rows[0])
-    mine, reading = _reading(opened, rows, dtype)
     if is_first():
         folder.mkdir()
         if not is_student:
             _write_hf_files(opened, dtype, folder / HF_FILES)
-    barrier()
+    writer: Writer = DistWriter(folder, rows, DTYPES[dtype])
     if config.format == "torch":
-        _write_legacy(opened, config, folder, mine, reading, dtype)
-    else:
-        write_tensors(folder, rows, mine, reading, DTYPES[dtype])
-    _gather_manifest(folder, reading)
+        writer = LegacyWriter(
+            folder, rows, config.grid(opened.hf), DTYPES[dtype], grouped=config.moe_grouped_gemm
+        )
+    manifest = _fill(writer, opened, rows, dtype)
     if is_first():
+        write_manifest(folder, manifest)
         if config.format == "torch_dist":
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
             common = {"iteration": iteration, "content_metadata": checkpoint.CONTENT}
@@ -127,37 +141,10 @@ def _write_hf_files(opened: Opened, dtype: str, folder: Path) -> None:
         shutil.copyfile(opened.hf.path / INDEX, folder / INDEX)
 
 
-def _write_legacy(
-    opened: Opened,
-    config: ConversionConfig,
-    folder: Path,
-    mine: list[ParamRow],
-    reading: Reading,
-    dtype: str,
-) -> None:
-    grid = LegacyGrid(
-        config.tensor_model_parallel_size,
-        config.pipeline_model_parallel_size,
-        config.expert_model_parallel_size,
-        opened.hf,
-    )
-    writer = LegacyWriter(
-        folder, opened.rows, grid, DTYPES[dtype], grouped=config.moe_grouped_gemm
-    )
-    if is_first():
-        writer.create()
-    barrier()
-    writer.write(mine, reading)
-    barrier()
-    if is_first():
-        writer.seal()
-
-
 def write_edited(opened: Opened, config: ConversionConfig, file: Path) -> None:
     """Only what is new in the student, with its lineage in the header."""
     rows = edited_rows(opened.hf, opened.lineage.attention())
     dtype = config.dtype or opened.dtype(rows[0])
-    mine, reading = _reading(opened, rows, dtype)
     writer = HFWriter(
         file.parent,
         rows,
@@ -167,10 +154,4 @@ def write_edited(opened: Opened, config: ConversionConfig, file: Path) -> None:
     )
     if is_first():
         file.rmdir()  # a file takes the folder's place
-        writer.create()
-    barrier()
-    writer.write(mine, reading)
-    reading.manifest()
-    barrier()
-    if is_first():
-        writer.seal()
+    _fill(writer, opened, rows, dtype)

@@ -223,15 +223,16 @@ def test_file_that_cannot_grow(model, tmp_path, format):
         signal.signal(signal.SIGXFSZ, before)
 
 
-@pytest.mark.parametrize("format", ["torch_dist", "torch"])
+@pytest.mark.parametrize("format", ["torch_dist", "torch", "hf"])
 def test_full_disk(model, tmp_path, format):
+    source = model if format != "hf" else make(model, tmp_path / "megatron")
     small = tmp_path / "small"
     small.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting needs root; test_file_that_cannot_grow covers the rest")
     try:
-        refused(model, small / "out", "--output", "cannot be written", format=format)
+        refused(source, small / "out", "--output", "cannot be written", format=format)
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
