@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attnedit.convert.layouts import Same, Stacked
@@ -88,3 +89,10 @@ def share_of(rows: Sequence[ParamRow], rank: int, size: int) -> list[ParamRow]:
             mine.append(row.megatron_param)
     chosen = set(mine)
     return [row for row in rows if row.megatron_param in chosen]
+
+
+def my_share(rows: Sequence[ParamRow]) -> list[ParamRow]:
+    """The rows that this process converts."""
+    if not dist.is_initialized():
+        return list(rows)
+    return share_of(rows, dist.get_rank(), dist.get_world_size())

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from megatron_attnedit.convert.hf_checkpoint import HFReader
-from megatron_attnedit.convert.output import new_directory, refuse_existing
-from megatron_attnedit.convert.pieces import pieces_of
+from megatron_attnedit.convert.output import is_first, new_directory, refuse_existing
+from megatron_attnedit.convert.pieces import my_share, pieces_of
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.export.conversion_config import ConversionConfig
 from megatron_attnedit.export.writing import write_edited, write_hf, write_megatron
@@ -75,9 +76,8 @@ def _check_untouched(opened: Opened, base: Opened) -> None:
     if opened.lineage.trainable != "attention":
         return
     edited = {row.megatron_param for row in edited_rows(opened.hf, opened.lineage.attention())}
-    for row in opened.stored:
-        if row.megatron_param in edited:
-            continue
+    kept = my_share([row for row in opened.stored if row.megatron_param not in edited])
+    for row in tqdm(kept, "compare with the teacher", unit="row", disable=not is_first()):
         for piece in pieces_of(row):
             for ours, theirs in zip(opened.read(piece), base.read(piece), strict=True):
                 if not torch.equal(ours, theirs.to(ours.dtype)):

@@ -18,7 +18,7 @@ from megatron_attnedit.convert.legacy_checkpoint import LegacyWriter
 from megatron_attnedit.convert.legacy_grid import ITERATION
 from megatron_attnedit.convert.output import barrier, is_first
 from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
-from megatron_attnedit.convert.pieces import Read, share_of
+from megatron_attnedit.convert.pieces import Read, my_share
 from megatron_attnedit.convert.reading import DTYPES, Reading, write_manifest
 from megatron_attnedit.export.conversion_config import ConversionConfig
 from megatron_attnedit.models.student import edited_rows
@@ -49,8 +49,8 @@ def _fill(
     Returns:
         The manifest.
     """
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = share_of(rows, rank, size)
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    mine = my_share(rows)
     if is_first():
         writer.create()
     barrier()
