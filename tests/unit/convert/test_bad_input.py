@@ -123,6 +123,12 @@ def test_unexpected_tensor(model):
     refused(model, "unexpected", "surprise")
 
 
+def test_unexpected_type(model):
+    name = "model.norm.weight"
+    change_tensors(model, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    refused(model, "model.safetensors", name, "I8", "float32")
+
+
 def test_unexpected_shape(model):
     change_tensors(model, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(65)}))
     refused(model, "model.norm.weight", "[65]", "[64]")
