@@ -1,5 +1,6 @@
 """One thread, a prepared Megatron, and a tiny world of one process for every test."""
 
+import functools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,3 +35,18 @@ def one_process(tmp_path):
     with process_group(0, 1, str(tmp_path / "store")):
         start_megatron()
         yield
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Tiny bfloat16 models of four layers by family and tying, made once; not to be changed."""
+    from tests.models import tiny_hf_dir
+
+    @functools.cache
+    def model(family, tied=False):
+        folder = tmp_path_factory.mktemp(family) / "hf"
+        return tiny_hf_dir(
+            folder, family, tie_word_embeddings=tied, dtype="bfloat16", num_hidden_layers=4
+        )
+
+    return model

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_attnedit.convert.families import teacher_rows
+from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
-from megatron_attnedit.models.teacher import build_teacher, load_teacher_from_hf
+from megatron_attnedit.models.teacher import build_teacher, load_from_hf
 
 VOCAB = 131  # odd, so that tensor parallelism has to pad it
 
@@ -66,7 +68,7 @@ def build_tiny_teacher(hf_dir: Path, **parallel: Any) -> tuple[HFConfig, Any]:
     size = parallel_state.get_tensor_model_parallel_world_size()
     grid = ParallelConfig(tensor_model_parallel_size=size, **parallel)
     chunks = build_teacher(hf, transformer_config(hf, grid, torch.float32))
-    load_teacher_from_hf(chunks, hf)
+    load_from_hf(chunks, HFReader(hf_dir), teacher_rows(hf), hf)
     return hf, chunks[0]
 
 

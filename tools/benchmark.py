@@ -72,19 +72,31 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def convert(args: argparse.Namespace, config: dict[str, Any]) -> Any:
-    from megatron_attnedit.evaluate.conversion_speed import conversion_speed, synthetic_model
+def convert(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    from megatron_attnedit.evaluate.conversion_speed import (
+        add_run,
+        conversion_speed,
+        synthetic_model,
+        table_row,
+    )
 
     if args.scratch is None:
         raise UserError("--scratch is required with --suite convert")
     if args.scratch.exists():
         raise UserError(f"--scratch {args.scratch}: exists")
+    name = args.config.parent.name
+    if args.num_layers:
+        whole = json.loads(args.config.read_text())["num_hidden_layers"]
+        name += f", {args.num_layers} of {whole} layers"
     try:
         synthetic_model(config, args.scratch / "model")
         result = conversion_speed(args.scratch / "model", args.scratch / "work", args.processes)
     finally:
         shutil.rmtree(args.scratch, ignore_errors=True)
-    return [{"config": args.config.name, "model": config, **result}]
+    run = {"model": name, "num_hidden_layers": config["num_hidden_layers"], **result}
+    print(json.dumps(run, indent=1), table_row(run), sep="\n")
+    if args.json:
+        add_run(args.json, run)
 
 
 def stage(args: argparse.Namespace, config: dict[str, Any]) -> Any:
@@ -122,8 +134,12 @@ def main() -> None:
     args = parse_args()
     start_logging()
     bootstrap()
-    suite = {"convert": convert, "attention": kernels, "kl": kernels}.get(args.suite, stage)
-    rows = suite(args, read_config(args))
+    config = read_config(args)
+    if args.suite == "convert":
+        convert(args, config)
+        return
+    suite = kernels if args.suite in ("attention", "kl") else stage
+    rows = suite(args, config)
     print(json.dumps(rows, indent=1))
     if args.json:
         from megatron_attnedit.evaluate.speed.results import add_rows, write_page

@@ -11,6 +11,7 @@ A parameter is converted at a time, so memory stays small. Run under torchrun
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -32,7 +33,11 @@ def parse_args() -> argparse.Namespace:
     exporter.add_argument("--input", type=Path, required=True, help="a run's folder or checkpoint")
     for command in (importer, exporter):
         command.add_argument("--output", type=Path, required=True, help="new directory or file")
-        command.add_argument("--teacher", help="where the teacher is (default: as at edit time)")
+        command.add_argument(
+            "--teacher",
+            help="where the teacher is (default: as at edit time); of mp_rank_* files that another "
+            "program wrote, a directory with the model's config.json",
+        )
         command.add_argument(
             "--dtype",
             choices=("float32", "bfloat16", "float16"),
@@ -58,6 +63,12 @@ def parse_args() -> argparse.Namespace:
             f"--{size}-model-parallel-size", type=int, default=1, metavar="N",
             help="of --format torch (default: 1)",
         )  # fmt: skip
+    importer.add_argument(
+        "--moe-grouped-gemm",
+        action="store_true",
+        help="of --format torch: experts in one matrix (experts.weight1, weight2), as Megatron "
+        "and MindSpeed-LLM want them with this flag",
+    )
     verifier = commands.add_parser("verify", help="compare two checkpoints of any format")
     verifier.add_argument("a", type=Path, help="checkpoint")
     verifier.add_argument("b", type=Path, help="checkpoint")
@@ -70,6 +81,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = vars(parse_args())
     start_logging()
+    # Ends as an exception, so that what is half-written is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     bootstrap()
     from megatron_attnedit.evaluate.verify import verify
     from megatron_attnedit.export.conversion import ConversionConfig, convert

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_attnedit.convert.completeness import check_finite
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow, TensorParallelPlace, check_complete
+from megatron_attnedit.convert.param_rows import ParamRow, TensorParallelPlace
 from megatron_attnedit.errors import UserError
 
 
@@ -28,29 +29,25 @@ def hf_to_megatron(
         reader: The source.
         rows: The table of the whole model; rows of other pipeline stages are skipped.
         params: This rank's parameters under their global names; filled in place.
-        ignored: Source tensors that are left out, with the reason.
+        ignored: Patterns of source tensors that are left out, with the reason.
         place: Which shards this rank holds.
         progress: Show a progress bar.
 
     Raises:
         UserError: the source does not fit the table, or holds NaN or Inf.
     """
-    check_complete(
-        rows, where=str(reader.directory), hf_shapes=reader.shapes, ignored=ignored
-    )
+    reader.check(rows, ignored)
     by_name = {row.megatron_param: row for row in rows}
     assert params.keys() <= by_name.keys(), f"no row for {params.keys() - by_name.keys()}"
     total = sum(param.nbytes for param in params.values())
-    bar = tqdm(desc="load", total=total, unit="B", unit_scale=True, disable=not progress)
-    for name, param in params.items():
-        row = by_name[name]
-        shard = row.read_shard(reader.slice, place)
-        if not torch.isfinite(shard).all():
-            raise UserError(f"{reader.directory}: {row.hf_params} hold NaN or Inf")
-        assert shard.shape == param.shape, f"{name}: {shard.shape} into {param.shape}"
-        param.copy_(shard)
-        bar.update(param.nbytes)
-    bar.close()
+    with tqdm(desc="load", total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        for name, param in params.items():
+            row = by_name[name]
+            shard = row.read_shard(reader.slice, place)
+            check_finite(shard, where=str(reader.directory), name=", ".join(row.hf_params))
+            assert shard.shape == param.shape, f"{name}: {shard.shape} into {param.shape}"
+            param.copy_(shard)
+            bar.update(param.nbytes)
 
 
 def check_tensor_parallel(config: HFConfig, tp_size: int) -> None:

@@ -4,6 +4,7 @@ Written from a lazy plan and read a piece at a time, so that no model is ever in
 """
 
 import pickle
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +30,14 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_attnedit.convert.completeness import check_complete
+from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece, Read, pieces_of
 from megatron_attnedit.errors import UserError
 
 # What a run's checkpoint holds besides the model.
-IGNORED = {
-    "optimizer": "optimizer state",
-    "_extra_state": "empty without Transformer Engine",
-}
+IGNORED = {"*optimizer*": "optimizer state", "*_extra_state*": "empty without Transformer Engine"}
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,22 @@ class StoredParam:
 
 def stored_params(rows: Sequence[ParamRow]) -> dict[str, StoredParam]:
     """By Megatron name, where mcore's ``sharded_state_dict`` puts each parameter."""
-    counts: dict[str, int] = {}
-    places = {}
+    places = {row.megatron_param: _key_and_expert(row) for row in rows}
+    experts = Counter(key for key, _ in places.values())
+    stored = {}
     for row in rows:
-        before, is_expert, after = row.megatron_param.partition(".local_experts.")
-        expert, _, rest = after.partition(".")
-        key = f"{before}.experts.{rest}" if is_expert else row.megatron_param
-        counts[key] = counts.get(key, 0) + 1
-        places[row.megatron_param] = (key, int(expert) if is_expert else None)
-    shapes = {}
-    for row in rows:
-        key, expert_idx = places[row.megatron_param]
-        rows_of_it = sum(shape[0] for shape in row.hf_shapes)
-        shape = (rows_of_it, *row.hf_shapes[0][1:])
-        whole = shape if expert_idx is None else (counts[key], *shape)
-        shapes[row.megatron_param] = StoredParam(key, whole, expert_idx)
-    return shapes
+        key, expert = places[row.megatron_param]
+        shape = row.shape if expert is None else (experts[key], *row.shape)
+        stored[row.megatron_param] = StoredParam(key, shape, expert)
+    return stored
+
+
+def _key_and_expert(row: ParamRow) -> tuple[str, int | None]:
+    before, is_expert, after = row.megatron_param.partition(".local_experts.")
+    if not is_expert:
+        return row.megatron_param, None
+    expert, _, rest = after.partition(".")
+    return f"{before}.experts.{rest}", int(expert)
 
 
 class LazyPlan(DefaultSavePlanner):
@@ -123,30 +123,43 @@ class LazyPlan(DefaultSavePlanner):
         return tensor.reshape(write_item.tensor_data.chunk.sizes)
 
 
-def write_tensors(
-    directory: Path,
-    rows: Sequence[ParamRow],
-    mine: Sequence[ParamRow],
-    read: Read,
-    dtype: torch.dtype,
-) -> None:
-    """Write the tensors of a checkpoint; collective where several processes run.
+class DistWriter:
+    """The tensors of a checkpoint; collective where several processes run.
 
-    Raises:
-        OSError: the disk is full, for example.
+    Args:
+        directory: One iteration's folder; exists.
+        rows: The whole table.
+        dtype: Type of all tensors.
     """
-    # No copying ahead: it would reorder the pieces, which are hashed in order.
-    writer = dcp.FileSystemWriter(
-        directory, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0
-    )
-    planner = LazyPlan(rows, mine, read, dtype)
-    try:
-        dcp.save({}, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
-    except dcp.api.CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, RuntimeError):  # torch.save's word for an OSError
-            raise OSError(f"torch cannot write (disk full?): {cause}") from None
-        raise cause from None
+
+    def __init__(self, directory: Path, rows: Sequence[ParamRow], dtype: torch.dtype) -> None:
+        self._directory, self._rows, self._dtype = directory, rows, dtype
+
+    def create(self) -> None:
+        """Nothing: torch lays out the files."""
+
+    def write(self, rows: Sequence[ParamRow], read: Read) -> None:
+        """Write some rows; every process its own.
+
+        Raises:
+            OSError: the disk is full, for example.
+        """
+        # No copying ahead: it would reorder the pieces, which are hashed in order.
+        writer = dcp.FileSystemWriter(
+            self._directory, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0
+        )
+        planner = LazyPlan(self._rows, rows, read, self._dtype)
+        alone = not dist.is_initialized()
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=alone)
+        except dcp.api.CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, RuntimeError):  # torch.save's word for an OSError
+                raise OSError(f"torch cannot write (disk full?): {cause}") from None
+            raise cause from None
+
+    def seal(self) -> None:
+        """Nothing: torch writes the metadata last."""
 
 
 class _IntoTensor(DefaultLoadPlanner):
@@ -173,60 +186,40 @@ class DistReader:
 
     Args:
         directory: One iteration's folder.
+        rows: What is expected in it.
 
     Raises:
-        UserError: it has no readable metadata.
+        UserError: it has no readable metadata, or holds something else.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, rows: Sequence[ParamRow]) -> None:
         self.directory = directory
+        metadata = read_metadata(directory)
         self._reader = dcp.FileSystemReader(directory)
-        try:
-            metadata = self._reader.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{directory}: not a distributed checkpoint: {error}") from None
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors: Mapping[str, TensorStorageMetadata] = {
             key: value
             for key, value in metadata.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata)
         }
+        self._stored = stored_params(rows)
         self._by_expert: dict[tuple[str, int], list[ChunkStorageMetadata]] = {}
+        check_complete(
+            {place.key: place.shape for place in self._stored.values()},
+            {key: tuple(entry.size) for key, entry in self._tensors.items()},
+            where=str(directory),
+            ignored=IGNORED,
+            padded={_key_and_expert(row)[0] for row in rows if row.pad_to_tp},
+        )
 
-    def check(self, rows: Sequence[ParamRow]) -> None:
-        """Every stored tensor is claimed by a row or known not to be the model's.
-
-        Raises:
-            UserError: names what is missing, unknown or has another shape.
-        """
-        wanted = {stored.key: stored for stored in stored_params(rows).values()}
-        if missing := sorted(wanted.keys() - self._tensors.keys()):
-            raise UserError(f"{self.directory}: tensors are missing: {', '.join(missing[:10])}")
-        known = tuple(IGNORED)
-        for key in sorted(self._tensors.keys() - wanted.keys()):
-            if not any(word in key for word in known):
-                raise UserError(f"{self.directory}: tensor with unexpected name: {key}")
-        padded = {stored_params([row])[row.megatron_param].key for row in rows if row.pad_to_tp}
-        for key, stored in wanted.items():
-            found = tuple(self._tensors[key].size)
-            fits = found == stored.shape
-            if key in padded:
-                fits = found[0] >= stored.shape[0] and found[1:] == stored.shape[1:]
-            if not fits:
-                raise UserError(
-                    f"{self.directory}: tensor {key} has shape {list(found)}, "
-                    f"config.json says {list(stored.shape)}"
-                )
-
-    def reading(self, rows: Sequence[ParamRow]) -> Read:
-        """What reads pieces of these rows."""
-        stored = stored_params(rows)
-        return lambda piece: piece.split(self._read(piece, stored[piece.row.megatron_param]))
+    def read(self, piece: Piece) -> list[Tensor]:
+        """A piece of a conversion."""
+        return piece.split(self._read(piece, self._stored[piece.row.megatron_param]))
 
     def dtype(self, row: ParamRow) -> str:
         """Type of a stored parameter in torch's words."""
-        key = stored_params([row])[row.megatron_param].key
-        return str(self._tensors[key].properties.dtype).removeprefix("torch.")
+        entry = self._tensors[_key_and_expert(row)[0]]
+        return str(entry.properties.dtype).removeprefix("torch.")
 
     def _read(self, piece: Piece, stored: StoredParam) -> Tensor:
         wanted = stored.chunk(piece)

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_attnedit.convert.completeness import check_complete
+from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
 from megatron_attnedit.convert.pieces import Piece
 from megatron_attnedit.errors import UserError
 
@@ -29,6 +32,41 @@ TOKENIZER_AND_GENERATION_FILES = (
 )
 
 
+def read_index(directory: Path) -> dict[str, str]:
+    """File of each tensor of a sharded model; empty where there is no index.
+
+    Raises:
+        UserError: it cannot be read, or points outside the directory.
+    """
+    index = directory / INDEX
+    if not index.is_file():
+        return {}
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: not a safetensors index: {error!r}") from None
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(f"{index}: shard {shard!r} is outside the directory")
+        if Path(shard).suffix != ".safetensors":
+            raise UserError(f"{index}: shard {shard!r} is not a .safetensors file")
+    return weight_map
+
+
+def open_file(file: Path) -> Any:
+    """A safetensors file, mapped.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise UserError(f"{file}: truncated or not a safetensors file: {error}") from None
+
+
 class HFReader:
     """The tensors of a Hugging Face directory, read one at a time.
 
@@ -45,8 +83,12 @@ class HFReader:
         self._open: dict[Path, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
-        for file in self._files():
-            handle = self._handle(file)
+        files = [self.directory]
+        if self.directory.suffix != ".safetensors":
+            shards = set(read_index(self.directory).values()) or {SINGLE}
+            files = [self.directory / shard for shard in sorted(shards)]
+        for file in files:
+            handle = self._open[file] = open_file(file)
             for name in handle.keys():  # noqa: SIM118, a handle is not iterable
                 if name in self._file_of:
                     raise UserError(f"{file}: holds {name}, which {self._file_of[name]} holds, too")
@@ -55,71 +97,56 @@ class HFReader:
                 self.shapes[name] = tuple(stored.get_shape())
                 self._dtypes[name] = stored.get_dtype()
 
-    def _files(self) -> list[Path]:
-        if self.directory.suffix == ".safetensors":
-            return [self.directory]
-        index = self.directory / INDEX
-        if not index.is_file():
-            return [self.directory / SINGLE]
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: not a safetensors index: {error!r}") from None
-        for name in names:
-            if Path(name).name != name:
-                raise UserError(f"{index}: shard {name!r} is outside the directory")
-        return [self.directory / name for name in sorted(names)]
-
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            if not file.is_file():
-                raise UserError(f"{file}: no such file")
-            try:
-                self._open[file] = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise UserError(f"{file}: truncated or not a safetensors file: {error}") from None
-        return self._open[file]
-
     def tensor(self, name: str) -> Tensor:
         """Read one whole tensor."""
-        return self._handle(self._file_of[name]).get_tensor(name)
+        return self._open[self._file_of[name]].get_tensor(name)
 
     def slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Read ``start:stop`` of dimension ``dim`` (0 or 1) of one tensor."""
         if dim == 0 and (start, stop) == (0, self.shapes[name][0]):
             return self.tensor(name)
-        stored = self._handle(self._file_of[name]).get_slice(name)
+        stored = self._open[self._file_of[name]].get_slice(name)
         return stored[start:stop] if dim == 0 else stored[:, start:stop]
 
     def read(self, piece: Piece) -> list[Tensor]:
         """A piece of a conversion."""
         return [self.slice(name, 0, start, stop) for name, start, stop in piece.hf_slices()]
 
-    def metadata(self) -> dict[str, str]:
-        """The free text in the header of the first file."""
-        return self._handle(self._files()[0]).metadata() or {}
+    def dtype(self, row: ParamRow) -> str:
+        """Type of a row's tensors in torch's words."""
+        return STORED_DTYPES[self._dtypes[row.hf_params[0]]]
 
-    def check_dtypes(self, dtype: str | None) -> None:
-        """Every tensor is of a type that can be converted, and of ``dtype`` where that is given.
+    def check(self, rows: Sequence[ParamRow], ignored: Mapping[str, str]) -> None:
+        """The files hold these rows and nothing unexplained, in types that can be converted.
+
+        Args:
+            rows: What is expected.
+            ignored: Patterns of names that are left out, with the reason.
+
+        Raises:
+            UserError: names the tensors.
+        """
+        where, expected = str(self.directory), hf_shapes(rows)
+        check_complete(expected, self.shapes, where=where, ignored=ignored)
+        for name in expected:
+            if self._dtypes[name] not in STORED_DTYPES:
+                raise UserError(
+                    f"{self._file_of[name]}: tensor {name} is {self._dtypes[name]}; expected "
+                    f"{', '.join(STORED_DTYPES)}"
+                )
+
+    def check_dtype(self, rows: Sequence[ParamRow], dtype: str) -> None:
+        """The tensors of these rows are of the type that ``config.json`` says.
 
         Raises:
             UserError: names the first that is not.
         """
-        for name, found in self._dtypes.items():
-            if found not in STORED_DTYPES:
+        for name in hf_shapes(rows):
+            if (found := STORED_DTYPES[self._dtypes[name]]) != dtype:
                 raise UserError(
-                    f"{self._file_of[name]}: tensor {name} is {found}; expected "
-                    f"{', '.join(STORED_DTYPES)}"
+                    f"{self._file_of[name]}: tensor {name} is {found}, config.json says {dtype}; "
+                    "give --dtype to convert"
                 )
-            if dtype and STORED_DTYPES[found] != dtype:
-                raise UserError(
-                    f"{self._file_of[name]}: tensor {name} is {STORED_DTYPES[found]}, config.json "
-                    f"says {dtype}; give --dtype to convert"
-                )
-
-    def dtype(self, name: str) -> str:
-        """Type of one tensor in torch's words."""
-        return STORED_DTYPES.get(self._dtypes[name], self._dtypes[name])
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> list[str]:

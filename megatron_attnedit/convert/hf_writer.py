@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_attnedit.convert.completeness import Shapes
 from megatron_attnedit.convert.hf_checkpoint import INDEX, SINGLE
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.output import write_at
+from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
 from megatron_attnedit.convert.pieces import Read, pieces_of
 from megatron_attnedit.convert.reading import as_bytes
 
 MAX_SHARD_BYTES = 5 * 10**9
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class SafetensorsFile:
@@ -61,16 +62,11 @@ class SafetensorsFile:
         """Put rows of a tensor in their place."""
         row_bytes = tensor.nbytes // max(1, tensor.shape[0])
         place = len(self._head) + self._offsets[name] + first_row * row_bytes
-        data = as_bytes(tensor)
-        with open(self.file, "r+b", buffering=0) as stream:
-            stream.seek(place)
-            while len(data):  # one call writes at most 2 GiB
-                data = data[stream.write(data) :]
+        write_at(self.file, place, as_bytes(tensor))
 
     def seal(self) -> None:
         """Write the header; before, nothing can load the file."""
-        with open(self.file, "r+b") as stream:
-            stream.write(self._head)
+        write_at(self.file, 0, memoryview(self._head))
 
 
 def shard_names(shapes: Shapes, dtype: torch.dtype) -> dict[str, str]:
@@ -98,9 +94,10 @@ class HFWriter:
 
     Args:
         directory: Exists.
-        rows: The whole table.
+        rows: What to write.
         dtype: Type of all tensors.
         file_of: File of each tensor; default: shards of at most 5 GB.
+        metadata: Free text for the headers, beside the format.
     """
 
     def __init__(
@@ -108,13 +105,11 @@ class HFWriter:
         directory: Path,
         rows: Sequence[ParamRow],
         dtype: torch.dtype,
+        *,
         file_of: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
-        shapes = {
-            name: shape
-            for row in rows
-            for name, shape in zip(row.hf_params, row.hf_shapes, strict=True)
-        }
+        shapes = hf_shapes(rows)
         self._directory = directory
         self._file_of = dict(file_of or shard_names(shapes, dtype))
         self._total = sum(torch.Size(s).numel() for s in shapes.values()) * dtype.itemsize
@@ -123,7 +118,7 @@ class HFWriter:
                 directory / file,
                 {name: shapes[name] for name, its in self._file_of.items() if its == file},
                 dtype,
-                {"format": "pt"},
+                {"format": "pt", **(metadata or {})},
             )
             for file in sorted(set(self._file_of.values()))
         }
@@ -137,7 +132,7 @@ class HFWriter:
         """Headers and index, when all is written; one process."""
         for file in self._files.values():
             file.seal()
-        if set(self._files) != {SINGLE}:
+        if len(self._files) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._file_of}
             (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 

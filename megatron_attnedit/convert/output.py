@@ -10,22 +10,28 @@ import torch.distributed as dist
 from megatron_attnedit.errors import UserError
 
 
-@contextlib.contextmanager
-def new_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill; it becomes ``output`` when the block ends well, and is removed otherwise.
-
-    Several processes may fill it together; then this is collective.
-
-    Args:
-        output: Where the result goes.
-        overwrite: Replace what is there.
+def refuse_existing(output: Path, *, overwrite: bool) -> None:
+    """Stop before the work when the result would be in the way of something.
 
     Raises:
-        UserError: ``output`` exists and is not to be replaced, or the disk is full.
+        UserError: ``output`` exists and is not to be replaced.
     """
     if output.exists() and not overwrite:
         raise UserError(f"--output {output}: exists; give --overwrite to replace it")
+
+
+@contextlib.contextmanager
+def new_directory(output: Path) -> Iterator[Path]:
+    """A folder to fill; it becomes ``output`` when the block ends well, and is removed otherwise.
+
+    What was at ``output`` stays until then. Several processes may fill the folder together; then
+    this is collective.
+
+    Raises:
+        UserError: the disk is full, for example.
+    """
     partial = output.parent / f".writing-{output.name}"
+    replaced = output.parent / f".replaced-{output.name}"
     try:
         barrier()
         if is_first():
@@ -35,14 +41,25 @@ def new_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
         yield partial
         barrier()
         if is_first():
-            _remove(output)
+            _remove(replaced)
+            if output.exists():
+                output.rename(replaced)  # quick; removing a large folder is not
             partial.rename(output)
+            _remove(replaced)
         barrier()
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written: {error}") from None
     finally:
         if is_first():
             _remove(partial)
+
+
+def write_at(file: Path, offset: int, data: memoryview) -> None:
+    """Put bytes in their place in an existing file."""
+    with open(file, "r+b", buffering=0) as stream:
+        stream.seek(offset)
+        while len(data):  # one call writes at most 2 GiB
+            data = data[stream.write(data) :]
 
 
 def _remove(path: Path) -> None:

@@ -4,14 +4,13 @@ A row is the only statement of the fact; both directions and every tensor-parall
 from it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megatron_attnedit.convert.layouts import Layout, Same
-from megatron_attnedit.errors import UserError
 
 ReadSlice = Callable[[str, int, int, int], Tensor]
 
@@ -50,6 +49,18 @@ class ParamRow:
     pad_to_tp: bool = False
     in_expert: bool = False
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole Megatron parameter, without padding."""
+        return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
+
+    def shard_shape(self, tp_size: int) -> tuple[int, ...]:
+        """Of one tensor-parallel rank's shard, padded."""
+        shape = list(self.shape)
+        if self.tp_dim is not None:
+            shape[self.tp_dim] = -(-shape[self.tp_dim] // tp_size)
+        return tuple(shape)
+
     def to_megatron(self, tensors: Sequence[Tensor], *, tp_rank: int, tp_size: int) -> Tensor:
         """This rank's shard of the Megatron parameter."""
         whole = self.layout.join(tensors)
@@ -67,9 +78,7 @@ class ParamRow:
             read: Name, dimension, first and past-the-last index to that slice of the tensor.
             place: Which shard.
         """
-        rank, size = place.rank, place.size
-        if self.in_expert:
-            rank, size = place.expert_rank, place.expert_size
+        rank, size = self._cut(place)
         layout = self.layout.part(size) if self.tp_dim == 0 else self.layout
         if self.tp_dim is None or size == 1 or layout is None:
             shapes = zip(self.hf_params, self.hf_shapes, strict=True)
@@ -87,10 +96,14 @@ class ParamRow:
 
     def shard_at(self, tensors: Sequence[Tensor], place: TensorParallelPlace) -> Tensor:
         """The shard that the process at that place holds."""
-        rank, size = place.rank, place.size
-        if self.in_expert:
-            rank, size = place.expert_rank, place.expert_size
+        rank, size = self._cut(place)
         return self.to_megatron(tensors, tp_rank=rank, tp_size=size)
+
+    def _cut(self, place: TensorParallelPlace) -> tuple[int, int]:
+        """Rank and size of the parallelism that cuts this parameter."""
+        if self.in_expert:
+            return place.expert_rank, place.expert_size
+        return place.rank, place.size
 
     def to_hf(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """Hugging Face tensors from the shards of all tensor-parallel ranks, in rank order."""
@@ -103,41 +116,10 @@ class ParamRow:
         return self.layout.split(whole)
 
 
-def _some(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")
-
-
-def check_complete(
-    rows: Sequence[ParamRow],
-    *,
-    where: str,
-    hf_shapes: Mapping[str, tuple[int, ...]],
-    ignored: Mapping[str, str],
-) -> None:
-    """Every tensor of the checkpoint is claimed by exactly one row, and has the row's shape.
-
-    Args:
-        rows: The table.
-        where: The directory, for messages.
-        hf_shapes: Name and shape of every tensor in the checkpoint.
-        ignored: Names that no row claims, with the reason.
-
-    Raises:
-        UserError: names missing, unknown or with another shape (the first ten of each).
-    """
-    expected = {
+def hf_shapes(rows: Sequence[ParamRow]) -> dict[str, tuple[int, ...]]:
+    """Shape of every Hugging Face tensor of the rows, by name and in order."""
+    return {
         name: shape
         for row in rows
         for name, shape in zip(row.hf_params, row.hf_shapes, strict=True)
     }
-    if missing := expected.keys() - hf_shapes.keys():
-        raise UserError(f"{where}: tensors are missing: {_some(missing)}")
-    if unknown := hf_shapes.keys() - expected.keys() - ignored.keys():
-        raise UserError(f"{where}: tensors with unexpected names: {_some(unknown)}")
-    for name, shape in expected.items():
-        if tuple(hf_shapes[name]) != tuple(shape):
-            raise UserError(
-                f"{where}: tensor {name} has shape {list(hf_shapes[name])}, "
-                f"config.json says {list(shape)}"
-            )

@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attnedit.convert.layouts import Same, Stacked
 from megatron_attnedit.convert.param_rows import ParamRow
 
 PIECE_NUMBERS = 64 * 2**20  # 128 MiB of bfloat16
-Slices = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Piece:
     def megatron_rows(self) -> tuple[int, int]:
         """The rows that the piece fills in the whole Megatron parameter."""
         if self.part is None:
-            return 0, sum(shape[0] for shape in self.row.hf_shapes)
+            return 0, self.row.shape[0]
         before = sum(shape[0] for shape in self.row.hf_shapes[: self.part])
         return before + self.start, before + self.stop
 
@@ -61,7 +61,7 @@ class Piece:
     def numel(self) -> int:
         """Numbers in the piece."""
         first, last = self.megatron_rows()
-        return (last - first) * math.prod(self.row.hf_shapes[0][1:])
+        return (last - first) * math.prod(self.row.shape[1:])
 
 
 Read = Callable[[Piece], list[Tensor]]
@@ -89,3 +89,10 @@ def share_of(rows: Sequence[ParamRow], rank: int, size: int) -> list[ParamRow]:
             mine.append(row.megatron_param)
     chosen = set(mine)
     return [row for row in rows if row.megatron_param in chosen]
+
+
+def my_share(rows: Sequence[ParamRow]) -> list[ParamRow]:
+    """The rows that this process converts."""
+    if not dist.is_initialized():
+        return list(rows)
+    return share_of(rows, dist.get_rank(), dist.get_world_size())

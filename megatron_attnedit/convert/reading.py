@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import Self
 
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.completeness import check_finite
+from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
 from megatron_attnedit.convert.pieces import Piece, Read
-from megatron_attnedit.errors import UserError
 
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,9 +24,11 @@ class Reading:
     Args:
         read: The source.
         where: Its directory, for messages.
-        dtype: Type of the result; None: as stored.
-        rows: What will be read, for the progress bar; in order.
-        progress: Show a progress bar with bytes, rate and time left.
+        rows: What will be read; in order.
+        stored: Type of the source's numbers.
+        dtype: Type of the result; None: as stored, also where types are mixed.
+        progress: Show a progress bar with bytes read, rate and time left.
+        text: Before the bar.
     """
 
     def __init__(
@@ -33,8 +36,9 @@ class Reading:
         read: Read,
         *,
         where: str,
-        dtype: torch.dtype | None,
         rows: Sequence[ParamRow],
+        stored: torch.dtype,
+        dtype: torch.dtype | None = None,
         progress: bool = False,
         text: str = "convert",
     ) -> None:
@@ -43,33 +47,31 @@ class Reading:
         self._dtype = dtype
         self._digests: dict[str, hashlib._Hash] = {}
         self._dtypes: dict[str, str] = {}
-        self._shapes = {
-            name: shape
-            for row in rows
-            for name, shape in zip(row.hf_params, row.hf_shapes, strict=True)
-        }
-        self._itemsize = dtype.itemsize if dtype else 2
-        total = sum(Piece(row).numel for row in rows) * self._itemsize
+        self._shapes = hf_shapes(rows)
+        total = sum(Piece(row).numel for row in rows) * stored.itemsize
         self._bar = tqdm(
             desc=text, total=total, unit="B", unit_scale=True, disable=not progress
         )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
     def __call__(self, piece: Piece) -> list[Tensor]:
         result = []
         for (name, _, _), tensor in zip(piece.hf_slices(), self._read(piece), strict=True):
-            low, high = tensor.aminmax() if tensor.numel() else (torch.zeros(()),) * 2
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise UserError(f"{self._where}: tensor {name} holds NaN or Inf")
+            check_finite(tensor, where=self._where, name=name)
             cast = tensor.to(self._dtype or tensor.dtype).contiguous()
             self._dtypes[name] = str(cast.dtype).removeprefix("torch.")
             self._digests.setdefault(name, hashlib.sha256()).update(as_bytes(cast))
-            self._bar.update(tensor.numel() * self._itemsize)
+            self._bar.update(tensor.nbytes)
             result.append(cast)
         return result
 
     def manifest(self) -> dict[str, dict[str, object]]:
         """By Hugging Face name: type, shape and SHA-256 of what was read."""
-        self._bar.close()
         return {
             name: {
                 "dtype": self._dtypes[name],
@@ -89,9 +91,3 @@ def write_manifest(directory: Path, manifest: Mapping[str, Mapping[str, object]]
     """Write ``manifest.json``, sorted by name."""
     ordered = {name: manifest[name] for name in sorted(manifest)}
     (directory / MANIFEST).write_text(json.dumps(ordered, indent=1) + "\n")
-
-
-def read_manifest(directory: Path) -> dict[str, dict[str, object]]:
-    """Read ``manifest.json``; empty where there is none."""
-    file = directory / MANIFEST
-    return json.loads(file.read_text()) if file.is_file() else {}

@@ -44,6 +44,34 @@ def synthetic_model(config: dict[str, Any], folder: Path) -> None:
     writer.seal()
 
 
+def add_run(file: Path, run: dict[str, Any]) -> None:
+    """Put a run among those in a JSON file, in the place of an older one of the same kind.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    try:
+        runs = json.loads(file.read_text()) if file.exists() else []
+        kinds = [(old["model"], old["processes"]) for old in runs]
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise UserError(f"--json {file}: not a list of runs: {error!r}") from None
+    kind = (run["model"], run["processes"])
+    if kind in kinds:
+        runs[kinds.index(kind)] = run
+    else:
+        runs.append(run)
+    file.write_text(json.dumps(runs, indent=1) + "\n")
+
+
+def table_row(run: dict[str, Any]) -> str:
+    """A run's line in the table of ``docs/conversion.md``."""
+    steps = [run[step] for step in ("import", "export")]
+    times = [f"{step['seconds']:.0f} ({step['ratio_to_cp']:.2f})" for step in steps]
+    memory = f"{max(step['rss_anon_gib'] for step in steps):.2f}"
+    size = [f"{run['gigabytes']:.1f}", str(run["processes"]), f"{run['cp']['seconds']:.0f}"]
+    return f"| {' | '.join([run['model'], *size, *times, memory])} |"
+
+
 def conversion_speed(model: Path, scratch: Path, processes: int) -> dict[str, Any]:
     """Time ``cp``, import and export of one model, one after another.
 

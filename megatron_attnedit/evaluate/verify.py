@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_attnedit.convert.pieces import pieces_of
-from megatron_attnedit.convert.reading import Reading
+from megatron_attnedit.convert.reading import DTYPES, Reading
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.models import hf_directory, load_model, load_tokenizer
 from megatron_attnedit.training.opened import open_checkpoint
@@ -36,7 +36,8 @@ def verify(
     Returns:
         Whether all tensors are the same, bit for bit.
     """
-    result = compare(manifest_of(a, teacher), manifest_of(b, teacher))
+    manifests = manifest_of(a, teacher), manifest_of(b, teacher)
+    result = compare(*manifests)
     if text:
         result["largest_logit_difference"] = logit_difference(a, b, text)
     if json_file:
@@ -46,6 +47,8 @@ def verify(
         names = result[what]
         if names:
             print(f"{len(names)} {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
+    for name in result["differ"][:5]:
+        print(f"  {name}: {difference(*(manifest[name] for manifest in manifests))}")
     if text:
         print(f"largest difference of logits: {result['largest_logit_difference']:.3g}")
     return not (result["only in a"] or result["only in b"] or result["differ"])
@@ -58,12 +61,17 @@ def manifest_of(path: Path, teacher: str | None = None) -> dict[str, dict[str, o
         UserError: it cannot be opened, or holds NaN.
     """
     opened = open_checkpoint(path, flag="checkpoint", teacher=teacher)
-    reading = Reading(
-        opened.read, where=str(path), dtype=None, rows=opened.rows, progress=True, text=path.name
-    )
-    for row in opened.rows:
-        for piece in pieces_of(row):
-            reading(piece)
+    with Reading(
+        opened.read,
+        where=str(path),
+        rows=opened.rows,
+        stored=DTYPES[opened.dtype(opened.rows[0])],
+        progress=True,
+        text=path.name,
+    ) as reading:
+        for row in opened.rows:
+            for piece in pieces_of(row):
+                reading(piece)
     return reading.manifest()
 
 
@@ -76,6 +84,14 @@ def compare(a: dict[str, dict[str, object]], b: dict[str, dict[str, object]]) ->
         "only in a": sorted(a.keys() - b.keys()),
         "only in b": sorted(b.keys() - a.keys()),
     }
+
+
+def difference(a: dict[str, object], b: dict[str, object]) -> str:
+    """The first of type, shape and numbers in which two tensors differ."""
+    for what in ("dtype", "shape"):
+        if a[what] != b[what]:
+            return f"{what} {a[what]} and {b[what]}"
+    return "other numbers"
 
 
 @torch.no_grad()

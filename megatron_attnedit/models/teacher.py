@@ -19,7 +19,8 @@ from megatron_attnedit.attention.core import CoreAttention
 from megatron_attnedit.attention.norm import RMSNorm
 from megatron_attnedit.attention.self_attention import CausalSelfAttention
 from megatron_attnedit.convert.converter import hf_to_megatron
-from megatron_attnedit.convert.families import ignored_names, teacher_rows
+from megatron_attnedit.convert.families import ignored_names
+from megatron_attnedit.convert.grouped_experts import expert_by_expert
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
@@ -114,24 +115,11 @@ def global_name(model: GPTModel, name: str) -> str:
 
 def global_params(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
     """This rank's parameters under their names in the whole model, grouped experts one by one."""
+    config = model.config
+    count = (config.num_moe_experts or 0) // config.expert_model_parallel_size
     for name, param in model.named_parameters():
-        for part, tensor in _expert_by_expert(model.config, name, param):
+        for part, tensor in expert_by_expert(name, param, count, config.hidden_size):
             yield global_name(model, part), tensor
-
-
-def _expert_by_expert(
-    config: TransformerConfig, name: str, param: Tensor
-) -> Iterator[tuple[str, Tensor]]:
-    """Of mcore's grouped experts, one transposed matrix for all, a view per expert."""
-    prefix, grouped, which = name.partition(".experts.weight")
-    if not grouped:
-        yield name, param
-        return
-    assert config.num_moe_experts is not None
-    count = config.num_moe_experts // config.expert_model_parallel_size
-    shape = (count, config.hidden_size, -1) if which == "1" else (count, -1, config.hidden_size)
-    for expert, weight in enumerate(param.detach().view(shape)):
-        yield f"{prefix}.experts.local_experts.{expert}.linear_fc{which}.weight", weight.t()
 
 
 def load_from_hf(
@@ -173,17 +161,6 @@ def load_from_hf(
         place=place_of_this_process(),
         progress=progress,
     )
-
-
-def load_teacher_from_hf(
-    chunks: Sequence[GPTModel], hf: HFConfig, *, progress: bool = False
-) -> None:
-    """Fill the teacher from the directory that ``hf`` was read from.
-
-    Raises:
-        UserError: a file is missing or does not fit ``config.json``.
-    """
-    load_from_hf(chunks, HFReader(hf.path), teacher_rows(hf), hf, progress=progress)
 
 
 def backbone(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:

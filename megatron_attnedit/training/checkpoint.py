@@ -6,7 +6,7 @@ weights are not written again: a student's checkpoint holds what trained and nam
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_attnedit.convert.completeness import check_finite
+from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.teacher import global_name
 from megatron_attnedit.training.lineage import FILE, Lineage
 
-EXTRA_STATE = "_extra_state"  # Transformer Engine's, empty here
+EXTRA_STATE = "_extra_state"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -46,8 +48,7 @@ def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
     return {
         global_name(chunk, name): sharded
         for chunk in chunks
-        for name, sharded in chunk.sharded_state_dict(metadata=metadata()).items()
-        if not name.endswith(EXTRA_STATE)
+        for name, sharded in _tensors(chunk.sharded_state_dict(metadata=metadata()))
     }
 
 
@@ -56,8 +57,13 @@ def attention_state(attentions: Mapping[int, MegatronModule]) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for layer_idx, module in attentions.items():
         prefix = f"decoder.layers.{layer_idx}.self_attention."
-        state.update(module.sharded_state_dict(prefix, (), metadata()))
-    return {name: sharded for name, sharded in state.items() if not name.endswith(EXTRA_STATE)}
+        state.update(_tensors(module.sharded_state_dict(prefix, (), metadata())))
+    return state
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Without Transformer Engine's extra state, which is empty here."""
+    return ((name, sharded) for name, sharded in state.items() if not name.endswith(EXTRA_STATE))
 
 
 def iteration_dir(directory: Path, iteration: int) -> Path:
@@ -70,13 +76,27 @@ def latest(directory: str | Path) -> Path | None:
     path = Path(directory)
     if (path / FILE).is_file():
         return path
-    tracker = path / TRACKER
+    found = tracked(path)
+    if found is not None and not (found / FILE).is_file():
+        raise UserError(f"{path / TRACKER}: names {found.name}, which is missing or incomplete")
+    return found
+
+
+def tracked(directory: Path) -> Path | None:
+    """The folder that the tracker file names, there or not; None without a tracker.
+
+    Raises:
+        UserError: it names none.
+    """
+    tracker = directory / TRACKER
     if not tracker.is_file():
         return None
-    found = iteration_dir(path, int(tracker.read_text()))
-    if not (found / FILE).is_file():
-        raise UserError(f"{tracker}: names {found.name}, which is missing or incomplete")
-    return found
+    text = tracker.read_text().strip()
+    if text == "release":  # Megatron's name for a model that no run wrote
+        return directory / text
+    if not text.isdecimal():
+        raise UserError(f"{tracker}: names no iteration")
+    return iteration_dir(directory, int(text))
 
 
 def find(directory: str, flag: str) -> Path:
@@ -125,6 +145,7 @@ def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
         UserError: it does not fit, or is damaged.
     """
     try:
+        read_metadata(path)  # before Megatron unpickles it without looking
         return dist_checkpointing.load(state, str(path))
     except (CheckpointingException, KeyError, OSError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0][:300]
@@ -139,8 +160,7 @@ def load_params(path: Path, module_state: dict[str, Any]) -> None:
         for name, param in params.items():
             if loaded[name] is not param:
                 param.copy_(loaded[name])
-            if not torch.isfinite(param).all():
-                raise UserError(f"{path}: {name} holds NaN or Inf")
+            check_finite(param, where=str(path), name=name)
 
 
 def _holds(sharded: Any) -> bool:

@@ -76,7 +76,16 @@ def read_lineage(directory: Path) -> Lineage:
     file = directory / FILE
     if not file.is_file():
         raise UserError(f"{directory}: no {FILE}; expected a checkpoint of this program")
+    return lineage_from_json(file.read_text(), str(file))
+
+
+def lineage_from_json(text: str, where: str) -> Lineage:
+    """Parse what ``Lineage.write`` wrote.
+
+    Raises:
+        UserError: not of this program.
+    """
     try:
-        return Lineage(**json.loads(file.read_text()))
+        return Lineage(**json.loads(text))
     except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{file}: not a lineage of this version: {error}") from None
+        raise UserError(f"{where}: not a lineage of this version: {error}") from None

@@ -1,25 +1,37 @@
 """Open a checkpoint of any format: what model it is, and a way to read it a piece at a time."""
 
-import json
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
 
 from megatron_attnedit.convert.dist_checkpoint import DistReader
 from megatron_attnedit.convert.families import ignored_names, teacher_rows
 from megatron_attnedit.convert.fingerprint import fingerprint
-from megatron_attnedit.convert.hf_checkpoint import HFReader
+from megatron_attnedit.convert.hf_checkpoint import HFReader, open_file
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.convert.legacy_checkpoint import LegacyReader, is_legacy
-from megatron_attnedit.convert.param_rows import ParamRow, check_complete
-from megatron_attnedit.convert.pieces import Piece, Read
+from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.pieces import Piece
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.student import edited_rows, student_rows
 from megatron_attnedit.training import checkpoint
-from megatron_attnedit.training.lineage import FILE, Lineage, read_lineage
+from megatron_attnedit.training.lineage import FILE, Lineage, lineage_from_json, read_lineage
 
 HF_FILES = "hf"  # folder inside an imported teacher: config.json and tokenizer
 LINEAGE_KEY = "attnedit"  # of a safetensors header
+
+
+class Source(Protocol):
+    """The tensors of one checkpoint, whatever its format."""
+
+    def read(self, piece: Piece) -> list[Tensor]:
+        """The Hugging Face tensors of a piece."""
+
+    def dtype(self, row: ParamRow) -> str:
+        """Stored type of a row, in torch's words."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +44,8 @@ class Opened:
         lineage: What the checkpoint is.
         rows: The whole model, teacher or student.
         stored: The rows that the checkpoint itself holds.
-        read: Reads a piece of any row; of a student, also its teacher's.
-        dtype_of: Stored type of a row, in torch's words.
+        source: Reads those.
+        base: A student's teacher, which has the others.
     """
 
     path: Path
@@ -41,13 +53,23 @@ class Opened:
     lineage: Lineage
     rows: list[ParamRow]
     stored: list[ParamRow]
-    read: Read
-    dtype_of: Callable[[ParamRow], str]
+    source: Source
+    base: "Opened | None" = None
 
-    @property
-    def is_student(self) -> bool:
-        """Is its attention edited?"""
-        return self.lineage.stage != "teacher"
+    def read(self, piece: Piece) -> list[Tensor]:
+        """A piece of any row."""
+        return self._holder(piece.row).read(piece)
+
+    def dtype(self, row: ParamRow) -> str:
+        """Stored type of any row, in torch's words."""
+        return self._holder(row).dtype(row)
+
+    def _holder(self, row: ParamRow) -> Source:
+        return self.source if not self.base or row.megatron_param in self._names else self.base
+
+    @functools.cached_property
+    def _names(self) -> set[str]:
+        return {row.megatron_param for row in self.stored}
 
 
 def open_checkpoint(path: Path, *, flag: str, teacher: str | None = None) -> Opened:
@@ -56,25 +78,17 @@ def open_checkpoint(path: Path, *, flag: str, teacher: str | None = None) -> Ope
     Args:
         path: What to open.
         flag: Whose value it is, for messages.
-        teacher: A student's teacher, if it is not where it was at edit time.
+        teacher: A student's teacher, if it is not where it was at edit time; of a ``torch``
+            checkpoint that this program did not write, a directory with its ``config.json``.
 
     Raises:
         UserError: it is none of these, incomplete, or its teacher is another model.
     """
-    if is_hf(path):
-        return _open_hf(path, flag, teacher)
-    if checkpoint.latest(path) is None:
-        raise UserError(f"{flag} {path}: neither config.json nor a Megatron checkpoint there")
-    start = checkpoint.find(str(path), flag)
-    if not (start / FILE).is_file() and is_legacy(start) and teacher:
-        lineage = Lineage(stage="teacher", teacher=teacher, teacher_fingerprint="")
-        return _open_megatron(path, start, lineage, read_hf_config(teacher))
-    lineage = read_lineage(start)
-    if lineage.stage == "teacher":
-        return _open_megatron(path, start, lineage, read_hf_config(start / HF_FILES))
-    return _with_teacher(
-        lineage, teacher, lambda hf: _open_megatron(path, start, lineage, hf)
-    )
+    start = _start(path, flag)
+    lineage = find_lineage(start)
+    if lineage is None or lineage.stage == "teacher":
+        return _open_teacher(path, start, lineage, teacher)
+    return _open_student(path, start, lineage, teacher)
 
 
 def is_hf(path: Path) -> bool:
@@ -82,96 +96,72 @@ def is_hf(path: Path) -> bool:
     return path.suffix == ".safetensors" or (path / "config.json").is_file()
 
 
-def _open_hf(path: Path, flag: str, teacher: str | None) -> Opened:
-    if not path.exists():
-        raise UserError(f"{flag} {path}: no such file or directory")
-    reader = HFReader(path)
-    lineage = hf_lineage(path, reader)
-    if lineage is None:
-        hf = read_hf_config(path)
-        rows = teacher_rows(hf)
-        lineage = Lineage(
-            stage="teacher", teacher=str(path), teacher_fingerprint=fingerprint(reader)
-        )
-        return _opened_hf(path, reader, hf, lineage, rows, rows)
+def find_lineage(start: Path) -> Lineage | None:
+    """What is known of a checkpoint; None of a model that this program did not write.
 
-    def with_hf(hf: HFConfig) -> Opened:
-        rows = student_rows(hf, lineage.attention())
-        stored = rows if path.is_dir() else edited_rows(hf, lineage.attention())
-        return _opened_hf(path, reader, hf, lineage, rows, stored)
-
-    return _with_teacher(lineage, teacher, with_hf)
-
-
-def hf_lineage(path: Path, reader: HFReader) -> Lineage | None:
-    """The lineage of an exported student, or of a file of edited weights; None of a teacher.
+    Args:
+        start: Hugging Face directory, iteration's folder, or file of edited weights.
 
     Raises:
-        UserError: a file without lineage.
+        UserError: it cannot be read.
     """
-    if path.is_dir():
-        return read_lineage(path) if (path / FILE).is_file() else None
-    text = reader.metadata().get(LINEAGE_KEY)
-    if text is None:
-        raise UserError(f"{path}: not a file of edited weights of this program")
-    return Lineage(**json.loads(text))
+    if start.suffix == ".safetensors":
+        text = (open_file(start).metadata() or {}).get(LINEAGE_KEY)
+        if text is None:
+            raise UserError(f"{start}: not a file of edited weights of this program")
+        return lineage_from_json(text, str(start))
+    return read_lineage(start) if (start / FILE).is_file() else None
 
 
-def _opened_hf(
-    path: Path,
-    reader: HFReader,
-    hf: HFConfig,
-    lineage: Lineage,
-    rows: list[ParamRow],
-    stored: list[ParamRow],
+def _start(path: Path, flag: str) -> Path:
+    """The folder or file that holds the tensors."""
+    if is_hf(path):
+        return path
+    for folder in (path, checkpoint.tracked(path)):
+        if folder is not None and is_legacy(folder):
+            return folder
+    start = checkpoint.latest(path)
+    if start is None:
+        raise UserError(f"{flag} {path}: neither config.json nor a Megatron checkpoint there")
+    return start
+
+
+def _source(start: Path, rows: list[ParamRow], hf: HFConfig) -> Source:
+    if is_hf(start):
+        reader = HFReader(start)
+        reader.check(rows, ignored_names(hf))
+        return reader
+    return LegacyReader(start, rows, hf) if is_legacy(start) else DistReader(start, rows)
+
+
+def _open_teacher(
+    path: Path, start: Path, lineage: Lineage | None, teacher: str | None
 ) -> Opened:
-    check_complete(
-        stored, where=str(path), hf_shapes=reader.shapes, ignored=ignored_names(hf)
-    )
-    reader.check_dtypes(None)
-    return Opened(
-        path, hf, lineage, rows, stored, reader.read, lambda row: reader.dtype(row.hf_params[0])
-    )
-
-
-def _open_megatron(path: Path, start: Path, lineage: Lineage, hf: HFConfig) -> Opened:
-    if lineage.stage == "teacher":
-        rows = stored = teacher_rows(hf)
+    if is_hf(start):
+        hf = read_hf_config(start)
+    elif lineage is not None:
+        hf = read_hf_config(start / HF_FILES)
+    elif teacher is not None:
+        hf = read_hf_config(teacher)
     else:
-        rows = stored = student_rows(hf, lineage.attention())
-        if lineage.trainable == "attention" and not is_legacy(start):
-            stored = edited_rows(hf, lineage.attention())
-    if is_legacy(start):
-        legacy = LegacyReader(
-            start,
-            stored,
-            num_layers=hf.num_hidden_layers,
-            num_experts=hf.num_experts,
-            tied=hf.tie_word_embeddings,
+        raise UserError(
+            f"{path}: not written by this program; give --teacher, a directory with its config.json"
         )
-        return Opened(path, hf, lineage, rows, stored, legacy.read, legacy.dtype)
-    reader = DistReader(start)
-    reader.check(stored)
-    return Opened(path, hf, lineage, rows, stored, reader.reading(stored), reader.dtype)
+    rows = teacher_rows(hf)
+    source = _source(start, rows, hf)
+    if lineage is None:
+        identity = fingerprint(rows, source.read)
+        lineage = Lineage(stage="teacher", teacher=str(path), teacher_fingerprint=identity)
+    return Opened(path, hf, lineage, rows, rows, source)
 
 
-def _with_teacher(
-    lineage: Lineage, teacher: str | None, opened: Callable[[HFConfig], Opened]
-) -> Opened:
-    """A student that reads from its teacher what it does not hold itself."""
+def _open_student(path: Path, start: Path, lineage: Lineage, teacher: str | None) -> Opened:
     base = open_checkpoint(Path(teacher or lineage.teacher), flag="--teacher")
     if base.lineage.teacher_fingerprint != lineage.teacher_fingerprint:
         raise UserError(f"its teacher is not the model in --teacher {base.path}")
-    student = opened(base.hf)
-    mine = {row.megatron_param for row in student.stored}
-
-    def read(piece: Piece) -> list:
-        source = student if piece.row.megatron_param in mine else base
-        return source.read(piece)
-
-    def dtype_of(row: ParamRow) -> str:
-        return (student if row.megatron_param in mine else base).dtype_of(row)
-
-    return Opened(
-        student.path, base.hf, lineage, student.rows, student.stored, read, dtype_of
-    )
+    rows = stored = student_rows(base.hf, lineage.attention())
+    whole = is_legacy(start) or (start / "config.json").is_file()
+    if lineage.trainable == "attention" and not whole:
+        stored = edited_rows(base.hf, lineage.attention())
+    source = _source(start, stored, base.hf)
+    return Opened(path, base.hf, lineage, rows, stored, source, base)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 
+from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.fingerprint import fingerprint
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
@@ -19,7 +20,7 @@ from megatron_attnedit.device import Accelerator, bootstrap
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
-from megatron_attnedit.models.teacher import build_teacher, load_teacher_from_hf
+from megatron_attnedit.models.teacher import build_teacher, load_from_hf
 from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.lineage import Lineage, read_lineage
 from megatron_attnedit.training.opened import HF_FILES
@@ -137,8 +138,9 @@ def load_teacher(
     for chunk in chunks:
         chunk.to(accelerator.device)
     if hf.path == Path(source):
-        load_teacher_from_hf(chunks, hf, progress=dist.get_rank() == 0)
-        return Teacher(chunks, hf, fingerprint(HFReader(hf.path)), source)
+        reader, rows = HFReader(hf.path), teacher_rows(hf)
+        load_from_hf(chunks, reader, rows, hf, progress=dist.get_rank() == 0)
+        return Teacher(chunks, hf, fingerprint(rows, reader.read), source)
     path = checkpoint.find(source, "--teacher")
     checkpoint.load_params(path, checkpoint.model_state(chunks))
     return Teacher(chunks, hf, read_lineage(path).teacher_fingerprint, source)

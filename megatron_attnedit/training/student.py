@@ -19,8 +19,8 @@ from megatron_attnedit.models.student import (
 )
 from megatron_attnedit.models.teacher import build_teacher, load_from_hf
 from megatron_attnedit.training import checkpoint
-from megatron_attnedit.training.lineage import Lineage, read_lineage
-from megatron_attnedit.training.opened import hf_lineage, is_hf
+from megatron_attnedit.training.lineage import Lineage
+from megatron_attnedit.training.opened import find_lineage, is_hf
 from megatron_attnedit.training.setup import Teacher
 
 
@@ -34,14 +34,9 @@ def find_student(load: str) -> tuple[Path, Lineage]:
         UserError: there is no student.
     """
     path = Path(load)
-    if not is_hf(path):
-        start = checkpoint.find(load, "--load")
-        lineage = read_lineage(start)
-    else:
-        start = path
-        found = hf_lineage(path, HFReader(path))
-        lineage = found or Lineage(stage="teacher", teacher=load, teacher_fingerprint="")
-    if lineage.stage == "teacher":
+    start = path if is_hf(path) else checkpoint.find(load, "--load")
+    lineage = find_lineage(start)
+    if lineage is None or lineage.stage == "teacher":
         raise UserError(
             f"--load {load}: holds a teacher; make a student of it with tools/edit_checkpoint.py"
         )

@@ -1,7 +1,9 @@
 """Conversions that must fail: one clear line, and nothing that loads is left behind."""
 
 import json
+import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -10,14 +12,17 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.convert.hf_checkpoint import INDEX
-from megatron_attnedit.errors import UserError
+from megatron_attnedit.convert.reading import Reading
+from megatron_attnedit.errors import UserError, run_tool
 from megatron_attnedit.evaluate.verify import manifest_of, verify
-from megatron_attnedit.export.conversion import ConversionConfig, convert
+from tests.conversions import change, change_config, make
 from tests.models import tiny_hf_dir
 from tests.numerics.inputs import make_inputs
+from tools import convert_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +39,6 @@ def model(good, tmp_path):
     return shutil.copytree(good["qwen3"], tmp_path / "model")
 
 
-def make(source, output, format="torch_dist", **fields):
-    convert(ConversionConfig(source=source, output=output, format=format, **fields))
-    return output
-
-
 def refused(source, output, *words, **fields):
     """The message has these words and one line; ``output`` is not there, and nothing beside it."""
     with pytest.raises(UserError) as error:
@@ -49,17 +49,6 @@ def refused(source, output, *words, **fields):
         assert word in message, message
     assert not list(output.parent.glob(f"*{output.name}*"))
     assert not list(output.parent.glob(f".*{output.name}*"))
-
-
-def change(model, edit):
-    tensors = load_file(model / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-
-
-def change_config(model, **fields):
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, **fields}))
 
 
 def test_missing_tensor(model, tmp_path):
@@ -108,6 +97,37 @@ def test_index_that_points_outside(model, tmp_path, outside):
     refused(model, tmp_path / "out", INDEX, outside, "outside")
 
 
+def test_index_of_an_imported_model_that_points_outside(model, tmp_path):
+    """It would say where an export writes."""
+    make(model, tmp_path / "megatron")
+    weight_map = dict.fromkeys(load_file(model / "model.safetensors"), "../secret.safetensors")
+    index = tmp_path / "megatron" / "iter_0000000" / "hf" / INDEX
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    refused(tmp_path / "megatron", tmp_path / "out", INDEX, "outside", format="hf")
+    assert not list(tmp_path.rglob("secret.safetensors"))
+
+
+def test_metadata_that_would_run_code(model, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    make(model, tmp_path / "megatron")
+    file = tmp_path / "megatron" / "iter_0000000" / ".metadata"
+    good = read_metadata(file.parent)
+    file.write_bytes(pickle.dumps(Evil()))
+    refused(tmp_path / "megatron", tmp_path / "out", "not a distributed", format="hf")
+    good.planner_data = Evil()
+    file.write_bytes(pickle.dumps(good))
+    refused(tmp_path / "megatron", tmp_path / "out", "not a distributed", format="hf")
+    assert not (tmp_path / "ran").exists()
+    good.planner_data = None
+    first = next(iter(good.storage_data.values()))
+    first.relative_path = "../../secret.distcp"
+    file.write_bytes(pickle.dumps(good))
+    refused(tmp_path / "megatron", tmp_path / "out", "secret.distcp", "outside", format="hf")
+
+
 @pytest.mark.parametrize("count, word", [(6, "unexpected"), (10, "missing")])
 def test_expert_count(good, tmp_path, count, word):
     model = shutil.copytree(good["qwen3_moe"], tmp_path / "model")
@@ -148,6 +168,20 @@ def test_edited_weights_of_a_teacher(model, tmp_path):
     refused(model, tmp_path / "out.safetensors", "holds a teacher", format="edited")
 
 
+def test_grouped_experts_without_experts(model, tmp_path):
+    flag = "--moe-grouped-gemm"
+    refused(model, tmp_path / "out", flag, "no experts", format="torch", moe_grouped_gemm=True)
+    refused(model, tmp_path / "out", flag, "torch_dist", moe_grouped_gemm=True)
+
+
+def test_edited_weights_of_a_student_of_which_all_was_trained(tmp_path):
+    inputs = make_inputs(tmp_path / "inputs")
+    hf = make(inputs / "mla", tmp_path / "student", "hf", dtype="float32")
+    lineage = json.loads((hf / "attnedit.json").read_text())
+    (hf / "attnedit.json").write_text(json.dumps({**lineage, "trainable": "all"}))
+    refused(hf, tmp_path / "out.safetensors", "everything was trained", format="edited")
+
+
 def test_a_student_of_another_teacher(tmp_path):
     inputs = make_inputs(tmp_path / "inputs")
     other = shutil.copytree(inputs / "hf", tmp_path / "other")
@@ -168,7 +202,7 @@ def test_damaged_megatron_files(model, tmp_path):
 
 def test_damaged_legacy_files(model, tmp_path):
     make(model, tmp_path / "legacy", "torch", tensor_model_parallel_size=2)
-    file = tmp_path / "legacy" / "iter_0000000" / "mp_rank_01" / "model_optim_rng.pt"
+    file = tmp_path / "legacy" / "iter_0000001" / "mp_rank_01" / "model_optim_rng.pt"
     file.write_bytes(file.read_bytes()[:1000])
     refused(tmp_path / "legacy", tmp_path / "out", "mp_rank_01", "cannot be loaded", format="hf")
     file.unlink()
@@ -189,52 +223,69 @@ def test_file_that_cannot_grow(model, tmp_path, format):
         signal.signal(signal.SIGXFSZ, before)
 
 
-@pytest.mark.parametrize("format", ["torch_dist", "torch"])
+@pytest.mark.parametrize("format", ["torch_dist", "torch", "hf"])
 def test_full_disk(model, tmp_path, format):
+    source = model if format != "hf" else make(model, tmp_path / "megatron")
     small = tmp_path / "small"
     small.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting needs root; test_file_that_cannot_grow covers the rest")
     try:
-        refused(model, small / "out", "--output", "cannot be written", format=format)
+        refused(source, small / "out", "--output", "cannot be written", format=format)
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from megatron_attnedit.device import bootstrap
-bootstrap()
-from megatron_attnedit.convert.reading import Reading
-from megatron_attnedit.export.conversion import ConversionConfig, convert
-read, left = Reading.__call__, [10]
-def counted(self, piece):
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return read(self, piece)
-Reading.__call__ = counted
-convert(ConversionConfig(source=Path(sys.argv[1]), output=Path(sys.argv[2]), format=sys.argv[3]))
-"""
+def run_and_kill(how, flags):
+    read, left = Reading.__call__, [10]
+
+    def counted(self, piece):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), how)
+        return read(self, piece)
+
+    Reading.__call__ = counted
+    sys.argv = ["convert_checkpoint.py", *map(str, flags)]
+    run_tool(convert_checkpoint.main)
 
 
-@pytest.mark.parametrize("format", ["torch_dist", "hf"])
+def kill(how, *flags):
+    """The exit code of the tool in a process of its own, killed after reading ten pieces."""
+    process = multiprocessing.get_context("fork").Process(target=run_and_kill, args=(how, flags))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize("format", ["torch_dist", "torch", "hf", "edited"])
 def test_killed(model, tmp_path, format):
-    """What is left does not load, and does not disturb the next try."""
-    source = model if format != "hf" else make(model, tmp_path / "megatron")
-    out = tmp_path / "out"
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    code = subprocess.run(
-        [sys.executable, "-c", KILLED, source, out, format], env=environment, capture_output=True
-    ).returncode
-    assert code == -signal.SIGKILL
+    """What is left does not load, and does not disturb the next try, which starts over."""
+    source, command, out = model, "import", tmp_path / "out"
+    if format == "hf":
+        source, command = make(model, tmp_path / "megatron"), "export"
+    elif format == "edited":
+        inputs = make_inputs(tmp_path / "inputs")
+        source, command, out = inputs / "mla", "export", tmp_path / "out.safetensors"
+    flags = [command, "--input", source, "--output", out, "--format", format]
+    assert kill(signal.SIGKILL, *flags) == -signal.SIGKILL
     assert not out.exists()
-    left = tmp_path / ".writing-out"
-    assert left.is_dir()
-    with pytest.raises(UserError):
-        manifest_of(left)
+    left = tmp_path / f".writing-{out.name}"
+    assert left.exists()
+    for folder in [left, *left.glob("iter_*")]:
+        with pytest.raises(UserError):
+            manifest_of(folder, str(model))
     make(source, out, format)
     assert not left.exists()
-    assert verify(out, model)
+    assert manifest_of(out) == manifest_of(source)
+
+
+def test_stopped_while_replacing(model, tmp_path):
+    """SIGTERM: what is half-written is removed, and what was there stays."""
+    out = make(model, tmp_path / "out")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    flags = ["import", "--input", model, "--output", out, "--overwrite"]
+    assert kill(signal.SIGTERM, *flags) == 128 + signal.SIGTERM
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert not list(tmp_path.glob(".*out*"))

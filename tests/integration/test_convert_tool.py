@@ -53,3 +53,4 @@ def test_verify_says_what_differs(imported, tmp_path):
     answer = run(TOOL, "verify", imported, other)
     assert answer.returncode == 1
     assert "1 differ: model.norm.weight" in answer.stdout
+    assert "model.norm.weight: other numbers" in answer.stdout

@@ -20,11 +20,13 @@ def make_inputs(folder: Path, family: str = "qwen3", **overrides: int) -> Path:
     return folder
 
 
-def make_student(folder: Path, name: str, student_attention: str, flags: dict) -> None:
+def make_student(
+    folder: Path, name: str, student_attention: str, flags: dict, teacher: str = "hf"
+) -> None:
     """A randomly started student of the teacher in ``folder``."""
     edit(
         EditConfig(
-            teacher=str(folder / "hf"),
+            teacher=str(folder / teacher),
             save=str(folder / name),
             student_attention=student_attention,
             flags=flags,

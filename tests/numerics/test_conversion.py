@@ -1,19 +1,20 @@
 """Every format gives back the numbers that went in, on every grid, whatever the model."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_attnedit.convert.families import teacher_rows
+from megatron_attnedit.convert.fingerprint import fingerprint
 from megatron_attnedit.convert.hf_checkpoint import INDEX, HFReader
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.convert.hf_writer import SafetensorsFile
 from megatron_attnedit.convert.param_rows import TensorParallelPlace
+from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.verify import compare, manifest_of, verify
-from megatron_attnedit.export import conversion
-from megatron_attnedit.export.conversion import ConversionConfig, convert
 from megatron_attnedit.models.grid import ParallelConfig, place_of_this_process
 from megatron_attnedit.models.teacher import global_params
 from megatron_attnedit.training import checkpoint
@@ -21,38 +22,9 @@ from megatron_attnedit.training.recipe import Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from megatron_attnedit.training.setup import load_teacher, start_processes
 from tests import processes
-from tests.models import tiny_hf_dir
-from tests.numerics.inputs import STUDENTS, make_inputs
+from tests.conversions import FAMILIES, change, make, same_files
+from tests.numerics.inputs import STUDENTS, make_inputs, make_student
 from tests.numerics.inputs import recipe as small_recipe
-
-FAMILIES = ["qwen3", "qwen3_moe", "qwen2", "llama"]
-SIZES = [1, 2, 4]
-
-
-def make(source, output, format, **fields):
-    convert(ConversionConfig(source=source, output=output, format=format, **fields))
-    return output
-
-
-def same_files(a, b, *names):
-    for name in names or ("model.safetensors", "config.json", "tokenizer_config.json"):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Directories by family and tying, made once."""
-    made = {}
-
-    def model(family, tied=False):
-        if (family, tied) not in made:
-            folder = tmp_path_factory.mktemp(family) / "hf"
-            made[family, tied] = tiny_hf_dir(
-                folder, family, tie_word_embeddings=tied, dtype="bfloat16", num_hidden_layers=4
-            )
-        return made[family, tied]
-
-    return model
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -63,58 +35,6 @@ def test_every_name_is_claimed_once(models, family, tied):
     claimed = [name for row in rows for name in row.hf_params]
     assert sorted(claimed) == sorted(HFReader(source).shapes)
     assert len({row.megatron_param for row in rows}) == len(rows)
-
-
-@pytest.mark.parametrize("pp", SIZES)
-@pytest.mark.parametrize("tp", SIZES)
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_legacy_round_trip(models, tmp_path, family, tied, tp, pp):
-    source = models(family, tied)
-    for ep in SIZES if family == "qwen3_moe" else [1]:
-        sizes = {
-            "tensor_model_parallel_size": tp,
-            "pipeline_model_parallel_size": pp,
-            "expert_model_parallel_size": ep,
-        }
-        make(source, tmp_path / f"{ep}", "torch", **sizes)
-        files = list((tmp_path / f"{ep}").rglob("model_optim_rng.pt"))
-        assert len(files) == tp * pp * ep
-        same_files(make(tmp_path / f"{ep}", tmp_path / f"back{ep}", "hf"), source)
-
-
-def legacy_equals_built(source, folder, flags):
-    """Rank files hold what this rank's model holds, under Megatron's local names."""
-    grid = ParallelConfig(**flags)
-    accelerator = start_processes(grid)
-    teacher = load_teacher(str(source), grid, torch.bfloat16, accelerator)
-    place = place_of_this_process()
-    from megatron.core import parallel_state
-
-    pp = parallel_state.get_pipeline_model_parallel_rank()
-    ep = parallel_state.get_expert_model_parallel_rank()
-    name = f"mp_rank_{place.rank:02d}" + (f"_{pp:03d}" if "pipeline" in str(flags) else "")
-    name += f"_{ep:03d}" if "expert_model" in str(flags) else ""
-    from megatron_attnedit.convert.legacy_checkpoint import _load
-
-    content = _load(folder / "iter_0000000" / name / "model_optim_rng.pt", mmap=False)
-    mine = dict(teacher.chunks[0].named_parameters())
-    assert content["model"].keys() == mine.keys()
-    differ = [name for name in mine if not torch.equal(content["model"][name], mine[name])]
-    assert not differ, differ
-    assert content["checkpoint_version"] == 3.0
-    return content["args"].num_layers
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_legacy_files_are_what_megatron_builds(models, tmp_path, family, tied):
-    flags = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-    make(models(family, tied), tmp_path / "torch", "torch", **flags)
-    if family == "qwen3_moe":
-        flags |= {"sequence_parallel": True, "expert_tensor_parallel_size": 2}
-    answers = processes.run(4, legacy_equals_built, models(family, tied), tmp_path / "torch", flags)
-    assert answers == [4] * 4
 
 
 def save_teacher(source, folder, flags):
@@ -322,9 +242,41 @@ def test_a_grids_checkpoint_loads_on_others(tmp_path):
 
 def test_a_shared_weight_that_was_changed_is_noticed(inputs, tmp_path):
     hf = make(inputs / "mla", tmp_path / "hf", "hf", dtype="float32")
-    tensors = load_file(hf / "model.safetensors")
-    tensors["model.norm.weight"][3] += 1e-3
-    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(conversion.UserError, match="model.norm.weight is not the teacher's"):
+    change(hf, lambda tensors: tensors["model.norm.weight"][3].add_(1e-3))
+    with pytest.raises(UserError, match="model.norm.weight is not the teacher's"):
         make(hf, tmp_path / "out", "torch_dist")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_exported_student_of_a_teacher_that_has_moved(inputs, tmp_path):
+    """The lineage names a folder that is not there; ``--teacher`` says where the teacher is."""
+    was, now = tmp_path / "was", tmp_path / "now"
+    shutil.copytree(inputs, was)
+    make_student(was, "student", "mla", {})
+    hf = make(was / "student", tmp_path / "hf", "hf", dtype="float32")
+    (was / "hf").rename(now)
+    with pytest.raises(UserError, match="--teacher"):
+        make(hf, tmp_path / "lost", "torch_dist")
+    make(hf, tmp_path / "found", "torch_dist", teacher=str(now))
+    found = manifest_of(tmp_path / "found", str(now))
+    assert found == manifest_of(was / "student", str(now))
+    change(now, lambda tensors: tensors["model.norm.weight"][3].add_(1e-3))
+    with pytest.raises(UserError, match="its teacher is not"):
+        make(hf, tmp_path / "other", "torch_dist", teacher=str(now))
+
+
+def reads_of_fingerprint(source):
+    """The fingerprint, and how often this process read for it."""
+    reader, rows, count = HFReader(source), teacher_rows(read_hf_config(source)), [0]
+
+    def read(piece):
+        count[0] += 1
+        return reader.read(piece)
+
+    return fingerprint(rows, read), count[0]
+
+
+def test_one_process_reads_the_fingerprint(models):
+    answers = processes.run(2, reads_of_fingerprint, models("qwen3"))
+    assert answers[0][0] == answers[1][0]
+    assert answers[0][1] > 0 and answers[1][1] == 0

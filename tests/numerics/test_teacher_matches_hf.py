@@ -62,13 +62,15 @@ def pipeline_logits(hf_dir, flags, ids):
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+    from megatron_attnedit.convert.families import teacher_rows
+    from megatron_attnedit.convert.hf_checkpoint import HFReader
     from megatron_attnedit.convert.hf_config import read_hf_config
     from megatron_attnedit.models.config import transformer_config
     from megatron_attnedit.models.grid import ParallelConfig
     from megatron_attnedit.models.teacher import (
         backbone,
         build_teacher,
-        load_teacher_from_hf,
+        load_from_hf,
         vocab_parallel_logits,
     )
     from megatron_attnedit.training.data import Batch
@@ -79,7 +81,7 @@ def pipeline_logits(hf_dir, flags, ids):
     start_processes(grid)
     hf = read_hf_config(hf_dir)
     chunks = build_teacher(hf, transformer_config(hf, grid, torch.float32))
-    load_teacher_from_hf(chunks, hf)
+    load_from_hf(chunks, HFReader(hf_dir), teacher_rows(hf), hf)
 
     def step(iterator, model):
         batch = next(iterator)

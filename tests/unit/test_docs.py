@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_attnedit.evaluate.conversion_speed import table_row
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,11 +37,7 @@ def test_quick_start_figures(page, data):
 def test_conversion_figures():
     lines = (ROOT / "docs" / "conversion.md").read_text().splitlines()
     for run in json.loads((ROOT / "docs" / "data" / "conversion.json").read_text()):
-        steps = [run[step] for step in ("import", "export")]
-        times = [f"{step['seconds']:.0f} ({step['ratio_to_cp']:.2f})" for step in steps]
-        memory = f"{max(step['rss_anon_gib'] for step in steps):.2f}"
-        row = [f"{run['gigabytes']:.1f}", str(run["processes"]), f"{run['cp']['seconds']:.0f}"]
-        assert f"| {' | '.join([run['model'], *row, *times, memory])} |" in lines
+        assert table_row(run) in lines
         assert run["byte_identical"]
 
 

@@ -38,11 +38,10 @@ def teacher_rows(config: HFConfig) -> list[ParamRow]:
 
 
 def ignored_names(config: HFConfig) -> dict[str, str]:
-    """Tensors that a checkpoint may hold and no row claims, with the reason."""
+    """Patterns of tensors that a checkpoint may hold and no row claims, with the reason."""
     ignored = {
-        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": "computed from config.json"
-        for i in range(config.num_hidden_layers)
+        "model.layers.*.self_attn.rotary_emb.inv_freq": "rotary frequencies, which are computed"
     }
     if config.tie_word_embeddings:
-        ignored["lm_head.weight"] = "tied to model.embed_tokens.weight"
+        ignored["lm_head.weight"] = "lm_head.weight, tied to model.embed_tokens.weight"
     return ignored

@@ -11,7 +11,6 @@ from megatron_attnedit.convert.converter import check_tensor_parallel
 from megatron_attnedit.convert.families import ignored_names, teacher_rows
 from megatron_attnedit.convert.hf_checkpoint import INDEX, HFReader
 from megatron_attnedit.convert.hf_config import read_hf_config
-from megatron_attnedit.convert.param_rows import check_complete
 from megatron_attnedit.errors import UserError
 from tests.models import tiny_hf_dir
 
@@ -29,10 +28,7 @@ def model(good, tmp_path):
 def load(path):
     """What a tool does before it builds anything."""
     hf = read_hf_config(path)
-    reader = HFReader(path)
-    check_complete(
-        teacher_rows(hf), where=str(path), hf_shapes=reader.shapes, ignored=ignored_names(hf)
-    )
+    HFReader(path).check(teacher_rows(hf), ignored_names(hf))
 
 
 def refused(path, *words):
@@ -125,6 +121,12 @@ def test_missing_tensor(model):
 def test_unexpected_tensor(model):
     change_tensors(model, lambda tensors: tensors.update(surprise=torch.zeros(1)))
     refused(model, "unexpected", "surprise")
+
+
+def test_unexpected_type(model):
+    name = "model.norm.weight"
+    change_tensors(model, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    refused(model, "model.safetensors", name, "I8", "float32")
 
 
 def test_unexpected_shape(model):

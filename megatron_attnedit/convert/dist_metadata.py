@@ -1,0 +1,66 @@
+"""``.metadata`` of a distributed checkpoint is a pickle: read without running code from it."""
+
+import pickle
+from pathlib import Path, PosixPath
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import metadata, planner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.serialization import _get_layout
+
+from megatron_attnedit.errors import UserError
+
+FILE = ".metadata"
+_ALLOWED = {
+    (found.__module__, found.__qualname__): found
+    for found in (
+        metadata.Metadata,
+        metadata.MetadataIndex,
+        metadata.StorageMeta,
+        metadata.TensorStorageMetadata,
+        metadata.BytesStorageMetadata,
+        metadata.ChunkStorageMetadata,
+        metadata.TensorProperties,
+        metadata._MEM_FORMAT_ENCODING,
+        planner.SavePlan,
+        planner.WriteItem,
+        planner.WriteItemType,
+        planner.TensorWriteData,
+        planner.BytesIOWriteData,
+        _StorageInfo,
+        _get_layout,
+        torch.Size,
+        PosixPath,
+    )
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows what metadata are made of, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+
+
+def read_metadata(directory: Path) -> metadata.Metadata:
+    """What is where in a checkpoint.
+
+    Raises:
+        UserError: no such file, it is damaged or names anything else than metadata, or files
+            outside the directory.
+    """
+    try:
+        with open(directory / FILE, "rb") as stream:
+            found = _Unpickler(stream).load()
+        files = {info.relative_path for info in found.storage_data.values()}
+    except Exception as error:  # a damaged pickle raises anything
+        raise UserError(f"{directory}: not a distributed checkpoint: {error}") from None
+    for file in files:
+        if Path(file).name != file:
+            raise UserError(f"{directory / FILE}: file {file!r} is outside the directory")
+    return found

@@ -1,0 +1,70 @@
+"""What a conversion is asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_attnedit.convert.converter import check_tensor_parallel
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.legacy_grid import LegacyGrid
+from megatron_attnedit.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionConfig:
+    """What to make of what.
+
+    Attributes:
+        source: Hugging Face directory, Megatron checkpoint, or file of edited weights.
+        output: New directory; with ``edited`` a new ``.safetensors`` file.
+        format: ``hf``, ``torch_dist``, ``torch`` or ``edited``.
+        teacher: A student's teacher, if it is not where it was at edit time; of a ``torch``
+            checkpoint that this program did not write, a directory with its ``config.json``.
+        dtype: Type of the tensors; default: the teacher's, in edited weights the stored one.
+        overwrite: Replace ``output`` if it exists.
+        tensor_model_parallel_size: Of the ``torch`` format, which fits one grid only.
+        pipeline_model_parallel_size: Likewise.
+        expert_model_parallel_size: Likewise.
+        moe_grouped_gemm: Likewise: experts as Megatron holds them with that flag.
+    """
+
+    source: Path
+    output: Path
+    format: str
+    teacher: str | None = None
+    dtype: str | None = None
+    overwrite: bool = False
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    moe_grouped_gemm: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "expert_model_parallel_size",
+        )
+        for name in sizes:
+            flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
+            if getattr(self, name) < 1:
+                raise UserError(f"{flag}: must be at least 1")
+            if self.format != "torch" and getattr(self, name) > 1:
+                raise UserError(f"{flag}: any grid loads {self.format}; only torch fits one grid")
+        if self.moe_grouped_gemm and self.format != "torch":
+            raise UserError(f"--moe-grouped-gemm: {self.format} knows one layout of experts only")
+        if self.format == "edited" and self.output.suffix != ".safetensors":
+            raise UserError(f"--output {self.output}: edited weights are a .safetensors file")
+
+    def grid(self, hf: HFConfig) -> LegacyGrid:
+        """Of the ``torch`` format.
+
+        Raises:
+            UserError: it cannot cut that model.
+        """
+        check_tensor_parallel(hf, self.tensor_model_parallel_size)
+        return LegacyGrid(
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            self.expert_model_parallel_size,
+            hf,
+        )
