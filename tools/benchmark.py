@@ -57,6 +57,9 @@ def parse_args() -> argparse.Namespace:
 
     convert = parser.add_argument_group("convert")
     convert.add_argument("--scratch", type=Path, help="new folder; removed at the end")
+    convert.add_argument(
+        "--name", help="of the model in the figures (default: the folder of --config)"
+    )
     convert.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     return parser.parse_args()
 
@@ -84,7 +87,7 @@ def convert(args: argparse.Namespace, config: dict[str, Any]) -> None:
         raise UserError("--scratch is required with --suite convert")
     if args.scratch.exists():
         raise UserError(f"--scratch {args.scratch}: exists")
-    name = args.config.parent.name
+    name = args.name or args.config.resolve().parent.name
     if args.num_layers:
         whole = json.loads(args.config.read_text())["num_hidden_layers"]
         name += f", {args.num_layers} of {whole} layers"
