@@ -125,6 +125,9 @@ class Stage1Recipe(Recipe):
     normalisation: str = option(
         "layer", "error divided by the layer's or by each token's energy", NORMALISATIONS
     )
+    record: bool = option(
+        False, "record a micro-batch once and replay it: one GPU per replica, dense models"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

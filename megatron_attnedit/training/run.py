@@ -120,7 +120,7 @@ def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> Parts:
             chunk,
             edited_attentions(mine, student.attention),
             normalisation=recipe.normalisation,
-            record=bootstrap().records and can_be_recorded(chunk.config),
+            record=recipe.record and bootstrap().records and can_be_recorded(chunk.config),
         )
         for chunk, mine in zip(teacher.chunks, student.chunks, strict=True)
     ]

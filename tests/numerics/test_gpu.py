@@ -175,6 +175,12 @@ def test_a_run_equals_the_cpu_s(inputs, tmp_path, student, stage, dtype, bar):
     compare_runs(inputs, tmp_path, student, stage, [dtype], bar)
 
 
+@pytest.mark.parametrize("student", ["mla", "gate_swa"])
+def test_a_recorded_run_equals_the_cpu_s(inputs, tmp_path, student):
+    """Two iterations run, the rest are replayed."""
+    compare_runs(inputs, tmp_path, student, 1, ["--no-bf16", "--record"], 1e-3)
+
+
 @pytest.mark.parametrize(
     "flags, bar",
     [(["--no-bf16"], 1e-3), (["--bf16"], 2e-2), (["--bf16", "--moe-grouped-gemm"], 2e-2)],
