@@ -126,7 +126,7 @@ def test_unexpected_tensor(model):
 def test_unexpected_type(model):
     name = "model.norm.weight"
     change_tensors(model, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
-    refused(model, "model.safetensors", name, "I8", "float32")
+    refused(model, "model.safetensors", name, "I8", "F32")
 
 
 def test_unexpected_shape(model):
