@@ -5,6 +5,7 @@ Importing torch and Megatron costs seconds; the processes pay it once and serve 
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -24,6 +25,7 @@ def _serve(pipe: Connection) -> None:
     from megatron_attnedit.device import bootstrap
 
     bootstrap()
+    gc.freeze()  # what is there now stays: collecting what a test leaves behind is cheap then
     while True:
         job = pipe.recv()
         if job is None:
@@ -34,6 +36,7 @@ def _serve(pipe: Connection) -> None:
                 pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        gc.collect()  # models hold on to process groups in cycles, and a group has threads
 
 
 @contextlib.contextmanager
