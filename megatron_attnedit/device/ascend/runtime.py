@@ -89,7 +89,7 @@ def load_torch_npu(*, required: bool) -> str | None:
         return None
     try:
         import torch_npu  # noqa: F401
-    except (ImportError, RuntimeError) as error:
+    except Exception as error:  # torch_npu raises plain ones, too
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"torch_npu does not start: {first}; {SET_ENV}") from None
     return cann_version(Path(os.environ["ASCEND_HOME_PATH"])) or "unknown"

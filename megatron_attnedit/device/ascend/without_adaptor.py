@@ -1,6 +1,7 @@
 """Megatron-Core on an NPU without MindSpeed: torch_npu's translation, and what it leaves undone."""
 
 import importlib
+import os
 import warnings
 
 import torch
@@ -19,8 +20,10 @@ def install() -> None:
 
     ``transfer_to_npu`` points ``torch.cuda`` at ``torch.npu`` and device arguments at NPUs. What it
     leaves: Megatron's optimizers compare ``Tensor.type()`` with ``torch.cuda.BFloat16Tensor`` and
-    refuse NPU parameters.
+    refuse NPU parameters; ``torch.distributed.broadcast`` asks for a capability that is None.
     """
+    os.environ.setdefault("TORCH_NPU_DEVICE_CAPABILITY", "8.0")
+    warnings.filterwarnings("ignore", message=".*get_device_capability")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pages on what it replaces
         importlib.import_module("torch_npu.contrib.transfer_to_npu")
