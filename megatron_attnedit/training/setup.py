@@ -48,6 +48,7 @@ def start_processes(
             world_size=world_size,
             timeout=timeout,
         )
+    accelerator.configure_megatron(vars(parallel))
     parallel.start()
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     if dist.get_rank() != 0:
