@@ -214,6 +214,7 @@ def _data(recipe: Recipe, teacher: Teacher) -> tuple[DataConfig, Any, Any]:
         vocab_size=teacher.hf.vocab_size,
         eod_mask_loss=recipe.eod_mask_loss,
         data_cache_path=recipe.data_cache_path or str(Path(recipe.save) / "data-cache"),
+        max_epochs=recipe.max_epochs,
     )
     train_data, valid_data = build_datasets(
         data_config,
