@@ -1,5 +1,6 @@
 """Runs in processes of their own that can be killed; forked, so that a start takes a second."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -18,6 +19,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from megatron_attnedit.errors import run_tool
 from megatron_attnedit.training.run import run
 
+_KEPT: dict[str, Any] = {}
+
 
 class Attempt:
     """Ranks of one run, alive until they end or are killed.
@@ -35,6 +38,7 @@ class Attempt:
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
         context = multiprocessing.get_context("fork")
+        gc.collect()
         self.ranks = [
             context.Process(target=_rank, args=(rank, world_size, store, recipe, log, prepare))
             for rank in range(world_size)
@@ -47,6 +51,19 @@ class Attempt:
 
     def is_alive(self) -> bool:
         return any(process.is_alive() for process in self.ranks)
+
+    def end(self, grace: float = 5.0) -> None:
+        """What torchrun does when a rank has died: ask the others, then kill them.
+
+        A rank that waits for one that is alive, too, notices nothing by itself.
+        """
+        end = time.monotonic() + grace
+        while self.is_alive() and time.monotonic() < end:
+            for process in self.ranks:
+                process.terminate()
+            time.sleep(0.02)
+        for process in self.ranks:
+            process.kill()
 
     def wait(self, timeout: float) -> list[int]:
         """Exit codes; AssertionError if a rank outlives the timeout."""
@@ -66,7 +83,12 @@ def _rank(
     rank: int, world_size: int, store: str, recipe: Any, log: Path, prepare: Callable[[], None]
 ) -> None:
     import torch.distributed as dist
+    from megatron.core import parallel_state
 
+    # Process groups that the parent no longer uses have threads that a fork has not: collecting
+    # one would wait for them for ever.
+    gc.freeze()
+    _KEPT.update(vars(parallel_state))
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

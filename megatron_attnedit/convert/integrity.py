@@ -47,7 +47,7 @@ def seal(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -> Non
         found = dict(zip(new, pool.map(describe, (folder / name for name in new)), strict=True))
     entries = {name: known.get(name) or found[name] for name in names}
     with open(folder / MARKER, "w") as stream:
-        stream.write(json.dumps({"files": entries}, indent=1) + "\n")
+        stream.write(json.dumps({"files": entries}, indent=1))  # no end of line: all of it counts
         stream.flush()
         os.fsync(stream.fileno())
 

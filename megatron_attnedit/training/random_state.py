@@ -13,6 +13,14 @@ from megatron_attnedit.device import bootstrap
 State = dict[str, Any]
 
 
+def start(seed: int) -> None:
+    """Seed all generators."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
 def own_state() -> State:
     """This process's generators: Python, numpy, torch, the device's, and Megatron's."""
     name, keys, *rest = numpy.random.get_state(legacy=True)

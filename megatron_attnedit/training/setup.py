@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from megatron_attnedit.convert.families import teacher_rows
@@ -21,7 +21,7 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import build_teacher, load_from_hf
-from megatron_attnedit.training import checkpoint, run_folder
+from megatron_attnedit.training import checkpoint, random_state, run_folder
 from megatron_attnedit.training.lineage import Lineage, read_lineage
 from megatron_attnedit.training.opened import HF_FILES
 
@@ -49,7 +49,7 @@ def start_processes(
             timeout=timedelta(minutes=timeout_minutes),
         )
     parallel.start(timeout_minutes)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    random_state.start(seed)
     if dist.get_rank() != 0:
         logging.getLogger("megatron_attnedit").setLevel(logging.ERROR)
     return accelerator
