@@ -11,7 +11,6 @@ from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from tests.attempts import Attempt, contents, differences, metrics
 from tests.numerics.inputs import make_inputs, recipe
 
-ITERATIONS = 16
 SAVE_INTERVAL = 2
 KILLS_PER_RUN = 5
 RUNS = [
@@ -32,10 +31,10 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"), num_hidden_layers=2)
 
 
-def make_recipe(inputs, save, run):
+def make_recipe(inputs, save, run, iterations):
     cls, world_size, fields = run
     return recipe(
-        cls, inputs, "mla", save, train_iters=ITERATIONS, save_interval=SAVE_INTERVAL,
+        cls, inputs, "mla", save, train_iters=iterations, save_interval=SAVE_INTERVAL,
         log_interval=1, lr_warmup_iters=3, eval_interval=5, eval_iters=1,
         valid_data_path=[str(inputs / "data")], global_batch_size=12, **fields,
     )
@@ -78,20 +77,20 @@ def kill_at_random(attempt, save, dice, seconds):
     return len(victims)
 
 
-def kill_rounds(inputs, folder, kills, dice):
+def kill_rounds(inputs, folder, kills, dice, runs=RUNS, iterations=16):
     """Kill so many times, resume each time; returns what was seen."""
     seen = {"kills": 0, "runs": 0, "lost": [], "end_s": [], "while_writing": 0}
     while seen["kills"] < kills:
-        run = RUNS[seen["runs"] % len(RUNS)]
+        run = runs[seen["runs"] % len(runs)]
         seen["runs"] += 1
         whole, save = folder / f"whole{seen['runs']}", folder / f"killed{seen['runs']}"
         log, world_size = folder / "log.txt", run[1]
         start = time.monotonic()
-        attempt = Attempt(world_size, make_recipe(inputs, whole, run), log)
+        attempt = Attempt(world_size, make_recipe(inputs, whole, run, iterations), log)
         assert attempt.wait(120) == [0] * world_size
         seconds = time.monotonic() - start
         for _ in range(min(KILLS_PER_RUN, kills - seen["kills"])):
-            attempt = Attempt(world_size, make_recipe(inputs, save, run), log)
+            attempt = Attempt(world_size, make_recipe(inputs, save, run, iterations), log)
             killed = kill_at_random(attempt, save, dice, seconds)
             moment = time.monotonic()
             writing = bool(list(save.glob(".writing-*")))
@@ -105,11 +104,11 @@ def kill_rounds(inputs, folder, kills, dice):
             seen["end_s"].append(round(time.monotonic() - moment, 2))
             known = run_folder.iterations(save)
             seen["lost"].append(iterations_logged(save) - max(known, default=0))
-        attempt = Attempt(world_size, make_recipe(inputs, save, run), log)
+        attempt = Attempt(world_size, make_recipe(inputs, save, run, iterations), log)
         assert attempt.wait(120) == [0] * world_size
-        final = run_folder.iteration_dir(save, ITERATIONS)
+        final = run_folder.iteration_dir(save, iterations)
         assert run_folder.latest(save) == final
-        expected = contents(run_folder.iteration_dir(whole, ITERATIONS))
+        expected = contents(run_folder.iteration_dir(whole, iterations))
         assert differences(contents(final), expected) == [], run
         assert metrics(save) == metrics(whole), run
         assert not list(save.glob(".*-iter_*"))
@@ -126,7 +125,7 @@ def report(seen):
 
 
 def test_a_few_kills(inputs, tmp_path):
-    seen = kill_rounds(inputs, tmp_path, 4, random.Random(5))
+    seen = kill_rounds(inputs, tmp_path, 4, random.Random(5), RUNS[:1], iterations=10)
     print(report(seen))
     assert max(seen["lost"]) <= 2 * SAVE_INTERVAL
 
