@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Stage 2, model-level: the student learns the teacher's next-token distributions (torchrun)."""
 
+import sys
+
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import run_tool
 from megatron_attnedit.logs import start_logging
@@ -12,7 +14,7 @@ def main() -> None:
     from megatron_attnedit.training.recipe import Stage2Recipe, parse_recipe
     from megatron_attnedit.training.run import run
 
-    run(parse_recipe(Stage2Recipe, __doc__))
+    sys.exit(run(parse_recipe(Stage2Recipe, __doc__)))
 
 
 if __name__ == "__main__":
