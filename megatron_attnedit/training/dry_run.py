@@ -144,11 +144,11 @@ def check_run(
         global_batch_size=recipe.global_batch_size,
         micro_batch_size=recipe.micro_batch_size,
     )
-    parallel.check_sequence(recipe.seq_length)
-    student.check(tp_size=parallel.tensor_model_parallel_size, seq_length=recipe.seq_length)
     transformer_config(
         hf, parallel, dtype, recompute=recompute, moe_grouped_gemm=recipe.moe_grouped_gemm
     )
+    parallel.check_sequence(recipe.seq_length)
+    student.check(tp_size=parallel.tensor_model_parallel_size, seq_length=recipe.seq_length)
     return Workload(
         stage=2 if isinstance(recipe, Stage2Recipe) else 1,
         bytes_per_number=dtype.itemsize,
