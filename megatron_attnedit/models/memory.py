@@ -17,6 +17,8 @@ from megatron_attnedit.models.activations import Workload, activation_bytes
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import edited_rows, student_rows
 
+__all__ = ["RESERVE_BYTES", "RankMemory", "Workload", "memory_of_stages"]
+
 RESERVE_BYTES = 4 * 2**30
 # mcore starts each parameter of a distributed optimizer's buffer at a multiple of the first, and
 # ends the buffer at a multiple of the second and of the data-parallel size.

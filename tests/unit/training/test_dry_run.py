@@ -1,5 +1,6 @@
 """Dry runs: every shipped recipe passes, and what cannot work is refused by flag."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -57,6 +58,31 @@ def test_a_shipped_recipe(tmp_path, capsys, file, world_size, memory):
         assert all(stage[part] > 0 for part in parts)
         assert stage["total"] == sum(stage[part] for part in parts) < memory * 2**30
     assert f"{world_size} processes" in capsys.readouterr().out
+
+
+def recipe_row(file, folder):
+    """The recipe's line of the table in docs/running.md."""
+    held = []
+    for world_size in (8, 16):
+        target = folder / f"{world_size}.json"
+        with contextlib.redirect_stdout(None):
+            dry(
+                stage_of(file), "--recipe", file, "--teacher", file.parents[1],
+                *student_flags(file), "--world-size", world_size, "--json", target,
+            )
+        found = json.loads(target.read_text())
+        held.append(max(stage["total"] for stage in found["memory"]) / 2**30)
+    recipe = found["recipe"]
+    experts = recipe["expert_model_parallel_size"]
+    grid = f"expert parallelism {experts}" if experts > 1 else "data parallelism alone"
+    tokens = recipe["train_iters"] * recipe["global_batch_size"] * recipe["seq_length"] / 1e6
+    name = "/".join(file.parts[-3:])
+    return f"| `{name}` | {grid} | {tokens:.0f} M | {held[0]:.1f} / {held[1]:.1f} GiB |"
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: "-".join(file.parts[2:]))
+def test_figures_in_the_docs(tmp_path, file):
+    assert recipe_row(file, tmp_path) in Path("docs/running.md").read_text().splitlines()
 
 
 def test_everything_trained_needs_a_larger_grid():
