@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from megatron_attnedit.convert.hf_config import read_hf_config
-from megatron_attnedit.models.activations import kept_by_layers
+from megatron_attnedit.models.activations import kept_by_layers, microbatches_in_flight
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.memory import memory_of_stages
 from megatron_attnedit.training.dry_run import check_run
@@ -18,7 +18,7 @@ from megatron_attnedit.training.run import prepare
 from megatron_attnedit.training.schedule import _share
 from megatron_attnedit.training.student import find_student
 from tests import processes
-from tests.numerics.grids import EP2, PP2, SP, TP2
+from tests.numerics.grids import EP2, GRIDS, PP2, SP, TP2
 from tests.numerics.inputs import make_inputs
 from tests.numerics.inputs import recipe as small_recipe
 
@@ -30,6 +30,7 @@ STATES = [
     ("qwen3", "mla", Stage1Recipe, 2, BF16 | SHARED),
     ("qwen3", "gate_swa", Stage1Recipe, 4, TP2 | SP | PP2),
     ("qwen3", "mla", Stage2Recipe, 2, PP2 | {"num_virtual_stages_per_pipeline_rank": 3}),
+    ("qwen3", "gate_swa", Stage2Recipe, 4, GRIDS["PP4 uneven"][1] | BF16),
     ("qwen3", "gate_swa", Stage2Recipe, 2, TP2 | BF16 | ALL),
     ("qwen3", "mla", Stage2Recipe, 2, SHARED | ALL | {"context_parallel_size": 2}),
     ("qwen3_moe", "mla", Stage1Recipe, 2, EP2 | BF16 | SHARED | {"moe_grouped_gemm": True}),
@@ -148,7 +149,7 @@ class _FusedAttention(torch.autograd.Function):
         raise NotImplementedError
 
 
-def _as_on_a_gpu(patch):
+def _as_on_a_gpu(patch, kernel=_FusedAttention):
     """Fused attention, and chains of elementwise operations that keep their inputs only."""
     from megatron.core.transformer.moe import experts
 
@@ -165,7 +166,7 @@ def _as_on_a_gpu(patch):
     patch.setattr(run, "check_teacher", lambda *args: None)  # its attention gives zeros here
 
     def attend(q, k, v, window_size, scale):
-        return _FusedAttention.apply(q, k, v)
+        return kernel.apply(q, k, v)
 
     patch.setattr(core, "attention_backend", lambda *args: attend)
     patch.setattr(self_attention, "normed_and_rotated", keeping(self_attention.normed_and_rotated))
@@ -212,3 +213,75 @@ def test_activations(inputs, tmp_path, family, student, flags, world_size):
     expected = kept_by_layers(hf, attention, parallel, work, layers, last=True)
     for kept in processes.run(world_size, kept_by_rank, folder, student, save, flags):
         assert abs(expected - kept) <= TOLERANCE * kept
+
+
+class _Live:
+    """Bytes under saved tensors that are alive, each storage once, and the most there were."""
+
+    def __init__(self, left_out):
+        self.left_out, self.users, self.now, self.peak = left_out, {}, 0, 0
+
+    def keep(self, tensor):
+        return _Kept(self, tensor)
+
+    def count(self, tensor, change):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self.left_out:
+            return
+        before = self.users.get(storage.data_ptr(), 0)
+        self.users[storage.data_ptr()] = before + change
+        if 0 in (before, before + change):
+            self.now += change * storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+
+class _Kept:
+    def __init__(self, live, tensor):
+        self.live, self.tensor = live, tensor
+        live.count(tensor, 1)
+
+    def __del__(self):
+        self.live.count(self.tensor, -1)
+
+
+class _NoGradients(_FusedAttention):
+    @staticmethod
+    def backward(ctx, *grads):
+        return tuple(torch.zeros_like(t) for t in ctx.saved_tensors[:3])
+
+
+def peak_by_rank(folder, student, save, flags):
+    """The most that is kept for backward in an iteration, and the pipeline stage."""
+    with pytest.MonkeyPatch.context() as patch:
+        _as_on_a_gpu(patch, _NoGradients)
+        recipe = small_recipe(Stage2Recipe, folder, student, save, bf16=True, **flags)
+        run = prepare(recipe)
+        weights = (p for module in run.stage.modules for p in module.parameters())
+        live = _Live({p.untyped_storage().data_ptr() for p in weights})
+        rounds = recipe.num_microbatches(parallel_state.get_data_parallel_world_size())
+        with saved_tensors_hooks(live.keep, lambda kept: kept.tensor):
+            run.stage.train_step(run.batches(run.train_data, 0), rounds)
+        return parallel_state.get_pipeline_model_parallel_rank(), live.peak
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (2, PP2),
+        (2, PP2 | {"num_virtual_stages_per_pipeline_rank": 3}),
+        (4, {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "Et|tt|tt|tL"}),
+    ],
+)
+def test_micro_batches_in_flight(inputs, tmp_path, world_size, flags):
+    """A schedule keeps as many micro-batches' activations as the model says."""
+    folder, save = inputs["qwen3"], tmp_path / "run"
+    flags = {**flags, "global_batch_size": 12}
+    recipe = small_recipe(Stage2Recipe, folder, "mla", save, bf16=True, **flags)
+    _, (hf, attention, parallel, work) = predicted(recipe, world_size)
+    placed = parallel.layers_by_chunk(hf.num_hidden_layers)
+    for stage, found in processes.run(world_size, peak_by_rank, folder, "mla", save, flags):
+        layers = [layer for chunk in placed[stage] for layer in chunk]
+        last = stage == parallel.pipeline_model_parallel_size - 1
+        one = kept_by_layers(hf, attention, parallel, work, layers, last=last) / len(placed[stage])
+        flight = microbatches_in_flight(parallel, work, stage)
+        assert abs(flight * one - found) <= 2 * TOLERANCE * found
