@@ -8,9 +8,9 @@ NAMES = (
 )
 
 
-def add_student_flags(parser: argparse.ArgumentParser) -> None:
+def add_student_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add ``--student-attention`` and every dimension."""
-    parser.add_argument("--student-attention", required=True, choices=("mla", "gate_swa"))
+    parser.add_argument("--student-attention", required=required, choices=("mla", "gate_swa"))
     mla = parser.add_argument_group("MLA (defaults follow from the teacher's head size)")
     mla.add_argument("--kv-lora-rank", type=int, help="numbers of the cached latent")
     mla.add_argument("--qk-head-dim", type=int, help="non-rotary part of a query head")

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Generator, Tensor
 from typing_extensions import Self
 
+from megatron_attnedit.attention.kept import KeptNumbers
 from megatron_attnedit.attention.mla import init, rows
 from megatron_attnedit.attention.mla.dims import MLADims
 from megatron_attnedit.attention.mla.spec import mla_spec
@@ -115,6 +116,17 @@ class MLA(MLADims, StudentAttention):
 
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
         return teacher.num_hidden_layers * (self.kv_lora_rank + self.qk_pos_emb_head_dim)
+
+    def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
+        n, query = self.num_attention_heads, self.num_attention_heads * self.query_dim
+        return KeptNumbers(
+            # The latent with the rotary key, and the latent after its norm.
+            latent=2 * self.kv_lora_rank + self.qk_pos_emb_head_dim,
+            query=query,
+            key_value=query + n * self.v_head_dim,
+            output=n * self.v_head_dim,
+            num_heads=n,
+        )
 
     def check(self, *, tp_size: int, seq_length: int) -> None:
         if self.num_attention_heads % tp_size:
