@@ -24,6 +24,9 @@ def add_student_flags(parser: argparse.ArgumentParser, *, required: bool = True)
     swa = parser.add_argument_group("GateSWA")
     swa.add_argument("--sliding-window", type=int, help="tokens seen, itself counted (default 128)")
     swa.add_argument(
-        "--full-layers", help="layers that stay full, such as 4,9, or none (default: every fifth)"
+        "--full-layers",
+        help="layers that stay full, such as 4,9, or none; auto, at edit time: as many as by "
+        "default, those without whose far sight the teacher's loss rises most "
+        "(default: every fifth)",
     )
     swa.add_argument("--output-gate", help="elementwise (default) or headwise")
