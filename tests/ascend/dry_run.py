@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 CACHE = Path(tempfile.gettempdir()) / f"megatron_attnedit-{os.getuid()}"
 # Names a folder with another torch_npu of this version.
 VARIABLE = "MEGATRON_ATTNEDIT_TORCH_NPU"
+# Names a checkout of MindSpeed, which no package index has.
+MINDSPEED = "MEGATRON_ATTNEDIT_MINDSPEED"
 
 
 class Unavailable(Exception):
@@ -116,6 +118,22 @@ def on_the_wheel() -> dict[str, str]:
         ASCEND_OPP_PATH=str(home / "opp"),
         TASK_QUEUE_ENABLE="0",
     )
+
+
+def with_mindspeed() -> dict[str, str]:
+    """Environment of a process with the wheel and the MindSpeed in ``MINDSPEED``.
+
+    Raises:
+        Unavailable: no checkout is named, or see ``wheel``.
+    """
+    folder = os.environ.get(MINDSPEED)
+    if not folder:
+        raise Unavailable(f"{MINDSPEED} names no checkout of MindSpeed (branch core_r0.16.0)")
+    if not (Path(folder) / "mindspeed" / "megatron_adaptor.py").is_file():
+        raise Unavailable(f"{MINDSPEED}={folder}: no mindspeed/megatron_adaptor.py there")
+    found = on_the_wheel()
+    return {**found, "PYTHONPATH": os.pathsep.join([found["PYTHONPATH"], folder]),
+            MINDSPEED: folder, "MEGATRON_ATTNEDIT_ADAPTOR": "mindspeed.megatron_adaptor"}
 
 
 def in_python() -> dict[str, str]:

@@ -229,3 +229,33 @@ def _gradients(modules: list[Any]) -> list[Tensor]:
             found.append(param.grad)
             param.grad = None
     return found
+
+
+def under_mindspeed(jobs: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """What the adaptor leaves of the layers' classes, then runs."""
+    adaptor = bootstrap().adaptor
+    assert adaptor is not None
+    parallel = ParallelConfig()
+    start_processes(parallel)
+    _, folder, student, _, _ = next(iter(jobs.values()))
+    with true_numbers():
+        teacher = load_teacher(str(folder / "hf"), parallel, torch.float32, bootstrap())
+        edited = Student(teacher, *find_student(str(folder / student)), attention_backend="auto")
+    layer, attention = teacher.model.decoder.layers[0], next(iter(edited.attentions.values()))
+    parts = {
+        "input_layernorm": layer.input_layernorm,
+        "self_attention": layer.self_attention,
+        "core_attention": layer.self_attention.core_attention,
+        "student": attention,
+        "student core_attention": attention.core_attention,
+        "final_layernorm": teacher.model.decoder.final_layernorm,
+    }
+    found = {
+        "adaptor": adaptor.name,
+        "repatches": adaptor.repatch is not None,
+        "classes": {name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in
+                    parts.items()},
+        "backends": {m.core_attention.backend.__name__ for m in (layer.self_attention, attention)},
+    }
+    stop_processes()
+    return {**found, "runs": train_all(jobs)}
