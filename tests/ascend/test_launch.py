@@ -1,5 +1,6 @@
 """``examples/ascend/``: what the launcher is told, and the recipes."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -103,12 +104,22 @@ def test_two_nodes_by_their_ranks(tmp_path):
     ("model", "world_size"), [("qwen3_8b", 8), ("qwen3_30b_a3b", 16)]
 )
 @pytest.mark.parametrize("stage", [Stage1Recipe, Stage2Recipe])
-def test_recipes_fit_their_nodes(stage, model, world_size, student, capsys):
+def test_recipes_fit_their_nodes(stage, model, world_size, student, capsys, tmp_path):
+    """And need what docs/ascend.md says."""
     number = 1 if stage is Stage1Recipe else 2
     file = Path(f"examples/recipes/ascend/{model}_stage{number}.yaml")
     words = ["--dry-run", "--recipe", file, "--teacher", f"examples/recipes/{model}",
              "--student-attention", student, "--world-size", world_size,
-             "--device-memory-gib", 64]
+             "--device-memory-gib", 64, "--json", tmp_path / "plan.json"]
+    if (model, student) == ("qwen3_30b_a3b", "mla"):
+        words += ["--kv-lora-rank", 256]
     dry_run(stage, "help", [str(word) for word in words])
+    found = json.loads((tmp_path / "plan.json").read_text())["memory"]
+    needed = f"{max(stage['total'] for stage in found) / 2**30:.1f}"
+    lines = Path("docs/ascend.md").read_text().splitlines()
+    (row,) = (line for line in lines if line.startswith(f"| `{model}_stage"))
+    if student == "mla":
+        figures = row.split("|")[-2].replace("GiB", "").split("/")
+        assert figures[number - 1].strip() == needed
     assert f"{world_size} processes" in capsys.readouterr().out
     assert "attention_backend: npu_fusion" in file.read_text()
