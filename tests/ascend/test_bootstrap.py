@@ -6,6 +6,7 @@ A process is prepared once, so what prepares one is a process of its own.
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -25,12 +26,14 @@ torch.utils.rename_privateuse1_backend("npu")
 # Says what it saw when it was imported, and what it is told.
 ADAPTOR = """
 import sys
+import types
 print("argv", sys.argv[1:], "megatron", "megatron" in sys.modules)
 def repatch(options):
     print("repatch", sys.argv[1:], sorted(options.items()))
 """
 PROGRAM = """
 import sys
+import types
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import run_tool
 def main():
@@ -182,3 +185,21 @@ def test_version_of_cann(tmp_path, file, text, version):
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     assert runtime.cann_version(tmp_path) == version
+
+
+def test_an_empty_module_in_the_place_of_apex_s_kernel(monkeypatch):
+    """What MindSpeed leaves looks installed, and has nothing in it."""
+    from megatron.core.tensor_parallel import layers
+
+    from megatron_attnedit.device import mcore_fixes
+    from megatron_attnedit.device.weight_gradient import add_weight_gradient
+
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
+    for kind, ours in (("cuda", False), ("npu", True)):
+        empty = types.ModuleType("fused_weight_gradient_mlp_cuda")
+        monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", empty)
+        mcore_fixes._weight_gradients_without_apex(kind)
+        kernel = getattr(
+            layers.fused_weight_gradient_mlp_cuda, "wgrad_gemm_accum_fp32", None
+        )
+        assert (kernel is add_weight_gradient) == ours
