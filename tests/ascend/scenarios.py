@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megatron_attnedit.attention.backends import ATTENTION_BACKENDS
 from megatron_attnedit.device import bootstrap, kernels
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.training.edit import EditConfig, edit
 from megatron_attnedit.training.loop import train as training_loop
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
@@ -175,13 +177,30 @@ def train(
     return [json.loads(line) for line in lines], list(calls)
 
 
-def train_all(jobs: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """Several runs in one process, which joins its own groups."""
-    found = {}
+def train_all(
+    jobs: dict[str, tuple[Any, ...]], fitted: tuple[Path, Path] | None = None
+) -> dict[str, Any]:
+    """Several runs in one process, which joins its own groups; arguments of ``fit``, if any."""
+    found: dict[str, Any] = {"fit": fit(*fitted)} if fitted else {}
     for name, job in jobs.items():
         found[name] = train(*job)
         stop_processes()
     return found
+
+
+def fit(folder: Path, save: Path) -> dict[str, Tensor]:
+    """First weights of an MLA student, fitted to the teacher on some of its text."""
+    config = EditConfig(
+        teacher=str(folder / "hf"), save=str(save), student_attention="mla", flags={},
+        init="teacher", seed=3, calibration_data_path=[str(folder / "data")],
+        calibration_tokens=512, seq_length=64,
+    )
+    with true_numbers():
+        checkpoint = edit(config)
+    dcp_to_torch_save(checkpoint, save / "weights.pt")
+    # Written by the line before.
+    state = torch.load(save / "weights.pt", weights_only=False)
+    return {name: t for name, t in state.items() if isinstance(t, Tensor)}
 
 
 def layers_and_losses(folder: Path) -> dict[str, list[Tensor]]:

@@ -125,7 +125,9 @@ def runs(stand_in, tmp_path_factory):
         for _ in range(2)
     )
     expected = {name: processes.run(1, scenarios.train, *on_cpu[name])[0] for name in jobs}
-    return dry_run.run(stand_in, "train_all", on_npu), expected
+    expected["fit"] = processes.run(1, scenarios.fit, folder, tmp_path_factory.mktemp("edit"))[0]
+    fitted = (folder, tmp_path_factory.mktemp("edit"))
+    return dry_run.run(stand_in, "train_all", on_npu, fitted), expected
 
 
 RUNS = ("stage 1, mla", "stage 1, gate_swa", "stage 2, gate_swa", "stage 2, mla, all",
@@ -162,3 +164,11 @@ def test_a_window_reaches_the_kernel(runs):
              told["sparse_mode"] == 4}
     assert modes == {(4, 7)}
     assert any(told["sparse_mode"] == 3 for told in calls)
+
+
+def test_an_edit_fits_the_same_weights(runs):
+    """Calibration on the NPU, decompositions in float64 on the host."""
+    ours, theirs = (side["fit"] for side in runs)
+    assert ours.keys() == theirs.keys() and len(ours) == 5 * 2
+    for name, weight in theirs.items():
+        assert (ours[name] - weight).norm() / weight.norm() < 1e-4, name
