@@ -1,7 +1,7 @@
 """Runs a function of ``scenarios.py`` in a process on a stand-in NPU.
 
-The process has the unmodified torch_npu wheel, put into a folder of its own because an installed
-one makes ``import torch`` fail where CANN is missing.
+The process has either the NPU in Python (``python_npu/``) or the unmodified torch_npu wheel, put
+into a folder of its own because an installed one makes ``import torch`` fail where CANN is missing.
 """
 
 import functools
@@ -89,32 +89,49 @@ def cann() -> Path:
     return _made_once(folder, make)
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """Of a process that has a stand-in NPU, as CANN's set_env.sh would leave it."""
-    home = cann()
+def _environment(packages: Path, **variables: str) -> dict[str, str]:
     names = ("PATH", "HOME", "TMPDIR", "LANG")
     return {
         **{name: os.environ[name] for name in names if name in os.environ},
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(wheel())]),
-        "LD_LIBRARY_PATH": str(home / "lib64"),
-        "ASCEND_HOME_PATH": str(home),
-        "ASCEND_OPP_PATH": str(home / "opp"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(packages)]),
+        "MEGATRON_ATTNEDIT_DEVICE": "npu",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-        "TASK_QUEUE_ENABLE": "0",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        **extra,
+        **variables,
     }
 
 
-def run(function: str, *args: Any, timeout: int = 240, **extra: str) -> Any:
+def on_the_wheel() -> dict[str, str]:
+    """Environment of a process with the wheel, CANN's part as its set_env.sh would leave it.
+
+    Raises:
+        Unavailable: see ``wheel``.
+    """
+    home = cann()
+    return _environment(
+        wheel(),
+        LD_LIBRARY_PATH=str(home / "lib64"),
+        ASCEND_HOME_PATH=str(home),
+        ASCEND_OPP_PATH=str(home / "opp"),
+        TASK_QUEUE_ENABLE="0",
+    )
+
+
+def in_python() -> dict[str, str]:
+    """Environment of a process with the NPU in Python."""
+    folder = Path(__file__).parent / "python_npu"
+    return _environment(folder, ASCEND_HOME_PATH=str(folder))
+
+
+def run(environment: dict[str, str], function: str, *args: Any, timeout: int = 240) -> Any:
     """Result of ``scenarios.function(*args)`` on a stand-in NPU.
 
     Args:
+        environment: Of the process.
         function: Its name.
         args: Picklable.
         timeout: Seconds.
-        extra: Environment variables.
 
     Raises:
         AssertionError: it failed; the message has the end of what it printed.
@@ -124,7 +141,7 @@ def run(function: str, *args: Any, timeout: int = 240, **extra: str) -> Any:
         job.write_bytes(pickle.dumps((function, args)))
         answer = subprocess.run(
             [sys.executable, "-m", "tests.ascend.child", str(job), str(result)],
-            env=environment(MEGATRON_ATTNEDIT_DEVICE="npu", **extra), cwd=ROOT, timeout=timeout,
+            env=environment, cwd=ROOT, timeout=timeout,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         assert answer.returncode == 0, answer.stdout[-6000:]

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 
+def by_name(schema: Any) -> Callable[..., Any]:
+    """The operator of that schema, taking what stands in it by position, too."""
+    operator = globals()[schema.name.partition("::")[2]]
+    names = [argument.name for argument in schema.arguments]
+    return lambda *args, **kwargs: operator(**dict(zip(names, args, strict=False)), **kwargs)
+
+
 def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     """Normed in the input's type, and the reciprocal of the root mean square in float32."""
     x = input.float()
@@ -161,3 +168,30 @@ def matmul_backward(
 
 def record_stream(self: Tensor, stream: Any) -> None:
     """For the allocator."""
+
+# Of those that this package calls itself.
+SCHEMAS = {
+    "npu_rms_norm": "npu::npu_rms_norm(Tensor input, Tensor gamma, "
+    "float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor)",
+    "npu_rotary_mul": "npu::npu_rotary_mul(Tensor input, Tensor r1, Tensor r2, "
+    'str rotary_mode="half", Tensor? rotate=None) -> Tensor',
+    "npu_swiglu": "npu::npu_swiglu(Tensor input, int dim=-1) -> Tensor",
+    "npu_swiglu_backward": "npu::npu_swiglu_backward(Tensor grad_output, Tensor input, "
+    "int dim=-1) -> Tensor",
+    "npu_grouped_matmul": "npu::npu_grouped_matmul(Tensor[] x, Tensor[] weight, *, "
+    "Tensor[]? bias=None, Tensor[]? scale=None, Tensor[]? offset=None, "
+    "Tensor[]? antiquant_scale=None, Tensor[]? antiquant_offset=None, "
+    "Tensor[]? per_token_scale=None, Tensor? group_list=None, Tensor[]? activation_input=None, "
+    "Tensor[]? activation_quant_scale=None, Tensor[]? activation_quant_offset=None, "
+    "int? split_item=0, int? group_type=None, int? group_list_type=0, int? act_type=0, "
+    "int[]? tuning_config=None, int? output_dtype=None, int? x_dtype=None, "
+    "int? weight_dtype=None, int? scale_dtype=None, int? per_token_scale_dtype=None) -> Tensor[]",
+    "npu_fusion_attention": "npu::npu_fusion_attention(Tensor query, Tensor key, Tensor value, "
+    "int head_num, str input_layout, Tensor? pse=None, Tensor? padding_mask=None, "
+    "Tensor? atten_mask=None, float scale=1., float keep_prob=1., int pre_tockens=2147483647, "
+    "int next_tockens=2147483647, int inner_precise=0, int[]? prefix=None, "
+    "int[]? actual_seq_qlen=None, int[]? actual_seq_kvlen=None, int sparse_mode=0, "
+    'bool gen_mask_parallel=True, bool sync=False, str softmax_layout="", Tensor? sink=None, '
+    "Tensor? dropout_mask=None, int seed=0, int offset=0) -> "
+    "(Tensor, Tensor, Tensor, Tensor, int, int, int)",
+}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,21 @@ from torch import Tensor
 
 from megatron_attnedit.attention.backends import ATTENTION_BACKENDS
 from megatron_attnedit.device import bootstrap, kernels
+from megatron_attnedit.distill.layerwise import LayerwiseDistillation
+from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
+from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.training.loop import train as training_loop
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
-from megatron_attnedit.training.run import run
+from megatron_attnedit.training.run import prepare
+from megatron_attnedit.training.setup import (
+    Teacher,
+    load_teacher,
+    start_processes,
+    stop_processes,
+)
+from megatron_attnedit.training.student import Student, find_student
+from tests.models import tokens as random_tokens
+from tests.numerics.inputs import STUDENTS
 from tests.numerics.inputs import recipe as small_recipe
 
 OPERATORS = (
@@ -36,7 +50,8 @@ ATTENTIONS = {
 @contextlib.contextmanager
 def true_numbers() -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """What torch_npu's operators were called with; none on a CPU."""
-    if bootstrap().kind == "cpu":
+    torch_npu = sys.modules.get("torch_npu")
+    if torch_npu is None or hasattr(torch_npu, "IN_PYTHON"):
         yield []
         return
     from tests.ascend.true_numbers import TrueNumbers
@@ -135,6 +150,16 @@ def operators() -> dict[str, Any]:
     }
 
 
+def in_python(folder: Path) -> dict[str, Any]:
+    """All that the NPU in Python can show, in one process."""
+    return {
+        "accelerator": (str(bootstrap().device), bootstrap().dist_backend),
+        "kernels": kernel_results(torch.float32),
+        "attention": attention_results("npu_fusion")[0],
+        "losses": layers_and_losses(folder),
+    }
+
+
 def train(
     stage: int, folder: Path, student: str, save: Path, fields: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[tuple[str, dict[str, Any]]]]:
@@ -145,11 +170,62 @@ def train(
         adam_eps=1e-6, **fields,
     )
     with true_numbers() as calls:
-        run(recipe)
+        training_loop(prepare(recipe))
     lines = (save / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], list(calls)
 
 
 def train_all(jobs: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """Several runs in one process."""
-    return {name: train(*job) for name, job in jobs.items()}
+    """Several runs in one process, which joins its own groups."""
+    found = {}
+    for name, job in jobs.items():
+        found[name] = train(*job)
+        stop_processes()
+    return found
+
+
+def layers_and_losses(folder: Path) -> dict[str, list[Tensor]]:
+    """Both losses of each student and all gradients, from the modules alone, float32."""
+    accelerator = start_processes(ParallelConfig())
+    teacher = load_teacher(str(folder / "hf"), ParallelConfig(), torch.float32, accelerator)
+    found: dict[str, list[Tensor]] = {}
+    for student in STUDENTS:
+        found |= _losses(folder, teacher, student)
+    return found
+
+
+def _losses(folder: Path, teacher: Teacher, name: str) -> dict[str, list[Tensor]]:
+    student = Student(teacher, *find_student(str(folder / name)), attention_backend="auto")
+    ((trained,),) = [[modules] for modules in student.trained_modules()]
+    device = bootstrap().device
+    tokens = random_tokens(length=64).to(device)
+    positions = torch.arange(64).expand_as(tokens).to(device)
+    mask = torch.ones(tokens.shape).to(device)
+
+    layerwise = LayerwiseDistillation(teacher.model, student.attentions).train()
+    hidden = layerwise(tokens, positions, mask)
+    stage1 = [hidden, layerwise.sums, *_gradients(trained)]
+    (chunk,) = student.chunks
+    model_level = ModelLevelDistillation(
+        teacher.model, chunk, trained, config=ModelLevelConfig(feature_matching_weight=0.5),
+        vocab_size=teacher.hf.vocab_size, num_edited=len(student.attentions),
+    ).train()
+    loss, sums = model_level.loss(
+        model_level(tokens, positions, mask), tokens, mask, with_lm_loss=False
+    )
+    loss.backward()
+    found = {
+        f"stage 1, {name}": stage1,
+        f"stage 2, {name}": [loss, *sums, *_gradients(trained)],
+    }
+    return {key: [t.detach().cpu().clone() for t in numbers] for key, numbers in found.items()}
+
+
+def _gradients(modules: list[Any]) -> list[Tensor]:
+    """Taken out, so that the next backward starts anew."""
+    found = []
+    for module in modules:
+        for param in module.parameters():
+            found.append(param.grad)
+            param.grad = None
+    return found

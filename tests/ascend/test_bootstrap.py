@@ -1,6 +1,6 @@
 """What the bootstrap says and does, without torch_npu: a package of that name stands in its place.
 
-Each case is a process, because a process is prepared once.
+A process is prepared once, so what prepares one is a process of its own.
 """
 
 import os
@@ -8,6 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from megatron_attnedit.device.ascend import adaptor, runtime
+from megatron_attnedit.errors import UserError
 
 # An accelerator that is there, and nothing else.
 TORCH_NPU = """
@@ -71,12 +75,6 @@ def machine(tmp_path):
     return start
 
 
-def refused(answer, *words):
-    lines = answer.stderr.splitlines()
-    assert answer.returncode == 2 and "Traceback" not in answer.stderr, answer.stderr
-    assert all(word in lines[-1] for word in words), lines[-1]
-
-
 def test_an_adaptor_comes_first_sees_no_flags_and_is_told_everything(machine):
     machine.write("torch_npu", TORCH_NPU)
     machine.write("mindspeed.megatron_adaptor", ADAPTOR)
@@ -108,36 +106,79 @@ def test_without_an_adaptor_it_says_what_is_lost(machine):
     assert "no Megatron adaptor" in answer.stderr and "not so Adam" in answer.stderr
 
 
+def test_no_npu_is_said_in_one_line(machine):
+    machine.write("torch_npu", "raise ImportError('libhccl.so: cannot open shared object file')")
+    answer = machine()
+    (line,) = [line for line in answer.stderr.splitlines() if line.startswith("error")]
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr
+    assert all(word in line for word in ("torch_npu does not start", "libhccl.so", "set_env.sh"))
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """A machine that has everything; what is changed is missing or wrong."""
+    monkeypatch.setattr(runtime, "find_spec", lambda name: object())
+    monkeypatch.setattr(runtime, "_version_of", lambda name: torch.__version__)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    assert runtime.why_not() is None
+    return monkeypatch
+
+
 @pytest.mark.parametrize(
-    ("packages", "variables", "words"),
+    ("change", "words"),
     [
-        ({}, {}, ("torch_npu is not installed",)),
-        ({"torch_npu": ""}, {"ASCEND_HOME_PATH": None}, ("ASCEND_HOME_PATH is not set", "set_env")),
-        ({"torch_npu": ""}, {"ASCEND_HOME_PATH": "/nowhere"}, ("/nowhere: no such directory",)),
+        (lambda m: m.setattr(runtime, "find_spec", lambda name: None), "torch_npu is not install"),
+        (lambda m: m.delenv("ASCEND_HOME_PATH"), "ASCEND_HOME_PATH is not set; source CANN's"),
+        (lambda m: m.setenv("ASCEND_HOME_PATH", "/nowhere"), "/nowhere: no such directory"),
+        (lambda m: m.setattr(torch.version, "cuda", "13.0"), "install the CPU build of torch"),
         (
-            {"torch_npu": "raise ImportError('libhccl.so: cannot open shared object file')"},
-            {},
-            ("torch_npu does not start", "libhccl.so", "set_env.sh"),
-        ),
-        ({"torch_npu": ""}, {}, ("this machine has no such device",)),
-        (
-            {"torch_npu": TORCH_NPU, "mindspeed.megatron_adaptor": "import megatron.training"},
-            {},
-            ("megatron.training", "core_r0.16.0"),
-        ),
-        (
-            {"torch_npu": TORCH_NPU, "mindspeed.megatron_adaptor": "import triton"},
-            {},
-            ("triton", "install triton-ascend"),
-        ),
-        (
-            {"torch_npu": TORCH_NPU},
-            {"MEGATRON_ATTNEDIT_ADAPTOR": "absent"},
-            ("absent", "MEGATRON_ATTNEDIT_ADAPTOR"),
+            lambda m: m.setattr(runtime, "_version_of", lambda name: "2.7.1"),
+            "torch_npu 2.7.1 does not fit torch",
         ),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(machine, packages, variables, words):
-    for name, text in packages.items():
-        machine.write(name, text)
-    refused(machine(**variables), *words)
+def test_what_is_missing(installed, change, words):
+    change(installed)
+    with pytest.raises(UserError, match=words) as refusal:
+        runtime.load_torch_npu(required=True)
+    assert "MEGATRON_ATTNEDIT_DEVICE=npu" in str(refusal.value)
+    assert runtime.load_torch_npu(required=False) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("raise ModuleNotFoundError('x', name='megatron.training')", "core_r0.16.0"),
+        ("raise ModuleNotFoundError('x', name='triton')", "install triton-ascend"),
+        ("import absent_package", "absent_package.*MEGATRON_ATTNEDIT_ADAPTOR=none"),
+    ],
+)
+def test_an_adaptor_that_cannot_be_imported(monkeypatch, tmp_path, text, words):
+    (tmp_path / "an_adaptor.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = list(sys.argv)
+    with pytest.raises(UserError, match=words):
+        adaptor.imported("an_adaptor")
+    assert sys.argv == argv
+
+
+def test_an_adaptor_after_megatron_is_a_mistake():
+    with pytest.raises(RuntimeError, match="imported before the accelerator was prepared"):
+        adaptor.load_adaptor()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "version"),
+    [
+        ("version.cfg", "runtime_running_version=[9.0.0:CANN-9.0.0]\n", "9.0.0"),
+        ("x86_64-linux/ascend_toolkit_install.info", "package_name=x\nversion=8.5.0\n", "8.5.0"),
+        ("compiler/version.info", "Version=8.3.RC1\n", "8.3.RC1"),
+        ("other", "version=1", None),
+    ],
+)
+def test_version_of_cann(tmp_path, file, text, version):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    assert runtime.cann_version(tmp_path) == version

@@ -100,8 +100,7 @@ class TrueNumbers(TorchDispatchMode):
         given = dict(zip(names, args, strict=False)) | kwargs
         plain = (bool, int, float, str)
         self.calls.append((name, {k: v for k, v in given.items() if isinstance(v, plain)}))
-        operator = getattr(operators, name)
-        return lambda *args, **kwargs: operator(**dict(zip(names, args, strict=False)), **kwargs)
+        return operators.by_name(func._schema)
 
 
 def gather_object(

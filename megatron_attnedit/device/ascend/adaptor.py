@@ -97,6 +97,15 @@ def load_adaptor() -> Adaptor:
         without_adaptor.install()
         logger.warning("no Megatron adaptor: %s", without_adaptor.LOST)
         return Adaptor(name)
+    return imported(name)
+
+
+def imported(name: str) -> Adaptor:
+    """The adaptor of that module's name.
+
+    Raises:
+        UserError: it is not installed, or something that it wants is not.
+    """
     try:
         with hidden_argv():
             module = importlib.import_module(name)

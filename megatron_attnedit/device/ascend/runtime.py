@@ -64,9 +64,9 @@ def cann_version(home: Path) -> str | None:
 
     for path in candidates():
         if path.is_file():
-            found = re.search(r"(?im)version\w*\s*=\s*\[?([\w.:]+)", path.read_text())
+            found = re.search(r"(?i)version\w*\s*=[^\d\n]*(\d+\.\d[\w.]*)", path.read_text())
             if found:
-                return found[1].rpartition(":")[2]
+                return found[1]
     return None
 
 
