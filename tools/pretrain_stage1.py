@@ -18,7 +18,7 @@ def main() -> None:
     if "--dry-run" in sys.argv:
         dry_run(Stage1Recipe, __doc__)
         return
-    run(parse_recipe(Stage1Recipe, __doc__))
+    sys.exit(run(parse_recipe(Stage1Recipe, __doc__)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def main() -> None:
     if "--dry-run" in sys.argv:
         dry_run(Stage2Recipe, __doc__)
         return
-    run(parse_recipe(Stage2Recipe, __doc__))
+    sys.exit(run(parse_recipe(Stage2Recipe, __doc__)))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,18 @@ class Accelerator:
         """Has torch's Adam a kernel of its own that pays here?"""
         return self.kind == "cuda"
 
+    @property
+    def random_state(self) -> torch.Tensor | None:
+        """State of the device's default generator; None on a CPU, where it is torch's own."""
+        if self.kind == "cpu":
+            return None
+        state: torch.Tensor = torch.get_device_module(self.device).get_rng_state(self.device)
+        return state
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Put back a ``random_state``."""
+        torch.get_device_module(self.device).set_rng_state(state, self.device)
+
     def synchronize(self) -> None:
         """Wait for queued work, so that a wall clock reads true."""
         if self.kind != "cpu":

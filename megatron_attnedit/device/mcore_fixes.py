@@ -4,7 +4,9 @@ They hold on every device; the tests are in ``tests/unit/device/test_mcore_fixes
 """
 
 import functools
-import multiprocessing
+import pickle
+import queue
+import tempfile
 import types
 from typing import Any
 
@@ -16,17 +18,57 @@ from megatron_attnedit.errors import UserError
 SUPPORTED = "0.16."
 
 
-def _fork_results_queue() -> None:
-    """Save without re-importing ``__main__`` in a spawned manager (seconds per save and rank)."""
+class _ResultsFile:
+    """What a forked writer tells its parent, by way of an unlinked file both have open."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as this
+
+    def put(self, results: Any) -> None:
+        pickle.dump(results, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except EOFError:  # the writer was killed
+            raise queue.Empty from None
+
+
+def _no_manager_for_results() -> None:
+    """Mcore starts a manager process per rank, which re-imports ``__main__`` (seconds), and which
+    outlives a rank that is killed.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    def queue() -> Any:
-        if filesystem_async._results_queue is None:
-            manager = multiprocessing.get_context("fork").Manager()
-            filesystem_async._results_queue = manager.Queue()
-        return filesystem_async._results_queue
+    filesystem_async._get_write_results_queue = _ResultsFile
 
-    filesystem_async._get_write_results_queue = queue
+
+def _write_where_called() -> None:
+    """Mcore forks a process per file even inside the process that was forked to write, and waits
+    for ever for one that is killed.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    def write(
+        transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: Any
+    ) -> None:
+        done: Any = {}
+        for index, bucket in enumerate(buckets):
+            answers, busy = queue.SimpleQueue(), queue.Queue()  # type: ignore[var-annotated]
+            busy.put(index)
+            FileSystemWriterAsync.write_preloaded_data(
+                transforms, index, bucket, answers, busy, True, use_msc=use_msc
+            )
+            _, answer = answers.get()
+            if isinstance(answer, Exception):
+                done = answer
+                break
+            done[index] = answer
+        results.put(done)
+
+    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write)
 
 
 def _router_in_float32() -> None:
@@ -158,7 +200,8 @@ def install(kind: str) -> None:
         )
     _router_in_float32()
     _grouped_matmul_of_torch()
-    _fork_results_queue()
+    _no_manager_for_results()
+    _write_where_called()
     _weight_gradients_without_apex()
     _gradient_norm_in_one_pass()
     _own_adam_steps()

@@ -221,8 +221,8 @@ class ParallelConfig:
                 f"multiple of --pipeline-model-parallel-size {stages}"
             )
 
-    def start(self) -> None:
-        """Form Megatron's process groups."""
+    def start(self, timeout_minutes: int = 10) -> None:
+        """Form Megatron's process groups, whose collectives give up after a while."""
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
@@ -230,6 +230,7 @@ class ParallelConfig:
             context_parallel_size=self.context_parallel_size,
             expert_model_parallel_size=self.expert_model_parallel_size,
             expert_tensor_parallel_size=self.expert_tensor_parallel_size,
+            distributed_timeout_minutes=timeout_minutes,
         )
 
 
