@@ -12,7 +12,7 @@ from megatron_attnedit.evaluate.report import to_json, write_text
 CURVE_POINTS = 40
 CURVE = ("iteration", "stage", "seconds", "tokens", "loss", "validation_loss")
 # What of a run's settings is said; the rest is folders and defaults of the program.
-SETTINGS = ("init", "seed", "student_attention", "full_layer_scores", *NAMES)
+SETTINGS: tuple[str, ...] = ("init", "seed", "student_attention", "full_layer_scores", *NAMES)
 SETTINGS += ("lr", "min_lr", "lr_warmup_iters", "train_iters", "global_batch_size", "seq_length")
 SETTINGS += ("trainable", "kl", "temperature", "feature_matching_weight", "normalisation", "bf16")
 SAME = ("data", "dtype")
