@@ -84,7 +84,8 @@ def _behaviour(report: dict[str, Any]) -> str:
         f"<h2>Generation and long-range recall</h2>\n{_table(table.BEHAVIOUR_HEADER, rows)}"
         f'<p class="small">Greedy continuations of {count} held-out prompts by {NEW_TOKENS} '
         "tokens: share of positions with the teacher's token, tokens before the first "
-        "difference, share of equal continuations, and 4-grams that their continuation had before. Recall: "
+        "difference, share of equal continuations, and 4-grams that their continuation had "
+        "before. Recall: "
         f"{KEY_TOKENS} random tokens and {VALUE_TOKENS} after them in the text, the first ones "
         "again at its end: share of the others predicted, and their negative log-likelihood in "
         "nats.</p>"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_attnedit.attention import StudentAttention, student_attention_class
 from megatron_attnedit.attention.flags import NAMES, add_student_flags
@@ -17,7 +18,7 @@ from megatron_attnedit.models.activations import Workload
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.memory import RESERVE_BYTES, RankMemory, memory_of_stages
-from megatron_attnedit.training.data import describe
+from megatron_attnedit.training.data_files import check_amount, describe
 from megatron_attnedit.training.recipe import (
     Recipe,
     Stage2Recipe,
@@ -212,29 +213,19 @@ def _schedule_lines(found: DryRun) -> list[str]:
         f"{recipe.lr_warmup_iters} iterations of warm-up; a checkpoint every "
         f"{recipe.save_interval} iterations",
     ]
-    tokens = data_tokens(recipe.train_data_path)
-    if tokens is None:
-        return [*lines, "data       not here: not checked"]
-    rounds = samples * recipe.seq_length / tokens
-    return [*lines, f"data       {tokens / 1e6:,.1f} M tokens, each seen {rounds:.2f} times"]
+    return [*lines, _data_line(recipe, samples * recipe.seq_length)]
 
 
-def data_tokens(data_path: list[str]) -> int | None:
-    """Tokens of all prefixes, or None where one is not on this machine."""
-    prefixes = data_path
-    if len(data_path) > 1 and _is_number(data_path[0]):
-        prefixes = data_path[1::2]
+def _data_line(recipe: Recipe, needed: int) -> str:
+    """How often the data is read, where it is on this machine."""
+    flag = "--train-data-path"
+    prefixes, weights = get_blend_from_list(recipe.train_data_path)
     if not all(Path(f"{prefix}.bin").is_file() for prefix in prefixes):
-        return None
-    return sum(describe(prefix, "--train-data-path")["tokens"] for prefix in prefixes)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        return "data       not here: not checked"
+    files = [(prefix, describe(prefix, flag)["tokens"]) for prefix in prefixes]
+    check_amount(files, weights, needed=needed, max_epochs=recipe.max_epochs, flag=flag)
+    tokens = sum(count for _, count in files)
+    return f"data       {tokens / 1e6:,.1f} M tokens, each read {needed / tokens:.2f} times"
 
 
 def _memory_lines(found: DryRun) -> list[str]:

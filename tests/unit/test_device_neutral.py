@@ -15,7 +15,7 @@ DEVICE = Path("megatron_attnedit/device")
 # Compiled kernels that the accelerator chooses only where it compiles.
 COMPILED = {Path("megatron_attnedit/attention/backends/flex.py")}
 # First weights are fitted on the host.
-HOST = {Path("megatron_attnedit/attention/mla/init.py")}
+HOST = {Path(f"megatron_attnedit/attention/mla/{name}.py") for name in ("init", "latent")}
 FORBIDDEN = {
     "cuda": "a device's own module",
     "npu": "a device's own module",

@@ -145,8 +145,10 @@ def test_data_is_looked_at(models, tmp_path, capsys):
     tiny = ["--teacher", models("qwen3"), "--student-attention", "mla", "--seq-length", 64]
     flags = ["--train-iters", 10, "--global-batch-size", 64, "--train-data-path"]
     dry(Stage1Recipe, *tiny, *flags, prefix)
-    assert "each seen 10.00 times" in capsys.readouterr().out
+    assert "each read 10.00 times" in capsys.readouterr().out
     dry(Stage1Recipe, *tiny, *flags, "0.3", prefix, "0.7", prefix)
-    assert "each seen 5.00 times" in capsys.readouterr().out
+    assert "each read 5.00 times" in capsys.readouterr().out
+    with pytest.raises(UserError, match="more than --max-epochs 5"):
+        dry(Stage1Recipe, *tiny, *flags, prefix, "--max-epochs", 5)
     dry(Stage1Recipe, *tiny, *flags, str(tmp_path / "elsewhere"))
     assert "not here" in capsys.readouterr().out
