@@ -35,8 +35,10 @@ class Unavailable(Exception):
 
 def _made_once(folder: Path, make: Any) -> Path:
     """``folder``, filled under another name first, so that it is whole or absent."""
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    if folder.parent.stat().st_uid != os.getuid():
+        raise Unavailable(f"{folder.parent} is somebody else's")
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder.parent))
         make(partial)
         try:

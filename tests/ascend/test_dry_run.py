@@ -125,7 +125,7 @@ def runs(stand_in, tmp_path_factory):
         for _ in range(2)
     )
     expected = {name: processes.run(1, scenarios.train, *on_cpu[name])[0] for name in jobs}
-    expected["fit"] = processes.run(1, scenarios.fit, folder, tmp_path_factory.mktemp("edit"))[0]
+    expected["fit"] = scenarios.fit(folder, tmp_path_factory.mktemp("edit"))
     fitted = (folder, tmp_path_factory.mktemp("edit"))
     return dry_run.run(stand_in, "train_all", on_npu, fitted), expected
 

@@ -8,11 +8,12 @@ in ``MEGATRON_ATTNEDIT_ADAPTOR``: it is imported, and its ``repatch`` called if 
 Without any (``none``, or nothing installed) ``without_adaptor`` repairs what fails.
 """
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -66,14 +67,14 @@ class Adaptor:
                 self.repatch({**OPTIONS, **grid})
 
 
-class hidden_argv:  # noqa: N801
+@contextlib.contextmanager
+def hidden_argv() -> Iterator[None]:
     """Nothing but the program's name in ``sys.argv``."""
-
-    def __enter__(self) -> None:
-        self.argv, sys.argv = sys.argv, sys.argv[:1]
-
-    def __exit__(self, *exception: object) -> None:
-        sys.argv = self.argv
+    argv, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = argv
 
 
 def _wanted() -> str:

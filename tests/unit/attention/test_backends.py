@@ -19,7 +19,12 @@ def test_a_machine_without_a_compiler_takes_sdpa(window_size):
 
 
 @pytest.mark.parametrize(
-    "name, message", [("dense", "expected auto or one of"), ("te", "not installed")]
+    "name, message",
+    [
+        ("dense", "expected auto or one of"),
+        ("te", "not installed"),
+        ("npu_fusion", "no Ascend NPU"),
+    ],
 )
 def test_refused_by_name(name, message):
     with pytest.raises(UserError, match=f"--attention-backend {name}: .*{message}"):
