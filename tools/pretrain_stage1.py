@@ -11,9 +11,13 @@ from megatron_attnedit.logs import start_logging
 def main() -> None:
     start_logging()
     bootstrap()
+    from megatron_attnedit.training.dry_run import dry_run
     from megatron_attnedit.training.recipe import Stage1Recipe, parse_recipe
     from megatron_attnedit.training.run import run
 
+    if "--dry-run" in sys.argv:
+        dry_run(Stage1Recipe, __doc__)
+        return
     sys.exit(run(parse_recipe(Stage1Recipe, __doc__)))
 
 

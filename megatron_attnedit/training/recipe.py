@@ -12,6 +12,7 @@ import yaml
 from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.layerwise import NORMALISATIONS
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.grid import num_microbatches
 
 POLICIES = ("stop", "skip")  # for bad iterations
 COUNTS = (
@@ -80,7 +81,9 @@ class Recipe:
     use_distributed_optimizer: bool = option(
         False, "cut optimizer state over data-parallel processes"
     )
-    attention_backend: str = option("auto", "attention kernel", ("auto", "sdpa", "reference"))
+    attention_backend: str = option(
+        "auto", "attention kernel", ("auto", "sdpa", "reference", "npu_fusion")
+    )
 
     log_interval: int = option(10, "iterations between log lines")
     eval_interval: int = option(100, "iterations between validations; also runs first and last")
@@ -142,6 +145,11 @@ class Recipe:
             raise UserError(f"--loss-spike-factor {self.loss_spike_factor}: expected more than 1")
         if self.moe_grouped_gemm and not self.bf16:
             raise UserError("--moe-grouped-gemm needs --bf16: mcore's grouped experts are bfloat16")
+        if not 0 <= self.lr_warmup_iters < self.train_iters:
+            raise UserError(
+                f"--lr-warmup-iters {self.lr_warmup_iters}: expected from 0 to less than "
+                f"--train-iters {self.train_iters}"
+            )
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"--min-lr {self.min_lr}: expected from 0 to --lr {self.lr}")
 
@@ -151,14 +159,9 @@ class Recipe:
         Raises:
             UserError: the global batch does not divide evenly.
         """
-        per_round = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size % per_round:
-            raise UserError(
-                f"--global-batch-size {self.global_batch_size} is not a multiple of "
-                f"--micro-batch-size {self.micro_batch_size} times the data-parallel size "
-                f"{data_parallel_size}"
-            )
-        return self.global_batch_size // per_round
+        return num_microbatches(
+            self.global_batch_size, self.micro_batch_size, data_parallel_size
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +257,11 @@ def read_recipe_file(cls: type[Recipe], file: str | Path) -> dict[str, Any]:
 
 def parser_for(cls: type[Recipe], description: str) -> argparse.ArgumentParser:
     """One flag per field, with unit and default."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="With --dry-run nothing is trained: grid, schedule and memory are checked and shown "
+        "on any machine; --dry-run --help lists its flags.",
+    )
     parser.add_argument("--recipe", help="YAML file; flags given here override it")
     kinds = _field_types(cls)
     for item in dataclasses.fields(cls):
