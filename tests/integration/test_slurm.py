@@ -47,11 +47,11 @@ def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 
 class Job:
-    """A job of the template; stops what is left of it at the end."""
+    """A job of a template."""
 
-    def __init__(self, root: Path, environment: dict[str, str], options, words) -> None:
+    def __init__(self, root: Path, environment: dict[str, str], options, template, words) -> None:
         self.root, self.environment = root, environment
-        self.id = self.run("sbatch", "--parsable", *options, TRAIN, *words).strip()
+        self.id = self.run("sbatch", "--parsable", *options, template, *words).strip()
 
     def run(self, *words: object) -> str:
         answer = subprocess.run(
@@ -85,9 +85,11 @@ class Job:
 def submit(cluster, tmp_path) -> Iterator:
     jobs = []
 
-    def start(*words: object, options=(), root: Path | None = None, **variables: str) -> Job:
+    def start(
+        *words: object, options=(), root: Path | None = None, template=TRAIN, **variables: str
+    ) -> Job:
         root = root or root_with_stand_in(tmp_path / "root")
-        jobs.append(Job(root, {**cluster, **variables}, options, words))
+        jobs.append(Job(root, {**cluster, **variables}, options, template, words))
         return jobs[-1]
 
     yield start
@@ -202,6 +204,21 @@ def test_an_impossible_grid_starts_no_rank(submit, tmp_path):
     job.wait_for_state("FAILED")
     assert "error: --load nowhere: not there" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run").exists()
+
+
+def test_conversion(submit, tmp_path):
+    job = submit(
+        "import", "--input", TEACHER, "--output", tmp_path / "teacher", root=ROOT,
+        template="examples/slurm/convert.sbatch", options=["--output", tmp_path / "log"],
+    )
+    job.wait_for_state("COMPLETED")
+    assert latest(tmp_path / "teacher") is not None
+    job = submit(
+        "import", "--input", tmp_path / "nowhere", "--output", tmp_path / "other", root=ROOT,
+        template="examples/slurm/convert.sbatch", options=["--output", tmp_path / "log"],
+    )
+    job.wait_for_state("FAILED")
+    assert "nowhere" in (tmp_path / "log").read_text()
 
 
 @pytest.fixture(scope="module")
