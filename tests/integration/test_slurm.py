@@ -1,4 +1,4 @@
-"""The SLURM template on a real SLURM of one node: preempted, at its limit, killed, crashing.
+"""The SLURM templates on a real SLURM: preempted, at the time limit, killed, crashing, two nodes.
 
 Each test ends with the job finished and every iteration exactly once in what was kept.
 """
@@ -164,6 +164,38 @@ def test_the_time_limit(submit, tmp_path):
     events = assert_each_iteration_once(save, 150)
     assert len(starts(events)) >= 2
     assert [i for what, i in events if what == "trained"] == list(range(1, 151))
+
+
+PAIR = ["--partition", "pair", "--nodes", "2"]
+
+
+def test_two_nodes(submit, tmp_path):
+    save = tmp_path / "run"
+    job = submit(
+        "stage1", "recipe.yaml", "--save", save, "--train-iters", 12, options=PAIR,
+        ATTNEDIT_DEVICES="1",
+    )
+    job.wait(lambda: trained(save, 3), 60)
+    job.run("scancel", "--batch", "--signal", "USR1", job.id)
+    job.wait_for_state("COMPLETED")
+    events = assert_each_iteration_once(save, 12)
+    assert len(starts(events)) == 2 and "saved: queued again" in job.log
+    assert '"world_size": 2' in (save / "journal.jsonl").read_text()
+    assert job.log.count("node ") >= 4  # both were looked at, at both starts
+
+
+def test_a_dead_rank_ends_the_other_node(submit, tmp_path):
+    """The other node's rank waits for it and hears no signal."""
+    save = tmp_path / "run"
+    job = submit(
+        "stage1", "recipe.yaml", "--save", save, "--crash-at", 3, "--deaf", options=PAIR,
+        ATTNEDIT_DEVICES="1", ATTNEDIT_CRASHES="0",
+    )
+    job.wait(lambda: trained(save, 3), 60)
+    start = time.monotonic()
+    job.wait_for_state("FAILED")
+    print(f"{time.monotonic() - start:.0f} s from a rank's death to the job's end")
+    assert time.monotonic() - start < 60
 
 
 def test_crashes_are_counted(submit, tmp_path):
