@@ -7,12 +7,17 @@ from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import run_tool
 from megatron_attnedit.logs import start_logging
 
+# Of the flags, what the choice of full layers needs to know.
+MEASURED_ON = ("teacher", "save", "seed", "seq_length")
+MEASURED_ON += ("calibration_data_path", "calibration_tokens")
+
 
 def main() -> None:
     start_logging()
     bootstrap()
     from megatron_attnedit.attention.flags import NAMES, add_student_flags
     from megatron_attnedit.training.edit import EditConfig, edit
+    from megatron_attnedit.training.full_layers import measured_full_layers
 
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
@@ -36,6 +41,9 @@ def main() -> None:
     add_student_flags(parser)
     args = vars(parser.parse_args())
     flags = {name: args.pop(name) for name in NAMES}
+    if flags["full_layers"] == "auto":
+        measured_on = {key: value for key, value in args.items() if key in MEASURED_ON}
+        flags |= measured_full_layers(sliding_window=flags["sliding_window"], **measured_on)
     config = EditConfig(**args, flags=flags)
     print(f"wrote {edit(config)}")
 

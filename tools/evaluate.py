@@ -40,22 +40,43 @@ def parse_args() -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder for report.json and report.html")
     add("--json", type=Path, help="write report.json here too")
     add("--prompts", type=int, default=3, help="continuations to show (default: %(default)s)")
+    add(
+        "--generations",
+        type=int,
+        default=100,
+        help="greedy continuations to compare with the teacher's, one a window; 0: none "
+        "(default: %(default)s)",
+    )
+    add(
+        "--recall-probes",
+        type=int,
+        default=100,
+        help="long-range probes of the length of a window; 0: none (default: %(default)s)",
+    )
     return parser.parse_args()
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse numbers that make no evaluation."""
-    for name, least in (("seq_length", 2), ("max_windows", 1), ("batch_size", 1), ("prompts", 0)):
+    from megatron_attnedit.evaluate.recall import SHORTEST_PROBE
+
+    least_of = {"seq_length": 2, "max_windows": 1, "batch_size": 1}
+    least_of |= {"prompts": 0, "generations": 0, "recall_probes": 0}
+    for name, least in least_of.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if args.recall_probes and args.seq_length < SHORTEST_PROBE:
+        raise UserError(
+            f"--seq-length {args.seq_length}: --recall-probes needs {SHORTEST_PROBE} tokens, or 0"
+        )
 
 
 def main() -> None:
     args = parse_args()
-    check(args)
     start_logging()
     accelerator = bootstrap()
+    check(args)
     import torch
 
     from megatron_attnedit.evaluate import html, report, table
@@ -75,7 +96,8 @@ def main() -> None:
         models = report.load_students(students, teacher, tokenizer, directory, Path(folder))
     result = report.evaluate(
         teacher, students, models, tokenizer, windows,
-        batch_size=args.batch_size, prompts=args.prompts,
+        batch_size=args.batch_size, prompts=args.prompts, generations=args.generations,
+        recall_probes=args.recall_probes,
     )
     result |= report.describe(teacher, windows, args.text)
     result["teacher"]["name"] = args.teacher.resolve().name

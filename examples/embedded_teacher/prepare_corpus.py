@@ -10,6 +10,8 @@ about 10 minutes on 2 cores; once the mirror has newer versions, change the pins
 
 writes DIR/{train,validation,heldout}.jsonl, the same text as DIR/{train,validation}.txt.xz for
 train.py, DIR/sources.json, the tokenizer into ``model/`` and small samples into ``text/``.
+With ``--corpus-only`` it stops after sources.json; that, ``--packages``, ``--held-out`` and
+``--with-code`` make corpora for other teachers.
 """
 
 import argparse
@@ -21,6 +23,8 @@ import random
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -43,6 +47,11 @@ SAMPLES = {
     "heldout": ("heldout", 400_000),
 }
 MIN_SAMPLE, MAX_SAMPLE = 6000, 24_000  # characters of a piece
+# What --with-code adds: example files, and how a line of code is told from a fragment of prose.
+CODE_SUFFIXES = (".c", ".cc", ".cpp", ".h", ".hpp", ".hs", ".java", ".js", ".lisp", ".ml", ".nim")
+CODE_SUFFIXES += (".el", ".pas", ".pl", ".pm", ".py", ".rb", ".scm", ".sh", ".sql", ".tcl", ".erl")
+MAX_CODE = 20_000  # characters of an example that stays whole
+CODE_MARK = re.compile(r"[{}();=]|->|::|^\s*[$#>]", re.MULTILINE)
 LICENCE = re.compile(r"^License:[ \t]*(\S[^\n]*)", re.MULTILINE)
 COMMON_LICENCE = re.compile(r"common-licenses/([\w.+-]*\w)")
 # Packages whose notice is free text, or lies in a package that they depend on.
@@ -58,11 +67,28 @@ NAMED_LICENCES = {
 }
 
 
-def download(work: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Corpus:
+    """Which text.
+
+    Attributes:
+        held_out: Packages that are never trained on.
+        max_bytes: Most text of one package.
+        with_code: Keep code, in documents and in example files.
+        documents_held_out: Of the other packages, held-out documents in a thousand.
+    """
+
+    held_out: frozenset[str]
+    max_bytes: int
+    with_code: bool = False
+    documents_held_out: int = 10
+
+
+def download(work: Path, packages: list[Path]) -> list[Path]:
     """Fetch the packages that are not there yet."""
     debs = work / "debs"
     debs.mkdir(parents=True, exist_ok=True)
-    pins = (HERE / "packages.txt").read_text().split()
+    pins = [pin for file in packages for pin in file.read_text().split()]
 
     def pin_of(path: Path) -> str:
         name, version, _ = path.name.split("_", 2)
@@ -74,20 +100,25 @@ def download(work: Path) -> list[Path]:
         try:
             subprocess.run(["apt-get", "download", "-q", *missing], cwd=debs, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError("packages.txt: apt-get download failed, see above") from error
+            raise UserError(f"{packages[-1]}: apt-get download failed, see above") from error
     return sorted(path for path in debs.glob("*.deb") if pin_of(path) in pins)
 
 
-def html_paragraphs(data: bytes) -> list[str]:
-    """Text of the elements that hold prose, headings included."""
+def html_paragraphs(data: bytes, with_code: bool) -> list[str]:
+    """Text of the elements that hold prose, headings included, and code where wanted."""
     try:
         tree = html.fromstring(data.decode("utf-8", "replace"))
     except (ValueError, html.etree.ParserError, AssertionError):
         return []
-    for node in tree.xpath("//script|//style|//nav|//pre|//table|//footer|//header|//form"):
+    unwanted = "//script|//style|//nav|//table|//footer|//header|//form"
+    wanted = "//h1|//h2|//h3|//h4|//p|//li[not(.//p)]|//dd[not(.//p)]|//dt"
+    if with_code:
+        wanted = wanted.replace("not(.//p)", "not(.//p|.//pre)") + "|//pre"
+    else:
+        unwanted += "|//pre"
+    for node in tree.xpath(unwanted):
         node.drop_tree()
-    nodes = tree.xpath("//h1|//h2|//h3|//h4|//p|//li[not(.//p)]|//dd[not(.//p)]|//dt")
-    return [node.text_content() for node in nodes]
+    return [node.text_content() for node in tree.xpath(wanted)]
 
 
 def text_paragraphs(data: bytes) -> list[str]:
@@ -108,18 +139,44 @@ def is_prose(text: str) -> bool:
     return len(words) >= 8 and text[-1] in ".:!?\"')" or text[0].isupper() and len(words) >= 3
 
 
-def document(path: Path) -> list[str]:
-    """Prose paragraphs of a file, white space normalised."""
+def is_code(text: str) -> bool:
+    """Several lines of ordinary length, or one with a mark of code; mostly ASCII, no table."""
+    lines = text.splitlines()
+    if not 20 <= len(text) <= MAX_CODE or max(map(len, lines)) > 160:
+        return False
+    if sum(c.isascii() and c.isprintable() or c == "\n" for c in text) / len(text) < 0.98:
+        return False
+    letters = sum(c.isalpha() or c.isspace() for c in text)
+    return letters / len(text) > 0.6 and (len(lines) > 2 or bool(CODE_MARK.search(text)))
+
+
+def document(path: Path, with_code: bool) -> list[str]:
+    """Prose paragraphs of a file, white space normalised, and code as it stands where wanted."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     name = path.name.removesuffix(".gz")
-    split = html_paragraphs if name.endswith((".html", ".htm", ".xhtml")) else text_paragraphs
-    paragraphs = (" ".join(part.split()) for part in split(data))
-    return [text.replace("\u00b6", "").strip() for text in paragraphs if is_prose(text)]
+    if name.endswith((".html", ".htm", ".xhtml")):
+        parts = html_paragraphs(data, with_code)
+    elif name.endswith(CODE_SUFFIXES) and len(data) <= MAX_CODE:
+        parts = [data.decode("utf-8", "replace")]
+    else:
+        parts = text_paragraphs(data)
+    paragraphs = []
+    for part in parts:
+        text = " ".join(part.split())
+        if is_prose(text):
+            paragraphs.append(text.replace("\u00b6", "").strip())
+        elif with_code:
+            code = part.replace("\u00a0", " ").expandtabs(4).rstrip().strip("\n")
+            if is_code(code):
+                paragraphs.append(code)
+    return paragraphs
 
 
-def files(folder: Path) -> Iterator[Path]:
+def files(folder: Path, with_code: bool) -> Iterator[Path]:
     """Documentation of a package; translations left out."""
     suffixes = (".html", ".htm", ".xhtml", ".txt", ".rst", ".info", ".text", ".texi", ".org")
+    if with_code:
+        suffixes += CODE_SUFFIXES
     languages = "de fr es it ja ko pt pt-br ru zh zh-cn zh_CN zh_TW pl cs nl sv da fi hu id vi "
     languages += "uk tr el ca gl nb ro sk sr hr lt he ar it_IT"
     foreign = re.compile(rf"[/._-]({languages.replace(' ', '|')})([/._-]|$)")
@@ -132,7 +189,7 @@ def files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def read_package(deb: Path) -> tuple[dict, list[tuple[str, list[str]]]]:
+def read_package(deb: Path, with_code: bool) -> tuple[dict, list[tuple[str, list[str]]]]:
     """A package's entry in the sources table, and its documents."""
     folder = deb.parent.parent / "extracted" / deb.stem
     if not folder.is_dir():
@@ -143,9 +200,9 @@ def read_package(deb: Path) -> tuple[dict, list[tuple[str, list[str]]]]:
     licences = sorted({found.strip() for text in notices for found in LICENCE.findall(text)})
     licences = licences or sorted({f for text in notices for f in COMMON_LICENCE.findall(text)})
     documents = []
-    for path in files(folder):
+    for path in files(folder, with_code):
         try:
-            documents.append((str(path.relative_to(folder)), document(path)))
+            documents.append((str(path.relative_to(folder)), document(path, with_code)))
         except (OSError, EOFError, gzip.BadGzipFile):
             continue
     source = {
@@ -156,29 +213,31 @@ def read_package(deb: Path) -> tuple[dict, list[tuple[str, list[str]]]]:
     return source, documents
 
 
-def split_of(package: str, path: str) -> str:
+def split_of(package: str, path: str, corpus: Corpus) -> str:
     """train, validation or heldout, by document."""
-    if package in HELD_OUT_PACKAGES:
+    if package in corpus.held_out:
         return "heldout"
     draw = int(hashlib.sha256(f"{package}/{path}".encode()).hexdigest(), 16) % 1000
-    return "heldout" if draw < 10 else "validation" if draw < 15 else "train"
+    if draw < corpus.documents_held_out:
+        return "heldout"
+    return "validation" if draw < corpus.documents_held_out + 5 else "train"
 
 
-def write_corpus(work: Path, debs: list[Path], max_bytes: int) -> None:
+def write_corpus(work: Path, debs: list[Path], corpus: Corpus) -> None:
     """Deduplicate paragraphs over everything, and write documents by split."""
     seen: set[bytes] = set()
     out = {name: (work / f"{name}.jsonl").open("w") for name in ("train", "validation", "heldout")}
     sources = []
     with Pool(2) as pool:
         # Held-out packages first, so that no training document repeats their paragraphs.
-        debs = sorted(debs, key=lambda d: (d.name.split("_")[0] not in HELD_OUT_PACKAGES, d.name))
-        for source, documents in pool.imap(read_package, debs):
+        debs = sorted(debs, key=lambda d: (d.name.split("_")[0] not in corpus.held_out, d.name))
+        for source, documents in pool.imap(partial(read_package, with_code=corpus.with_code), debs):
             kept = 0
             for path, paragraphs in documents:
                 fresh = []
                 for text in paragraphs:
                     key = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                    if key not in seen and kept < max_bytes:
+                    if key not in seen and kept < corpus.max_bytes:
                         seen.add(key)
                         fresh.append(text)
                 text = "\n\n".join(fresh)[:MAX_DOCUMENT]
@@ -186,7 +245,7 @@ def write_corpus(work: Path, debs: list[Path], max_bytes: int) -> None:
                     continue
                 kept += len(text.encode())
                 line = {"text": text, "source": source["package"], "path": path}
-                out[split_of(source["package"], path)].write(json.dumps(line) + "\n")
+                out[split_of(source["package"], path, corpus)].write(json.dumps(line) + "\n")
             sources.append({**source, "bytes": kept})
             licence = source["licence"][:50]
             print(f"{source['package']:32} {kept / 1e6:7.2f} MB  {licence}", flush=True)
@@ -253,9 +312,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for downloads and output")
     parser.add_argument("--max-mb", type=float, default=9.0, help="most text of one package, MB")
+    parser.add_argument("--packages", type=Path, nargs="+", default=[HERE / "packages.txt"])
+    parser.add_argument("--held-out", nargs="+", help="hold out these packages and nothing else")
+    parser.add_argument("--with-code", action="store_true", help="keep code beside the prose")
+    parser.add_argument("--corpus-only", action="store_true", help="no tokenizer, no samples")
     args = parser.parse_args()
-    debs = download(args.work)
-    write_corpus(args.work, debs, int(args.max_mb * 1e6))
+    corpus = Corpus(
+        held_out=frozenset(args.held_out or HELD_OUT_PACKAGES),
+        max_bytes=int(args.max_mb * 1e6),
+        with_code=args.with_code,
+        documents_held_out=0 if args.held_out else 10,
+    )
+    debs = download(args.work, args.packages)
+    write_corpus(args.work, debs, corpus)
+    if args.corpus_only:
+        return
     train_tokenizer(args.work)
     write_training_text(args.work)
     write_samples(args.work)

@@ -9,6 +9,8 @@
 #   NNODES            hosts (default: 1)
 #   MASTER_ADDR       one of them, by the name it has for itself
 #   MASTER_PORT       a port that is free there (default: 29500)
+#   NODE_RANK         number of this host, 0 on MASTER_ADDR, where hosts are numbered by hand; else
+#                     they find their own
 #   RUN_ID            any word that the hosts of a run share (default: attnedit)
 #   ATTNEDIT_ENV      gpu (default), ascend or cpu: which file of examples/env/
 #   ATTNEDIT_DEVICES  processes on each host, one per device (default: 8)
@@ -33,6 +35,9 @@ mkdir -p "$logs"
 ranks=(--nproc-per-node "$ATTNEDIT_DEVICES" --max-restarts 0)
 if [ "${NNODES:-1}" -eq 1 ]; then
     ranks+=(--standalone)
+elif [ -n "${NODE_RANK:-}" ]; then
+    ranks+=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "${MASTER_ADDR:?names host 0}"
+        --master-port "${MASTER_PORT:-29500}")
 else
     ranks+=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "${RUN_ID:-attnedit}"
         --rdzv-endpoint "${MASTER_ADDR:?names one of the hosts}:${MASTER_PORT:-29500}")

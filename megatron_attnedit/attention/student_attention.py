@@ -63,7 +63,7 @@ class StudentAttention(ABC):
         Args:
             teacher_weights: The teacher's attention of this layer.
             teacher: Its configuration.
-            inputs: ``[tokens, h]``, a sample of what enters this attention.
+            inputs: ``[s, c, h]``, what enters this attention for c samples of s tokens.
         """
 
     @abstractmethod

@@ -4,6 +4,8 @@ from html import escape
 from typing import Any
 
 from megatron_attnedit.evaluate import plots, table
+from megatron_attnedit.evaluate.generation import NEW_TOKENS
+from megatron_attnedit.evaluate.recall import KEY_TOKENS, VALUE_TOKENS
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -47,7 +49,8 @@ figure svg {{ width: 100%; height: auto; }}
 
 def render(report: dict[str, Any]) -> str:
     """The page of a report."""
-    parts = [_head(report), _summary(report), _plots(report), _continuations(report)]
+    parts = [_head(report), _summary(report), _behaviour(report), _plots(report)]
+    parts.append(_continuations(report))
     return PAGE.format(title="Attention editing report", body="\n".join(parts))
 
 
@@ -63,13 +66,36 @@ def _head(report: dict[str, Any]) -> str:
     )
 
 
+def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "\n".join(_row("td", cells) for cells in rows)
+    return (
+        '<div class="wide"><table class="summary">\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
+    )
+
+
+def _behaviour(report: dict[str, Any]) -> str:
+    rows = table.behaviour_rows(report)
+    if not rows:
+        return ""
+    count = report["teacher"].get("generation", {}).get("prompts", 0)
+    return (
+        f"<h2>Generation and long-range recall</h2>\n{_table(table.BEHAVIOUR_HEADER, rows)}"
+        f'<p class="small">Greedy continuations of {count} held-out prompts by {NEW_TOKENS} '
+        "tokens: share of positions with the teacher's token, tokens before the first "
+        "difference, share of equal continuations, and 4-grams that their continuation had "
+        "before. Recall: "
+        f"{KEY_TOKENS} random tokens and {VALUE_TOKENS} after them in the text, the first ones "
+        "again at its end: share of the others predicted, and their negative log-likelihood in "
+        "nats.</p>"
+    )
+
+
 def _summary(report: dict[str, Any]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.HEADER)
-    body = "\n".join(_row("td", cells) for cells in table.rows(report))
     context = report["teacher"]["kv_context"]
     return (
-        '<h2>Summary</h2>\n<div class="wide"><table class="summary">\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
+        f"<h2>Summary</h2>\n{_table(table.HEADER, table.rows(report))}"
         '<p class="small">Perplexity on held-out text (the teacher has one state only). Ratio: '
         "student's last perplexity over the teacher's. KL(teacher || student) and agreement of "
         "the likeliest token in the last state. KV: cache bytes per token, counted on a cache "

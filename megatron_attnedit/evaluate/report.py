@@ -12,11 +12,14 @@ from torch import Tensor
 
 import megatron_attnedit
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.evaluate.agreement import agreement
 from megatron_attnedit.evaluate.compare import Measured, compare, compared
-from megatron_attnedit.evaluate.generation import continuations, prompts_from
+from megatron_attnedit.evaluate.generation import greedy, prompts_from, texts
 from megatron_attnedit.evaluate.kv_cache import measure
 from megatron_attnedit.evaluate.models import check_same_vocabulary, hf_directory, load_model
-from megatron_attnedit.evaluate.students import StudentStates, stage_metrics
+from megatron_attnedit.evaluate.recall import probes, recall
+from megatron_attnedit.evaluate.repetition import repetition_rate
+from megatron_attnedit.evaluate.students import StudentStates, stage_metrics, training_runs
 
 Models = dict[str, Any]
 
@@ -58,6 +61,8 @@ def evaluate(
     *,
     batch_size: int,
     prompts: int,
+    generations: int,
+    recall_probes: int,
 ) -> dict[str, Any]:
     """The report without what only the caller knows (see ``describe``).
 
@@ -69,6 +74,8 @@ def evaluate(
         windows: [n, seq_length + 1] token ids.
         batch_size: Windows per forward pass.
         prompts: Number of continuations to show.
+        generations: Number of continuations to compare; 0 for none. No more than windows.
+        recall_probes: Number of long-range probes; 0 for none.
     """
     sums = {
         (student.name, state): compared(teacher.config.num_hidden_layers)
@@ -89,10 +96,25 @@ def evaluate(
         entry["kv_fraction"] = entry["kv_bytes_per_token"] / cache["kv_bytes_per_token"]
         entry["metrics"] = stage_metrics(student)
         entry["seconds"] = {s: lines[-1]["seconds"] for s, lines in entry["metrics"].items()}
+        entry["runs"] = training_runs(student)
         report["students"][student.name] = entry
-    last = {student.name: models[student.name][student.last] for student in students}
+    entries = {"teacher": report["teacher"], **report["students"]}
+    last = {"teacher": teacher, **{s.name: models[s.name][s.last] for s in students}}
+    if generations:
+        starts = prompts_from(windows, generations)
+        written = {name: greedy(model, starts) for name, model in last.items()}
+        for name, generated in written.items():
+            entries[name]["generation"] = {
+                "prompts": len(starts),
+                **agreement(written["teacher"], generated),
+                "repetition_rate": repetition_rate(generated),
+            }
+    if recall_probes:
+        sequences = probes(windows, recall_probes)
+        for name, model in last.items():
+            entries[name]["recall"] = recall(model, sequences, batch_size)
     starts = prompts_from(windows, prompts) if prompts else windows[:0, :1]
-    report["continuations"] = _continuations({"teacher": teacher, **last}, tokenizer, starts)
+    report["continuations"] = _continuations(last, tokenizer, starts)
     return report
 
 
@@ -119,9 +141,9 @@ def _suffixes(state: str, last: str) -> list[str]:
 def _continuations(models: Models, tokenizer: Any, starts: Tensor) -> list[dict[str, Any]]:
     if not len(starts):
         return []
-    texts = {name: continuations(model, tokenizer, starts) for name, model in models.items()}
+    written = {name: texts(tokenizer, greedy(model, starts)) for name, model in models.items()}
     return [
-        {"prompt": prompt, "texts": {name: texts[name][i] for name in models}}
+        {"prompt": prompt, "texts": {name: written[name][i] for name in models}}
         for i, prompt in enumerate(tokenizer.batch_decode(starts))
     ]
 

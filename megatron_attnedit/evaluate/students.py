@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.training import run_folder
+from megatron_attnedit.training.opened import find_lineage, is_hf
 
 STATES = ("after_edit", "after_stage1", "after_stage2")
 ITERATION_PREFIX = "iter_"
@@ -70,6 +72,25 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def training_runs(student: StudentStates) -> dict[str, dict[str, Any]]:
+    """Settings of the edit and of each stage, as the last state's lineage tells them.
+
+    By stage; ``recipe`` as it was, ``student_attention`` in the edit. Empty where the last state
+    comes without a lineage.
+    """
+    directory = student.directories[student.last]
+    start = directory if is_hf(directory) else run_folder.latest(directory)
+    lineage = find_lineage(start) if start else None
+    if lineage is None:
+        return {}
+    last = {"stage": lineage.stage, "recipe": lineage.recipe}
+    runs = {run["stage"]: run["recipe"] for run in [*lineage.history, last]}
+    runs.pop("teacher", None)
+    if "edit" in runs:
+        runs["edit"] = {**runs["edit"], "student_attention": lineage.student_attention}
+    return runs
 
 
 def stage_metrics(student: StudentStates) -> dict[str, list[dict[str, Any]]]:

@@ -15,6 +15,15 @@ HEADER = (
     "stage 1 s",
     "stage 2 s",
 )
+BEHAVIOUR_HEADER = (
+    "model",
+    "equal tokens",
+    "first divergence",
+    "identical",
+    "repeated 4-grams",
+    "recall",
+    "recall NLL",
+)
 MISSING = "-"
 
 
@@ -50,9 +59,36 @@ def _number(value: float | None, form: str) -> str:
     return text.replace("%", " %")
 
 
+def behaviour_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Cells as ``BEHAVIOUR_HEADER`` names them; nothing where none of it was measured."""
+    entries = {"teacher": report["teacher"], **report["students"]}
+    if not any({"generation", "recall"} & entry.keys() for entry in entries.values()):
+        return []
+    return [_behaviour(name, entry) for name, entry in entries.items()]
+
+
+def _behaviour(name: str, entry: dict[str, Any]) -> list[str]:
+    generation, recall = entry.get("generation", {}), entry.get("recall", {})
+    return [
+        name,
+        _number(generation.get("equal_tokens"), ".1%"),
+        _number(generation.get("first_divergence"), ".1f"),
+        _number(generation.get("identical"), ".1%"),
+        _number(generation.get("repetition_rate"), ".1%"),
+        _number(recall.get("accuracy"), ".1%"),
+        _number(recall.get("nll"), ".3f"),
+    ]
+
+
 def plain(report: dict[str, Any]) -> str:
-    """The table in plain text; the first column left, numbers right."""
-    lines = [list(HEADER), *rows(report)]
+    """The tables in plain text; the first column left, numbers right."""
+    text = _aligned([list(HEADER), *rows(report)])
+    if behaviour := behaviour_rows(report):
+        text += "\n\n" + _aligned([list(BEHAVIOUR_HEADER), *behaviour])
+    return text
+
+
+def _aligned(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

@@ -115,7 +115,7 @@ def _weights(
         if config.init == "random":
             yield layer_idx, student_attention.init_random(weights, teacher.hf, generator)
         else:
-            sample = inputs.pop(layer_idx).float()
+            sample = inputs.pop(layer_idx)
             yield layer_idx, student_attention.init_from_teacher(weights, teacher.hf, sample)
 
 

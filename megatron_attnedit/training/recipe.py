@@ -81,7 +81,9 @@ class Recipe:
     use_distributed_optimizer: bool = option(
         False, "cut optimizer state over data-parallel processes"
     )
-    attention_backend: str = option("auto", "attention kernel", ("auto", "sdpa", "reference"))
+    attention_backend: str = option(
+        "auto", "attention kernel", ("auto", "sdpa", "reference", "npu_fusion")
+    )
 
     log_interval: int = option(10, "iterations between log lines")
     eval_interval: int = option(100, "iterations between validations; also runs first and last")

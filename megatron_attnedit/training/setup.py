@@ -48,6 +48,7 @@ def start_processes(
             world_size=world_size,
             timeout=timedelta(minutes=timeout_minutes),
         )
+    accelerator.configure_megatron(vars(parallel))
     parallel.start(timeout_minutes)
     random_state.start(seed)
     if dist.get_rank() != 0:

@@ -28,6 +28,7 @@ def run(monkeypatch, *flags) -> None:
 def flags(teacher_dir, text_file, output, *students):
     given = ["--teacher", teacher_dir, "--text", text_file, "--output", output]
     given += ["--seq-length", 64, "--max-windows", 4, "--prompts", 2]
+    given += ["--generations", 3, "--recall-probes", 4]
     return [*given, *(part for text in students for part in ("--student", text))]
 
 
@@ -74,6 +75,10 @@ def test_report(made, teacher_dir):
     assert mla["kl"] == mla["kl_after_edit"] and mla["seconds"] == {}
     assert report["data"] == {"file": "text.jsonl", "windows": 4, "seq_length": 64, "tokens": 256}
     assert list(report["continuations"][0]["texts"]) == ["teacher", "swa", "<mla>"]
+    assert teacher["generation"]["prompts"] == 3 and teacher["generation"]["identical"] == 1
+    assert swa["generation"]["equal_tokens"] < 0.5
+    assert swa["recall"]["nll"] != teacher["recall"]["nll"]
+    assert swa["runs"] == {}
     assert report["versions"].keys() == {"megatron_attnedit", "torch", "transformers"}
 
 
@@ -96,6 +101,7 @@ def test_table_is_printed(made):
         "<mla>",
     ]
     assert f"{report['students']['swa']['kl']:.4f}" in lines[start + 2]
+    assert f"{report['students']['swa']['recall']['nll']:.3f}" in lines[start + 7]
 
 
 def test_numbers_that_json_lacks_become_null():
@@ -176,6 +182,11 @@ def test_other_number_of_layers(refused, tmp_path):
     folder = tmp_path / "deeper"
     Qwen3ForCausalLM(Qwen3Config(**{**DIMS, "num_hidden_layers": 4})).save_pretrained(folder)
     refused("4 layers", f"name=a,after_edit={folder}")
+
+
+def test_probes_do_not_fit_short_windows(refused, teacher_dir):
+    student = f"name=a,after_edit={teacher_dir}"
+    refused("--seq-length 20: --recall-probes needs 48", student, "--seq-length", 20)
 
 
 @pytest.mark.parametrize("flag", ["--max-windows", "--batch-size", "--seq-length"])

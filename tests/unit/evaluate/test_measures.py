@@ -2,18 +2,21 @@
 
 import gzip
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from megatron_attnedit.evaluate import generation, kv_cache
+from megatron_attnedit.evaluate import generation, kv_cache, recall
+from megatron_attnedit.evaluate.agreement import agreement
 from megatron_attnedit.evaluate.compare import compare, compared
 from megatron_attnedit.evaluate.models import load_model, load_tokenizer
 from megatron_attnedit.evaluate.perplexity import Perplexity
+from megatron_attnedit.evaluate.repetition import repetition_rate
 from megatron_attnedit.evaluate.text import token_windows
-from tests.unit.evaluate.conftest import DIMS, LATENT, ROTARY, WINDOW
+from tests.unit.evaluate.conftest import DIMS, LATENT, ROTARY, WINDOW, WORDS
 
 LENGTH = 40
 
@@ -143,17 +146,98 @@ def test_kv_figures(load, teacher_dir):
     assert kv_cache.contexts(1000) == [128, 256, 512, 1000]
 
 
-def test_continuations_are_greedy(load, teacher_dir, windows):
-    teacher, tokenizer = load(teacher_dir), load_tokenizer(teacher_dir)
-    prompts = generation.prompts_from(windows, 2)
-    texts = generation.continuations(teacher, tokenizer, prompts)
+def test_continuations_are_greedy(load, teacher_dir, student, windows):
+    """The cache of each attention against the whole sequence computed anew."""
+    tokenizer = load_tokenizer(teacher_dir)
+    prompts = generation.prompts_from(windows, 3)
+    generated = generation.greedy(student, prompts)
     ids = prompts
     with torch.no_grad():
         for _ in range(generation.NEW_TOKENS):
-            ids = torch.cat([ids, teacher(ids).logits[:, -1:].argmax(-1)], dim=1)
-    for text, row in zip(texts, ids[:, prompts.shape[1] :].tolist(), strict=True):
-        stop = row.index(0) if 0 in row else len(row)
-        assert text == tokenizer.decode(row[:stop], skip_special_tokens=True)
+            ids = torch.cat([ids, student(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(generated, ids[:, prompts.shape[1] :])
+    generated[0, 5] = generated[1, 0] = tokenizer.eos_token_id
+    generated[2][generated[2] == tokenizer.eos_token_id] = 5
+    cut = [generated[0, :5], generated[1, :0], generated[2]]
+    assert generation.texts(tokenizer, generated) == [
+        tokenizer.decode(row, skip_special_tokens=True) for row in cut
+    ]
+
+
+def test_agreement_of_continuations():
+    teacher = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [1, 1, 1, 1]])
+    student = torch.tensor([[1, 2, 3, 4], [5, 0, 7, 8], [0, 1, 1, 1]])
+    assert agreement(teacher, student) == {
+        "equal_tokens": 10 / 12,
+        "first_divergence": pytest.approx((4 + 1 + 0) / 3),
+        "identical": pytest.approx(1 / 3),
+    }
+
+
+def test_repetition_rate():
+    fresh, loop = torch.arange(10), torch.tensor([1, 2] * 5)
+    assert repetition_rate(fresh[None]) == 0
+    # Seven 4-grams of which two differ.
+    assert repetition_rate(loop[None]) == pytest.approx(5 / 7)
+    assert repetition_rate(torch.stack([fresh, loop])) == pytest.approx(5 / 14)
+
+
+class Copier(torch.nn.Module):
+    """Predicts what followed the last occurrence of the present token and the one before it.
+
+    ``reach``: how many tokens it looks back.
+    """
+
+    def __init__(self, reach):
+        super().__init__()
+        self.reach, self.device, self.model = reach, torch.device("cpu"), self
+
+    def forward(self, ids, use_cache):
+        assert not use_cache
+        hidden = torch.zeros(*ids.shape, len(WORDS))
+        for row, out in zip(ids.tolist(), hidden, strict=True):
+            for i in range(1, len(row)):
+                for j in range(max(1, i - self.reach), i):
+                    if row[j - 1 : j + 1] == row[i - 1 : i + 1]:
+                        out[i] = 0
+                        out[i, row[j + 1]] = 50
+        return SimpleNamespace(last_hidden_state=hidden)
+
+    def get_output_embeddings(self):
+        return lambda hidden: hidden
+
+
+def test_recall_needs_what_is_far_back(teacher_dir, text_file):
+    windows = token_windows(text_file, load_tokenizer(teacher_dir), 96, 5)
+    sequences = recall.probes(windows, 7)
+    pair = recall.KEY_TOKENS + recall.VALUE_TOKENS
+    assert sequences.shape == (7, 96)
+    starts = []
+    for i, row in enumerate(sequences):
+        found = [j for j in range(96 - pair) if torch.equal(row[j : j + pair], row[-pair:])]
+        assert len(found) == 1
+        changed = row != windows[i % 5, :96]
+        changed[found[0] : found[0] + pair] = changed[-pair:] = False
+        assert not changed.any()
+        starts.append(found[0])
+    assert starts[0] == 0 and starts == sorted(starts)
+    assert 96 - pair - (starts[-1] + pair) >= 0.25 * (96 - pair)
+    far = recall.recall(Copier(reach=96), sequences, batch_size=2)
+    assert far["accuracy"] > 0.9 and far["nll"] < 1
+    near = recall.recall(Copier(reach=16), sequences, batch_size=3)
+    assert near["accuracy"] < 0.2 and near["nll"] > math.log(len(WORDS)) - 0.5
+
+
+def test_recall_of_a_real_model(load, teacher_dir, windows):
+    teacher = load(teacher_dir)
+    sequences = recall.probes(torch.cat([windows, windows], dim=1), 3)
+    found = recall.recall(teacher, sequences, batch_size=2)
+    with torch.no_grad():
+        logits = teacher(sequences[:, :-1]).logits[:, -recall.VALUE_TOKENS :]
+    values = sequences[:, -recall.VALUE_TOKENS :]
+    expected = F.cross_entropy(logits.flatten(0, 1), values.flatten())
+    assert found["nll"] == pytest.approx(expected.item(), rel=1e-5)
+    assert found["accuracy"] == pytest.approx((logits.argmax(-1) == values).double().mean().item())
 
 
 def test_windows_hold_the_documents_in_order(teacher_dir, tmp_path):

@@ -1,0 +1,68 @@
+"""Long-range probe: a key and its value far back in the text, then the key again.
+
+Key and value are random tokens of the text, so nothing but looking them up predicts the value.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEY_TOKENS = 4
+VALUE_TOKENS = 8
+SHORTEST_PROBE = 4 * (KEY_TOKENS + VALUE_TOKENS)
+# Share of the context that lies between the two at least.
+NEAREST = 0.25
+
+
+def probes(windows: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Sequences [count, s] of held-out text with a key and value, ended by key and value.
+
+    The first pair starts at places spread evenly from the beginning to a quarter of the context
+    before the second. Windows are taken in turn.
+
+    Args:
+        windows: [n, s + 1] token ids; s at least ``SHORTEST_PROBE``.
+        count: How many sequences.
+        seed: Of keys and values.
+    """
+    pair = KEY_TOKENS + VALUE_TOKENS
+    length = windows.shape[1] - 1
+    assert length >= SHORTEST_PROBE, f"windows of {length} tokens are too short for a probe"
+    generator = torch.Generator().manual_seed(seed)
+    known = windows.flatten().unique()
+    drawn = torch.randint(known.numel(), (count, pair), generator=generator)
+    pairs = known[drawn]
+    last = int((length - pair) * (1 - NEAREST)) - pair
+    starts = torch.linspace(0, last, count).round().long()
+    rows = windows[torch.arange(count) % windows.shape[0], :length].clone()
+    for row, start, tokens in zip(rows, starts.tolist(), pairs, strict=True):
+        row[start : start + pair] = tokens
+        row[-pair:] = tokens
+    return rows
+
+
+@torch.no_grad()
+def recall(model: Any, sequences: Tensor, batch_size: int) -> dict[str, float]:
+    """How well a model finds the values.
+
+    Args:
+        model: Any causal language model.
+        sequences: What ``probes`` gave.
+        batch_size: Sequences at a time.
+
+    Returns:
+        ``accuracy``: fraction of value tokens that are the likeliest, those before them given;
+        ``nll``: their mean negative log-likelihood in nats.
+    """
+    nll, right, tokens = 0.0, 0, 0
+    for batch in sequences.split(batch_size):
+        batch = batch.to(model.device)
+        hidden = model.model(batch[:, :-1], use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden[:, -VALUE_TOKENS:]).float()
+        values = batch[:, -VALUE_TOKENS:]
+        picked = logits.log_softmax(-1).gather(-1, values.unsqueeze(-1))
+        nll -= picked.sum().item()
+        right += int((logits.argmax(-1) == values).sum())
+        tokens += values.numel()
+    return {"accuracy": right / tokens, "nll": nll / tokens}

@@ -1,0 +1,125 @@
+"""Tables of a page, made of committed figures.
+
+A table stands between two marks, the first of which says what it is made of:
+``<!-- table: KIND FILE -->``, FILE in the folder of data, and ``<!-- end of table -->``.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.evaluate.published import tokens_to_reach
+from megatron_attnedit.evaluate.table import BEHAVIOUR_HEADER, behaviour_rows
+
+MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+STAGES = ("stage1", "stage2")
+# A student's name without this is that of the one it is compared with.
+RANDOM = "_random"
+SUMMARY = ["", "perplexity after edit", "after stage 1", "after stage 2", "ratio", "KL (nats)"]
+SUMMARY += ["top-1", "KV bytes per token"]
+COST = ["", "learning rate", "seed", "tokens (M)", "training (min)"]
+TOKENS = ["", "KL of the random start", "its tokens (M)", "tokens to reach it (M)", "share"]
+
+
+def filled(page: str, data: Path) -> str:
+    """The page with every marked table made anew.
+
+    Args:
+        page: Markdown.
+        data: Folder of the files that the marks name.
+
+    Raises:
+        UserError: an unknown kind of table, or no such file.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        begin, kind, name, end = match.groups()
+        if kind not in KINDS:
+            raise UserError(f"{begin.strip()}: expected one of {', '.join(KINDS)}")
+        if not (data / name).is_file():
+            raise UserError(f"{begin.strip()}: {data / name} is missing")
+        report = json.loads((data / name).read_text())
+        return f"{begin}\n{_markdown(*KINDS[kind](report))}\n\n{end}"
+
+    return MARKED.sub(table, page)
+
+
+def summary(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Quality and cache."""
+    teacher = report["teacher"]
+    perplexity, kv_bytes = teacher["perplexity"], teacher["kv_bytes_per_token"]
+    rows = [["teacher", "", "", f"{perplexity:.2f}", "1", "", "", f"{kv_bytes:,.0f}"]]
+    for name, entry in report["students"].items():
+        states = entry["perplexity"]
+        kv = f"{entry['kv_bytes_per_token']:,.0f} ({100 * entry['kv_fraction']:.1f} %)"
+        rows.append([
+            name,
+            _number(states.get("after_edit"), ",.1f"),
+            *(_number(states.get(f"after_{stage}"), ",.2f") for stage in STAGES),
+            _number(entry["perplexity_ratio"], ".3f"),
+            f"{entry['kl']:.3f}",
+            f"{100 * entry['top1_agreement']:.1f} %",
+            kv,
+        ])  # fmt: skip
+    return SUMMARY, rows
+
+
+def cost(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """What training took; stage 1 + stage 2."""
+    rows = []
+    for name, entry in report["students"].items():
+        ends = [entry["metrics"][stage][-1] for stage in STAGES if stage in entry["metrics"]]
+        runs = entry.get("runs", {})
+        trained = [runs[stage] for stage in STAGES if stage in runs]
+        seeds = dict.fromkeys(run["seed"] for run in [*trained, runs.get("edit", {})] if run)
+        rows.append([
+            name,
+            " + ".join(f"{run['lr']:.0e}".replace("e-0", "e-") for run in trained),
+            ", ".join(map(str, seeds)),
+            " + ".join(f"{end['tokens'] / 1e6:.2f}" for end in ends),
+            " + ".join(f"{end['seconds'] / 60:.1f}" for end in ends),
+        ])  # fmt: skip
+    return COST, rows
+
+
+def generation(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Generations and long-range recall."""
+    return ["", *BEHAVIOUR_HEADER[1:]], behaviour_rows(report)
+
+
+def tokens(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """How soon the start from the teacher is where the random start ends."""
+    rows = []
+    for name, entry in report["students"].items():
+        random = report["students"].get(name + RANDOM)
+        if random is None:
+            continue
+        last = [line for line in random["metrics"]["stage2"] if "validation_loss" in line][-1]
+        spent = tokens_to_reach(random, last["validation_loss"])
+        needed = tokens_to_reach(entry, last["validation_loss"])
+        assert spent is not None
+        found = "never" if needed is None else f"{needed / 1e6:.2f}"
+        share = "" if needed is None else f"{100 * needed / spent:.1f} %"
+        rows.append([name, f"{last['validation_loss']:.3f}", f"{spent / 1e6:.2f}", found, share])
+    return TOKENS, rows
+
+
+Table = tuple[list[str], list[list[str]]]
+KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
+    "summary": summary,
+    "cost": cost,
+    "generation": generation,
+    "tokens": tokens,
+}
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

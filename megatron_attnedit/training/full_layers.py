@@ -1,0 +1,164 @@
+"""Which layers stay full: those that the teacher misses most when they slide."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_attnedit.attention.core import CoreAttention
+from megatron_attnedit.attention.windows import to_window_size, uniform_full_layers
+from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.convert.reading import DTYPES
+from megatron_attnedit.distill.kl import chunked_lm_loss
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.teacher import backbone, output_weight
+from megatron_attnedit.training.data import DataConfig, build_datasets
+from megatron_attnedit.training.setup import (
+    load_teacher,
+    start_processes,
+    stop_processes,
+    teacher_hf_dir,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def measured_full_layers(
+    *,
+    teacher: str,
+    save: str,
+    sliding_window: int | None,
+    calibration_data_path: list[str],
+    calibration_tokens: int,
+    seq_length: int,
+    seed: int,
+) -> dict[str, Any]:
+    """As many layers as the uniform choice has, by ``nll_rises`` on calibration text.
+
+    Args:
+        teacher: Hugging Face directory or imported checkpoint.
+        save: Folder of the student; holds the data cache.
+        sliding_window: Tokens a sliding layer sees; None for the default of 128.
+        calibration_data_path: Data prefix.
+        calibration_tokens: How many to measure on.
+        seq_length: Tokens of a sample, more than the window.
+        seed: Of the order of samples.
+
+    Returns:
+        ``full_layers`` as the flag takes it, ``full_layer_scores`` the rise in nats of each layer.
+
+    Raises:
+        UserError: no data, or samples that a window holds whole.
+    """
+    window = sliding_window or 128
+    if not calibration_data_path:
+        raise UserError("--full-layers auto needs --calibration-data-path")
+    if seq_length <= window:
+        raise UserError(
+            f"--seq-length {seq_length}: --full-layers auto needs more than the window {window}"
+        )
+    hf = read_hf_config(teacher_hf_dir(teacher))
+    accelerator = start_processes(ParallelConfig(), seed)
+    try:
+        model = load_teacher(teacher, ParallelConfig(), DTYPES[hf.dtype], accelerator).model
+        count = max(1, calibration_tokens // seq_length)
+        data_config = DataConfig(
+            train_data_path=calibration_data_path,
+            seq_length=seq_length,
+            seed=seed,
+            vocab_size=hf.vocab_size,
+            data_cache_path=str(Path(save) / "data-cache"),
+        )
+        dataset: Any = build_datasets(data_config, train_samples=count, valid_samples=0)[0]
+        tokens, labels = (
+            torch.stack([torch.as_tensor(dataset[i][name]) for i in range(count)])
+            .to(accelerator.device)
+            for name in ("tokens", "labels")
+        )
+        rises = nll_rises(model, tokens, labels, window, hf.vocab_size)
+    finally:
+        stop_processes()
+    layers = largest(rises, len(uniform_full_layers(hf.num_hidden_layers)))
+    shown = ", ".join(f"{i}: {rise:.4f}" for i, rise in enumerate(rises))
+    logger.info("rise of the teacher's loss when one layer slides, nats: %s", shown)
+    logger.info("full layers: %s", ", ".join(map(str, layers)))
+    return {"full_layers": ",".join(map(str, layers)), "full_layer_scores": rises}
+
+
+def largest(scores: list[float], count: int) -> list[int]:
+    """Indices of the ``count`` largest scores, in order; of equal ones the later layer."""
+    return sorted(sorted(range(len(scores)), key=lambda i: (scores[i], i))[-count:])
+
+
+def nll_rises(
+    teacher: GPTModel,
+    tokens: Tensor,
+    labels: Tensor,
+    sliding_window: int,
+    vocab_size: int,
+    *,
+    batch_size: int = 4,
+) -> list[float]:
+    """How much the mean loss per token rises, in nats, when one layer alone slides.
+
+    Close to the score of arXiv:2606.27791, which looks at answers only.
+
+    Args:
+        teacher: The whole model in one process.
+        tokens: ``[n, s]``.
+        labels: ``[n, s]``, the tokens that follow.
+        sliding_window: Tokens a sliding layer sees, itself counted.
+        vocab_size: Without padding.
+        batch_size: Samples at a time.
+
+    Returns:
+        By 0-based layer index.
+    """
+    batches = list(zip(tokens.split(batch_size), labels.split(batch_size), strict=True))
+
+    def nll() -> float:
+        return sum(_loss(teacher, *batch, vocab_size) for batch in batches) / labels.numel()
+
+    whole = nll()
+    rises = []
+    for layer in tqdm(teacher.decoder.layers, "measure layers", unit="layer", disable=None):
+        with _sliding(layer, sliding_window):
+            rises.append(nll() - whole)
+    return rises
+
+
+@contextlib.contextmanager
+def _sliding(layer: Any, sliding_window: int) -> Iterator[None]:
+    attention = layer.self_attention
+    full = attention.core_attention
+    attention.core_attention = CoreAttention(
+        full.config, window_size=to_window_size(sliding_window), softmax_scale=full.softmax_scale
+    )
+    try:
+        yield
+    finally:
+        attention.core_attention = full
+
+
+@torch.no_grad()
+def _loss(model: GPTModel, tokens: Tensor, labels: Tensor, vocab_size: int) -> float:
+    """Sum over tokens of the next-token cross entropy, in nats."""
+    position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    hidden = backbone(model, tokens, position_ids)
+    loss = chunked_lm_loss(
+        hidden.flatten(0, 1),
+        output_weight(model),
+        labels.t().reshape(-1),
+        torch.ones(labels.numel(), device=labels.device),
+        vocab_size=vocab_size,
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    return loss.item()

@@ -1,0 +1,147 @@
+"""Figures that are kept, and pages made of them."""
+
+import copy
+import json
+import sys
+
+import pytest
+
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.evaluate.published import add_report, tokens_to_reach
+from megatron_attnedit.evaluate.results import filled
+from tools import results
+
+
+def stage(number, losses, *, validate_every=10):
+    """Metrics of a run of 10,000 tokens and half a second an iteration."""
+    lines = []
+    for i, loss in enumerate(losses, start=1):
+        line = {"iteration": i, "stage": number, "seconds": i / 2, "tokens": 10_000 * i}
+        lines.append({**line, "loss": loss, "layer_losses": {"1": loss}})
+        if i % validate_every == 0:
+            lines.append({**line, "validation_loss": loss})
+    return lines
+
+
+def student(final, **changes):
+    losses = [final + (100 - i) / 100 for i in range(1, 101)]
+    recipe = {"lr": 2e-3, "seed": 3, "train_iters": 100, "save": "/a/place", "kl": "forward"}
+    return {
+        "perplexity": {"after_edit": 1234.56, "after_stage1": 9.876, "after_stage2": 5.4321},
+        "perplexity_ratio": 1.0864,
+        "kl": 0.1234,
+        "top1_agreement": 0.9012,
+        "kv_bytes_per_token": 2048,
+        "kv_fraction": 0.125,
+        "metrics": {"stage1": stage(1, losses), "stage2": stage(2, losses)},
+        "runs": {"edit": {"seed": 3, "init": "teacher"}, "stage1": recipe, "stage2": recipe},
+        **changes,
+    }
+
+
+@pytest.fixture
+def report():
+    generation = {
+        "prompts": 2, "equal_tokens": 0.5, "first_divergence": 12.3, "identical": 0.25,
+        "repetition_rate": 0.071,
+    }  # fmt: skip
+    teacher = {"name": "t", "perplexity": 5.0, "kv_bytes_per_token": 16384}
+    return {
+        "data": {"file": "a.jsonl", "tokens": 100},
+        "dtype": "bfloat16",
+        "teacher": {**teacher, "generation": generation},
+        "students": {"a": student(0.2), "a_random": student(0.7)},
+        "continuations": [{"prompt": "x", "texts": {}}],
+    }
+
+
+def test_added_students_are_thin_and_complete(report, tmp_path):
+    file = tmp_path / "data" / "kept.json"
+    before = copy.deepcopy(report)
+    add_report(report, file, {"a": "b"})
+    assert report == before
+    kept = json.loads(file.read_text())
+    assert list(kept["students"]) == ["b", "a_random"] and kept["continuations"] == []
+    entry = kept["students"]["b"]
+    lines = entry["metrics"]["stage2"]
+    assert [line["tokens"] for line in lines if "validation_loss" in line] == list(
+        range(100_000, 1_000_001, 100_000)
+    )
+    trained = [line["iteration"] for line in lines if "loss" in line]
+    assert len(trained) == 50 and trained[-1] == 100 and trained == sorted(trained)
+    assert not any("layer_losses" in line for line in lines)
+    assert entry["runs"]["stage1"] == {"lr": 2e-3, "seed": 3, "train_iters": 100, "kl": "forward"}
+    add_report({**report, "students": {"b": student(0.2, kl=9.0)}}, file)
+    kept = json.loads(file.read_text())["students"]
+    assert list(kept) == ["b", "a_random"] and kept["b"]["kl"] == 9
+
+
+def test_figures_of_other_text_are_refused(report, tmp_path):
+    file = tmp_path / "kept.json"
+    add_report(report, file)
+    with pytest.raises(UserError, match="kept.json: its figures are of data"):
+        add_report({**report, "data": {"file": "b.jsonl", "tokens": 100}}, file)
+    with pytest.raises(UserError, match="its teacher is t"):
+        add_report({**report, "teacher": {"name": "u"}}, file)
+
+
+def test_tokens_to_reach_a_loss():
+    entry = student(0.2)  # stage 1 took 1 M tokens; validation 1.1 at 0.1 M, 1.0 at 0.2 M
+    assert tokens_to_reach(entry, 1.0) == pytest.approx(1.20e6)
+    assert tokens_to_reach(entry, 1.05) == pytest.approx(1.15e6)
+    assert tokens_to_reach(entry, 5.0) == pytest.approx(1.10e6)
+    assert tokens_to_reach(entry, 0.1) is None
+    del entry["metrics"]["stage1"]
+    assert tokens_to_reach(entry, 1.0) == pytest.approx(0.2e6)
+
+
+PAGE = """# Page
+{}
+text stays
+"""
+
+
+def page(*kinds):
+    marks = (f"<!-- table: {kind} kept.json -->\nold\n<!-- end of table -->" for kind in kinds)
+    return PAGE.format("\n".join(marks))
+
+
+def test_page_is_filled(report, tmp_path):
+    add_report(report, tmp_path / "kept.json")
+    text = filled(page("summary", "cost", "generation", "tokens"), tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["teacher", "", "", "5.00", "1", "", "", "16,384"] in rows
+    quality = ["1,234.6", "9.88", "5.43", "1.086", "0.123", "90.1 %", "2,048 (12.5 %)"]
+    assert ["a", *quality] in rows
+    assert ["a", "2e-3 + 2e-3", "3", "1.00 + 1.00", "0.8 + 0.8"] in rows
+    assert ["teacher", "50.0 %", "12.3", "25.0 %", "7.1 %", "-", "-"] in rows
+    # The random start ends at 0.7, which the other passes halfway through its second stage.
+    assert ["a", "0.700", "2.00", "1.50", "75.0 %"] in rows
+    assert "old" not in text and text.startswith("# Page\n") and text.endswith("text stays\n")
+    assert filled(text, tmp_path) == text
+
+
+def test_bad_marks(tmp_path):
+    with pytest.raises(UserError, match="kept.json is missing"):
+        filled(page("summary"), tmp_path)
+    (tmp_path / "kept.json").write_text("{}")
+    with pytest.raises(UserError, match="table: graph kept.json.*expected one of summary"):
+        filled(page("graph"), tmp_path)
+
+
+def test_the_tool(report, tmp_path, monkeypatch):
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (tmp_path / "page.md").write_text(page("summary"))
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["results.py", *map(str, flags)])
+        results.main()
+
+    kept = tmp_path / "kept.json"
+    run("add", tmp_path / "report.json", "--data", kept, "--rename", "a=mla")
+    run("fill", tmp_path / "page.md", "--data", tmp_path)
+    assert "| mla | 1,234.6 |" in (tmp_path / "page.md").read_text()
+    with pytest.raises(UserError, match="--rename a: expected OLD=NEW"):
+        run("add", tmp_path / "report.json", "--data", kept, "--rename", "a")
+    with pytest.raises(UserError, match="none.md: No such file"):
+        run("fill", tmp_path / "none.md")

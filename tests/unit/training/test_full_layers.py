@@ -1,0 +1,98 @@
+"""The choice of full layers on models that need one layer's far sight and no other's."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.training.full_layers import largest, nll_rises
+from megatron_attnedit.training.lineage import read_lineage
+from tests.models import build_tiny_teacher, tiny_data, tiny_hf_dir
+from tools import edit_checkpoint
+
+LAYERS = 4
+FAR_SIGHTED = 2
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory):
+    """Attention does nothing in all layers but one; text drawn from the model shows that."""
+    folder = tiny_hf_dir(tmp_path_factory.mktemp("far") / "hf", num_hidden_layers=LAYERS)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    for i in range(LAYERS):
+        if i != FAR_SIGHTED:
+            weights[f"model.layers.{i}.self_attn.o_proj.weight"].zero_()
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(teacher_dir, tmp_path_factory):
+    return tiny_data(tmp_path_factory.mktemp("data") / "text", teacher_dir)
+
+
+def test_rise_is_that_of_the_layer_that_looks_far(teacher_dir, data, one_process):
+    hf, teacher = build_tiny_teacher(teacher_dir)
+    ids = torch.randint(0, hf.vocab_size, (5, 41), generator=torch.Generator().manual_seed(3))
+    rises = nll_rises(teacher, ids[:, :-1], ids[:, 1:], 4, hf.vocab_size, batch_size=2)
+    assert [i for i, rise in enumerate(rises) if rise != 0] == [FAR_SIGHTED]
+    assert nll_rises(teacher, ids[:, :-1], ids[:, 1:], 40, hf.vocab_size) == [0] * LAYERS
+    after = nll_rises(teacher, ids[:, :-1], ids[:, 1:], 4, hf.vocab_size, batch_size=5)
+    assert after == pytest.approx(rises, abs=1e-5)
+
+
+def test_rise_is_that_of_the_loss(teacher_dir, one_process):
+    """Against transformers with the same window in the one layer that matters."""
+    from transformers import AutoModelForCausalLM
+
+    hf, teacher = build_tiny_teacher(teacher_dir)
+    ids = torch.randint(0, hf.vocab_size, (3, 33), generator=torch.Generator().manual_seed(5))
+    rises = nll_rises(teacher, ids[:, :-1], ids[:, 1:], 6, hf.vocab_size)
+    losses = []
+    for window in (None, 6):
+        model = AutoModelForCausalLM.from_pretrained(
+            teacher_dir,
+            attn_implementation="eager",
+            layer_types=["sliding_attention" if window else "full_attention"] * LAYERS,
+            sliding_window=window,
+            use_sliding_window=bool(window),
+        )
+        with torch.no_grad():
+            losses.append(model(ids, labels=ids).loss.item())
+    assert rises[FAR_SIGHTED] == pytest.approx(losses[1] - losses[0], rel=1e-3)
+    assert abs(rises[FAR_SIGHTED]) > 0.01
+
+
+def run(monkeypatch, *flags):
+    given = ["edit_checkpoint.py", "--student-attention", "gate_swa", "--full-layers", "auto"]
+    monkeypatch.setattr(sys, "argv", [*given, *map(str, flags)])
+    edit_checkpoint.main()
+
+
+def test_the_tool_keeps_that_layer(teacher_dir, data, tmp_path, monkeypatch, capsys):
+    flags = ["--teacher", teacher_dir, "--save", tmp_path / "edit", "--sliding-window", 4]
+    flags += ["--calibration-data-path", data, "--seq-length", 63, "--calibration-tokens", 2048]
+    run(monkeypatch, *flags)
+    lineage = read_lineage(next((tmp_path / "edit").glob("iter_*")))
+    assert lineage.student_attention["full_layers"] == [FAR_SIGHTED]
+    scores = lineage.recipe["full_layer_scores"]
+    assert len(scores) == LAYERS and scores[FAR_SIGHTED] == max(scores) > 0.01
+    assert json.dumps(scores)
+    assert f"full layers: {FAR_SIGHTED}" in capsys.readouterr().err
+
+
+def test_bad_input(teacher_dir, data, tmp_path, monkeypatch):
+    flags = ["--teacher", teacher_dir, "--save", tmp_path / "edit"]
+    with pytest.raises(UserError, match="--full-layers auto needs --calibration-data-path"):
+        run(monkeypatch, *flags, "--init", "random")
+    with pytest.raises(UserError, match="--seq-length 63: .* more than the window 128"):
+        run(monkeypatch, *flags, "--calibration-data-path", data, "--seq-length", 63)
+
+
+def test_largest():
+    assert largest([0.1, 3.0, -1.0, 2.0], 2) == [1, 3]
+    assert largest([1.0, 1.0, 1.0], 1) == [2]
