@@ -1,8 +1,11 @@
-"""The one exception that is the user's to fix, and how a tool reports it."""
+"""The one exception that is the user's to fix, how a tool reports it, and exit codes."""
 
 import os
 import sys
 from collections.abc import Callable
+
+BAD_INPUT = 2  # exit code: running again without a change fails again
+STOPPED = 75  # exit code, EX_TEMPFAIL: asked to stop, checkpoint written; run again to go on
 
 
 class UserError(Exception):
@@ -10,11 +13,11 @@ class UserError(Exception):
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool's ``main``; a ``UserError`` becomes one line on stderr and exit code 2."""
+    """Run a tool's ``main``; a ``UserError`` becomes one line on stderr and ``BAD_INPUT``."""
     try:
         main()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(BAD_INPUT)

@@ -13,38 +13,54 @@ from megatron_attnedit.errors import run_tool
 def main() -> None:
     bootstrap()
     from megatron_attnedit.attention import student_attention_class
-    from megatron_attnedit.attention.flags import add_student_flags
     from megatron_attnedit.convert.hf_config import read_hf_config
-    from megatron_attnedit.models.plan import plan
+    from megatron_attnedit.models.grid import ParallelConfig
+    from megatron_attnedit.models.plan import RunSize, plan
+
+    args = vars(parser_for(ParallelConfig, RunSize).parse_args())
+    teacher = read_hf_config(args["teacher"])
+    student = student_attention_class(args["student_attention"]).from_flags(args, teacher)
+    names = (item.name for item in dataclasses.fields(ParallelConfig))
+    parallel = ParallelConfig(**{name: args[name] for name in names})
+    args["world_size"] = args["world_size"] or parallel.smallest_world_size
+    size = RunSize(**{item.name: args[item.name] for item in dataclasses.fields(RunSize)})
+    sizes = plan(teacher, student, parallel, size, context=args["context"])
+
+    fraction = sizes.student_kv_bytes / sizes.teacher_kv_bytes
+    print(student)
+    print(f"KV cache at {sizes.context} tokens, bfloat16, bytes per token:")
+    print(f"  teacher {sizes.teacher_kv_bytes:,}")
+    print(f"  student {sizes.student_kv_bytes:,} ({fraction:.1%})")
+    print(f"On each of {size.world_size} processes (of the pipeline stage that holds most), GB:")
+    for name, memory in (("stage 1", sizes.stage1), ("stage 2", sizes.stage2)):
+        parts = (f"{part} {value / 1e9:.2f}" for part, value in vars(memory).items())
+        print(f"  {name}: {', '.join(parts)}, together {memory.total / 1e9:.2f}")
+    if args["json"]:
+        args["json"].write_text(json.dumps(dataclasses.asdict(sizes), indent=2) + "\n")
+
+
+def parser_for(*groups: type) -> argparse.ArgumentParser:
+    from megatron_attnedit.attention.flags import add_student_flags
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", required=True, help="Hugging Face directory")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, help="(default: 1)")
     parser.add_argument("--context", type=int, default=32768, help="tokens (default: 32768)")
-    parser.add_argument("--seq-length", type=int, default=4096, help="of training (default: 4096)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    for group in groups:
+        options = parser.add_argument_group("run" if group is not groups[0] else "grid")
+        for item in dataclasses.fields(group):
+            flag, kind = f"--{item.name.replace('_', '-')}", type(item.default)
+            if kind is bool:
+                options.add_argument(flag, action="store_true")
+            elif item.name == "world_size":
+                options.add_argument(flag, type=int, help="processes (default: one copy's)")
+            else:
+                shown = item.default or "none"
+                options.add_argument(
+                    flag, type=kind, default=item.default, help=f"(default: {shown})"
+                )
     add_student_flags(parser)
-    args = parser.parse_args()
-
-    teacher = read_hf_config(args.teacher)
-    student = student_attention_class(args.student_attention).from_flags(vars(args), teacher)
-    sizes = plan(
-        teacher,
-        student,
-        tp_size=args.tensor_model_parallel_size,
-        context=args.context,
-        seq_length=args.seq_length,
-    )
-    fraction = sizes.student_kv_bytes / sizes.teacher_kv_bytes
-    print(student)
-    print(f"KV cache at {args.context} tokens, bfloat16, bytes per token:")
-    print(f"  teacher {sizes.teacher_kv_bytes:,}")
-    print(f"  student {sizes.student_kv_bytes:,} ({fraction:.1%})")
-    print(f"On each of {args.tensor_model_parallel_size} tensor-parallel processes:")
-    print(f"  frozen weights {sizes.frozen_bytes / 1e9:.2f} GB (bfloat16)")
-    print(f"  edited attentions with gradients and AdamW {sizes.trained_bytes / 1e9:.2f} GB")
-    if args.json:
-        args.json.write_text(json.dumps(dataclasses.asdict(sizes), indent=2) + "\n")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Stage 1, layer-wise: each student attention learns its teacher layer's output (torchrun)."""
 
+import sys
+
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import run_tool
 from megatron_attnedit.logs import start_logging
@@ -9,10 +11,14 @@ from megatron_attnedit.logs import start_logging
 def main() -> None:
     start_logging()
     bootstrap()
+    from megatron_attnedit.training.dry_run import dry_run
     from megatron_attnedit.training.recipe import Stage1Recipe, parse_recipe
     from megatron_attnedit.training.run import run
 
-    run(parse_recipe(Stage1Recipe, __doc__))
+    if "--dry-run" in sys.argv:
+        dry_run(Stage1Recipe, __doc__)
+        return
+    sys.exit(run(parse_recipe(Stage1Recipe, __doc__)))
 
 
 if __name__ == "__main__":

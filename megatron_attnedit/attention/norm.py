@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_attnedit.device.kernels import has_own_kernels, rms_norm
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -17,4 +20,11 @@ class RMSNorm(torch.nn.RMSNorm):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.eps: float = eps
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm over the last dimension."""
+        if has_own_kernels(x):
+            return rms_norm(x, self.weight, self.eps)
+        return super().forward(x)

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Generator, Tensor
 from typing_extensions import Self
 
+from megatron_attnedit.attention.kept import KeptNumbers
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
 
@@ -62,7 +63,7 @@ class StudentAttention(ABC):
         Args:
             teacher_weights: The teacher's attention of this layer.
             teacher: Its configuration.
-            inputs: ``[tokens, h]``, a sample of what enters this attention.
+            inputs: ``[s, c, h]``, what enters this attention for c samples of s tokens.
         """
 
     @abstractmethod
@@ -76,6 +77,10 @@ class StudentAttention(ABC):
     @abstractmethod
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
         """Cached numbers per token of a context that long, all layers together."""
+
+    @abstractmethod
+    def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
+        """What an edited layer's attention keeps for backward."""
 
     def check(self, *, tp_size: int, seq_length: int) -> None:  # noqa: B027
         """Refuse a run in which this attention cannot work or cannot learn.

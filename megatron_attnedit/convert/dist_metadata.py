@@ -47,8 +47,13 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
 
 
-def read_metadata(directory: Path) -> metadata.Metadata:
+def read_metadata(directory: Path, *, tensors_only: bool = False) -> metadata.Metadata:
     """What is where in a checkpoint.
+
+    Args:
+        directory: One iteration's folder.
+        tensors_only: Refuse pickled objects among the tensors: torch unpickles them freely, and no
+            checkpoint of this program has any.
 
     Raises:
         UserError: no such file, it is damaged or names anything else than metadata, or files
@@ -63,4 +68,7 @@ def read_metadata(directory: Path) -> metadata.Metadata:
     for file in files:
         if Path(file).name != file:
             raise UserError(f"{directory / FILE}: file {file!r} is outside the directory")
+    for name, entry in found.state_dict_metadata.items():
+        if tensors_only and not isinstance(entry, metadata.TensorStorageMetadata):
+            raise UserError(f"{directory / FILE}: {name} is a pickled object, which is not read")
     return found

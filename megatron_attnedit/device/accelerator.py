@@ -5,11 +5,13 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from megatron_attnedit.device.ascend import Adaptor
 from megatron_attnedit.device.fusion import compiles
 from megatron_attnedit.errors import UserError
 
@@ -26,11 +28,18 @@ class Accelerator:
         kind: ``cuda``, ``npu`` or ``cpu``.
         device: This process's device; the index is ``LOCAL_RANK``.
         dist_backend: ``torch.distributed`` backend that serves ``kind``.
+        adaptor: What adapts Megatron-Core to an NPU; None elsewhere.
     """
 
     kind: str
     device: torch.device
     dist_backend: str
+    adaptor: Adaptor | None = None
+
+    def configure_megatron(self, grid: Mapping[str, Any]) -> None:
+        """Hand the grid, by Megatron's names, to what adapts Megatron; before groups are formed."""
+        if self.adaptor is not None:
+            self.adaptor.configure(grid)
 
     @property
     def compiles(self) -> bool:
@@ -43,9 +52,26 @@ class Accelerator:
         return self.kind == "cuda"
 
     @property
+    def has_fusion_attention(self) -> bool:
+        """Does torch_npu's fused attention run here?"""
+        return self.kind == "npu"
+
+    @property
     def fuses_adam(self) -> bool:
         """Has torch's Adam a kernel of its own that pays here?"""
         return self.kind == "cuda"
+
+    @property
+    def random_state(self) -> torch.Tensor | None:
+        """State of the device's default generator; None on a CPU, where it is torch's own."""
+        if self.kind == "cpu":
+            return None
+        state: torch.Tensor = torch.get_device_module(self.device).get_rng_state(self.device)
+        return state
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Put back a ``random_state``."""
+        torch.get_device_module(self.device).set_rng_state(state, self.device)
 
     def synchronize(self) -> None:
         """Wait for queued work, so that a wall clock reads true."""
@@ -94,11 +120,10 @@ class Accelerator:
 
 
 def _detect() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
+    # An adaptor makes torch.cuda an alias of torch.npu, so NPUs come first.
     if getattr(torch, "npu", None) is not None and torch.npu.is_available():
         return "npu"
-    return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def quiet_megatron() -> None:
@@ -120,12 +145,18 @@ def bootstrap() -> Accelerator:
     from megatron_attnedit.device import ascend, cpu, mcore_fixes
 
     quiet_megatron()
-    ascend.import_if_installed()
-    kind = os.environ.get("MEGATRON_ATTNEDIT_DEVICE") or _detect()
-    if kind not in DIST_BACKENDS:
+    wanted = os.environ.get("MEGATRON_ATTNEDIT_DEVICE")
+    if wanted and wanted not in DIST_BACKENDS:
         raise UserError(
-            f"MEGATRON_ATTNEDIT_DEVICE={kind}: expected one of {', '.join(DIST_BACKENDS)}"
+            f"MEGATRON_ATTNEDIT_DEVICE={wanted}: expected one of {', '.join(DIST_BACKENDS)}"
         )
+    adaptor = None
+    if wanted in (None, "", "npu"):
+        cann = ascend.load_torch_npu(required=wanted == "npu")
+        if cann is not None and _detect() == "npu":
+            logger.info("CANN %s", cann)
+            adaptor = ascend.load_adaptor()
+    kind = wanted or _detect()
     if kind == "cpu":
         cpu.install()
         device = torch.device("cpu")
@@ -136,4 +167,4 @@ def bootstrap() -> Accelerator:
         torch.get_device_module(device).set_device(device)
     mcore_fixes.install(kind)
     logger.info("accelerator: %s, torch.distributed backend: %s", device, DIST_BACKENDS[kind])
-    return Accelerator(kind, device, DIST_BACKENDS[kind])
+    return Accelerator(kind, device, DIST_BACKENDS[kind], adaptor)

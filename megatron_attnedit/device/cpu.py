@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from megatron_attnedit.device.megatron_types import answer_as_cuda
+
 CPU = torch.device("cpu")
 FACTORIES = (
     *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye"),
@@ -161,16 +163,7 @@ class _PostImportHook(importlib.abc.MetaPathFinder):
 
 
 def _patch_tensor() -> None:
-    real_type = torch.Tensor.type
-
-    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = real_type(self, *args, **kwargs)
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if isinstance(answer, str) and caller.startswith("megatron.core"):
-            return answer.replace("torch.", "torch.cuda.", 1)
-        return answer
-
-    torch.Tensor.type = type_  # type: ignore[assignment,method-assign]
+    answer_as_cuda(lambda answer: answer.replace("torch.", "torch.cuda.", 1))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 

@@ -4,29 +4,73 @@ They hold on every device; the tests are in ``tests/unit/device/test_mcore_fixes
 """
 
 import functools
-import multiprocessing
+import pickle
+import queue
+import tempfile
 import types
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from megatron_attnedit.device.kernels import grouped_matmul, swiglu
 from megatron_attnedit.device.weight_gradient import add_weight_gradient
 from megatron_attnedit.errors import UserError
 
 SUPPORTED = "0.16."
 
 
-def _fork_results_queue() -> None:
-    """Save without re-importing ``__main__`` in a spawned manager (seconds per save and rank)."""
+class _ResultsFile:
+    """What a forked writer tells its parent, by way of an unlinked file both have open."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as this
+
+    def put(self, results: Any) -> None:
+        pickle.dump(results, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except EOFError:  # the writer was killed
+            raise queue.Empty from None
+
+
+def _no_manager_for_results() -> None:
+    """Mcore starts a manager process per rank, which re-imports ``__main__`` (seconds), and which
+    outlives a rank that is killed.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    def queue() -> Any:
-        if filesystem_async._results_queue is None:
-            manager = multiprocessing.get_context("fork").Manager()
-            filesystem_async._results_queue = manager.Queue()
-        return filesystem_async._results_queue
+    filesystem_async._get_write_results_queue = _ResultsFile
 
-    filesystem_async._get_write_results_queue = queue
+
+def _write_where_called() -> None:
+    """Mcore forks a process per file even inside the process that was forked to write, and waits
+    for ever for one that is killed.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    def write(
+        transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: Any
+    ) -> None:
+        done: Any = {}
+        for index, bucket in enumerate(buckets):
+            answers, busy = queue.SimpleQueue(), queue.Queue()  # type: ignore[var-annotated]
+            busy.put(index)
+            FileSystemWriterAsync.write_preloaded_data(
+                transforms, index, bucket, answers, busy, True, use_msc=use_msc
+            )
+            _, answer = answers.get()
+            if isinstance(answer, Exception):
+                done = answer
+                break
+            done[index] = answer
+        results.put(done)
+
+    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write)
 
 
 def _router_in_float32() -> None:
@@ -37,32 +81,59 @@ def _router_in_float32() -> None:
         moe_utils.te_general_gemm = None
 
 
-def _grouped_matmul_of_torch() -> None:
-    """Mcore's grouped experts want the package ``grouped_gemm``; torch has the operation, too."""
+def _grouped_matmul_of_torch(kind: str) -> None:
+    """Mcore's grouped experts want the package ``grouped_gemm``; torch has the operation, too.
+
+    MindSpeed's, which it compiles on first use, makes way for torch_npu's.
+    """
     from megatron.core.transformer.moe import grouped_gemm_util
 
-    if grouped_gemm_util.grouped_gemm_is_available():
+    if grouped_gemm_util.grouped_gemm_is_available() and kind != "npu":
         return
 
     def gmm(a: Any, b: Any, batch_sizes: Any, trans_b: bool = False) -> Any:
-        ends = torch.cumsum(batch_sizes.to(a.device), 0).to(torch.int32)
-        return torch.nn.functional.grouped_mm(a, b.transpose(1, 2) if trans_b else b, offs=ends)
+        return grouped_matmul(a, b.transpose(1, 2) if trans_b else b, batch_sizes)
 
     grouped_gemm_util.ops = types.SimpleNamespace(gmm=gmm)  # type: ignore[assignment]
     grouped_gemm_util.grouped_gemm_is_available = lambda: True
     grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
 
 
-def _weight_gradients_without_apex() -> None:
-    """Mcore's gradient accumulation fusion wants Apex's kernel; torch's product does the same."""
+def _weight_gradients_without_apex(kind: str) -> None:
+    """Mcore's gradient accumulation fusion wants Apex's kernel; torch's product does the same.
+
+    MindSpeed puts an empty module in the kernel's place, which looks installed.
+    """
     from megatron.core.tensor_parallel import layers
 
-    if layers._grad_accum_fusion_available:
+    if layers._grad_accum_fusion_available and kind != "npu":
         return
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(  # type: ignore[assignment]
         wgrad_gemm_accum_fp32=add_weight_gradient, wgrad_gemm_accum_fp16=add_weight_gradient
     )
     layers._grad_accum_fusion_available = True
+
+
+def _swiglu_of_the_npu() -> None:
+    """Mcore's fused SwiGLU is its formula, compiled; on an NPU nothing compiles it."""
+    from megatron.core.fusions import fused_bias_swiglu
+    from megatron.core.transformer.moe import experts
+
+    def swiglu_back(grad: Any, x: Any) -> Any:
+        return torch.ops.npu.npu_swiglu_backward(grad, x, dim=-1)
+
+    fused_bias_swiglu.swiglu = swiglu
+    fused_bias_swiglu.swiglu_back = swiglu_back
+
+    init = experts.GroupedMLP.__init__
+
+    @functools.wraps(init)
+    def init_with_swiglu(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if self.config.gated_linear_unit and self.config.activation_func is F.silu:
+            self.activation_func = swiglu
+
+    experts.GroupedMLP.__init__ = init_with_swiglu
 
 
 def _gradient_norm_in_one_pass() -> None:
@@ -144,7 +215,7 @@ def install(kind: str) -> None:
     """Apply all repairs.
 
     Args:
-        kind: ``cuda``, ``npu`` or ``cpu``; kept for repairs that one device needs.
+        kind: ``cuda``, ``npu`` or ``cpu``.
 
     Raises:
         UserError: another megatron-core is installed, on which none of this was tested.
@@ -157,8 +228,11 @@ def install(kind: str) -> None:
             f"this program needs {SUPPORTED}x (pip install 'megatron-core>=0.16.0,<0.17')"
         )
     _router_in_float32()
-    _grouped_matmul_of_torch()
-    _fork_results_queue()
-    _weight_gradients_without_apex()
+    _grouped_matmul_of_torch(kind)
+    _no_manager_for_results()
+    _write_where_called()
+    _weight_gradients_without_apex(kind)
+    if kind == "npu":
+        _swiglu_of_the_npu()
     _gradient_norm_in_one_pass()
     _own_adam_steps()

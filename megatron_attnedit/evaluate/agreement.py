@@ -14,7 +14,7 @@ def agreement(teacher: Tensor, student: Tensor) -> dict[str, float]:
     equal = teacher == student
     before = equal.long().cumprod(dim=1).sum(dim=1)
     return {
-        "equal_tokens": equal.double().mean().item(),
-        "first_divergence": before.double().mean().item(),
-        "identical": equal.all(dim=1).double().mean().item(),
+        "equal_tokens": equal.float().mean().item(),
+        "first_divergence": before.float().mean().item(),
+        "identical": equal.all(dim=1).float().mean().item(),
     }

@@ -14,7 +14,7 @@ class Distance:
     def add(self, teacher_log_probs: Tensor, log_probs: Tensor) -> None:
         """Count tokens in; both [t, v] in float32."""
         per_token = (teacher_log_probs.exp() * (teacher_log_probs - log_probs)).sum(-1)
-        self.nats += per_token.double().sum().item()
+        self.nats += per_token.cpu().double().sum().item()
         same = teacher_log_probs.argmax(-1) == log_probs.argmax(-1)
         self.agreeing += int(same.sum())
         self.tokens += same.numel()

@@ -15,7 +15,7 @@ class Perplexity:
     def add(self, log_probs: Tensor, labels: Tensor) -> None:
         """Count tokens in: ``log_probs`` [t, v] in float32, ``labels`` [t]."""
         picked = log_probs.gather(-1, labels[:, None])
-        self.nats -= picked.double().sum().item()
+        self.nats -= picked.cpu().double().sum().item()
         self.tokens += labels.numel()
 
     def value(self) -> float:

@@ -62,7 +62,7 @@ def recall(model: Any, sequences: Tensor, batch_size: int) -> dict[str, float]:
         logits = model.get_output_embeddings()(hidden[:, -VALUE_TOKENS:]).float()
         values = batch[:, -VALUE_TOKENS:]
         picked = logits.log_softmax(-1).gather(-1, values.unsqueeze(-1))
-        nll -= picked.double().sum().item()
+        nll -= picked.sum().item()
         right += int((logits.argmax(-1) == values).sum())
         tokens += values.numel()
     return {"accuracy": right / tokens, "nll": nll / tokens}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training import run_folder
 from megatron_attnedit.training.opened import find_lineage, is_hf
 
 STATES = ("after_edit", "after_stage1", "after_stage2")
@@ -81,7 +81,7 @@ def training_runs(student: StudentStates) -> dict[str, dict[str, Any]]:
     comes without a lineage.
     """
     directory = student.directories[student.last]
-    start = directory if is_hf(directory) else checkpoint.latest(directory)
+    start = directory if is_hf(directory) else run_folder.latest(directory)
     lineage = find_lineage(start) if start else None
     if lineage is None:
         return {}

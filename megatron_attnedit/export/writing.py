@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron_attnedit.convert.dist_checkpoint import DistWriter
 from megatron_attnedit.convert.hf_checkpoint import INDEX, copy_tokenizer_files, read_index
 from megatron_attnedit.convert.hf_writer import HFWriter
+from megatron_attnedit.convert.integrity import seal
 from megatron_attnedit.convert.legacy_checkpoint import LegacyWriter
 from megatron_attnedit.convert.legacy_grid import ITERATION
 from megatron_attnedit.convert.output import barrier, is_first
@@ -22,7 +23,7 @@ from megatron_attnedit.convert.pieces import Read, my_share
 from megatron_attnedit.convert.reading import DTYPES, Reading, write_manifest
 from megatron_attnedit.export.conversion_config import ConversionConfig
 from megatron_attnedit.models.student import edited_rows
-from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training import checkpoint, run_folder
 from megatron_attnedit.training.opened import HF_FILES, LINEAGE_KEY, Opened
 
 MODELING_FILES = Path(__file__).parent / "hf"
@@ -108,7 +109,7 @@ def _write_config(opened: Opened, dtype: str, folder: Path) -> None:
 def write_megatron(opened: Opened, config: ConversionConfig, output: Path) -> None:
     """One iteration's folder, and the file that names it."""
     iteration = ITERATION if config.format == "torch" else 0
-    folder = checkpoint.iteration_dir(output, iteration)
+    folder = run_folder.iteration_dir(output, iteration)
     rows, dtype = opened.rows, config.dtype or opened.hf.dtype
     is_student = opened.base is not None
     if is_student and config.format == "torch_dist" and opened.lineage.trainable != "all":
@@ -130,8 +131,9 @@ def write_megatron(opened: Opened, config: ConversionConfig, output: Path) -> No
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
             common = {"iteration": iteration, "content_metadata": checkpoint.CONTENT}
             torch.save(common, folder / "common.pt")
-        opened.lineage.write(folder)  # last: without it nothing here loads
-        (output / checkpoint.TRACKER).write_text(f"{iteration}\n")
+        opened.lineage.write(folder)
+        seal(folder)
+        run_folder.track(output, iteration)
 
 
 def _write_hf_files(opened: Opened, dtype: str, folder: Path) -> None:

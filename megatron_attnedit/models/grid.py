@@ -1,5 +1,6 @@
 """How a model is cut over processes, in Megatron's words."""
 
+import math
 from dataclasses import dataclass
 
 from megatron.core import parallel_state
@@ -52,6 +53,42 @@ class ParallelConfig:
     def num_chunks(self) -> int:
         """Pieces of the model on each process."""
         return self.num_virtual_stages_per_pipeline_rank
+
+    @property
+    def smallest_world_size(self) -> int:
+        """Processes of one copy of the model."""
+        dense = self.tensor_model_parallel_size * self.context_parallel_size
+        experts = self.expert_tensor_parallel_size * self.expert_model_parallel_size
+        return math.lcm(dense, experts) * self.pipeline_model_parallel_size
+
+    def layers_by_chunk(self, num_layers: int) -> list[list[range]]:
+        """0-based layers of every piece: ``[pipeline stage][piece on that stage]``.
+
+        The first piece of the first stage has the embedding, the last of the last the output head.
+        """
+        stages, chunks = self.pipeline_model_parallel_size, self.num_chunks
+        layout = self.pipeline_model_parallel_layout
+        counts = [num_layers // (stages * chunks)] * (stages * chunks)
+        if layout:
+            parts = PipelineParallelLayerLayout.parse_str_to_list(layout)
+            counts = [sum(kind.name == "decoder" for kind in part) for part in parts]
+        pieces, first = [], 0
+        for count in counts:
+            pieces.append(range(first, first + count))
+            first += count
+        return [
+            [pieces[chunk * stages + stage] for chunk in range(chunks)] for stage in range(stages)
+        ]
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model; ``world_size`` is one that ``check_processes`` accepts."""
+        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return world_size // (model * self.context_parallel_size)
+
+    def expert_data_parallel_size(self, world_size: int) -> int:
+        """Copies of each expert."""
+        model = self.expert_tensor_parallel_size * self.expert_model_parallel_size
+        return world_size // (model * self.pipeline_model_parallel_size)
 
     def check_processes(self, world_size: int) -> None:
         """Refuse a number of processes that the grid does not fill.
@@ -156,6 +193,20 @@ class ParallelConfig:
             product = " times ".join(flags)
             raise UserError(f"--seq-length {seq_length} is not a multiple of {product}")
 
+    def num_microbatches(
+        self, world_size: int, *, global_batch_size: int, micro_batch_size: int
+    ) -> int:
+        """Micro-batches of one process in an iteration.
+
+        Raises:
+            UserError: the grid does not fill the processes, or the batch does not divide.
+        """
+        self.check_processes(world_size)
+        copies = self.data_parallel_size(world_size)
+        count = num_microbatches(global_batch_size, micro_batch_size, copies)
+        self.check_microbatches(count)
+        return count
+
     def check_microbatches(self, num_microbatches: int) -> None:
         """An interleaved pipeline takes micro-batches in groups of its number of stages.
 
@@ -170,8 +221,8 @@ class ParallelConfig:
                 f"multiple of --pipeline-model-parallel-size {stages}"
             )
 
-    def start(self) -> None:
-        """Form Megatron's process groups."""
+    def start(self, timeout_minutes: int = 10) -> None:
+        """Form Megatron's process groups, whose collectives give up after a while."""
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
@@ -179,7 +230,22 @@ class ParallelConfig:
             context_parallel_size=self.context_parallel_size,
             expert_model_parallel_size=self.expert_model_parallel_size,
             expert_tensor_parallel_size=self.expert_tensor_parallel_size,
+            distributed_timeout_minutes=timeout_minutes,
         )
+
+
+def num_microbatches(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> int:
+    """Micro-batches of one process in an iteration.
+
+    Raises:
+        UserError: the global batch does not divide evenly.
+    """
+    if global_batch_size % (micro_batch_size * data_parallel_size):
+        raise UserError(
+            f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size "
+            f"{micro_batch_size} times the data-parallel size {data_parallel_size}"
+        )
+    return global_batch_size // (micro_batch_size * data_parallel_size)
 
 
 def place_of_this_process() -> TensorParallelPlace:

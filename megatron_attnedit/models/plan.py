@@ -1,17 +1,14 @@
 """What a student would cache, and what each process would hold, before anything is built."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_attnedit.attention import StudentAttention
-from megatron_attnedit.convert.converter import check_tensor_parallel
-from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow
-from megatron_attnedit.models.student import student_rows
+from megatron_attnedit.models.activations import Workload
+from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.memory import RankMemory, memory_of_stages
 
-BYTES = 2  # bfloat16, as served
-# bfloat16 weight, float32 main gradient, float32 master weight and two float32 moments.
-TRAINING_BYTES = 2 + 4 + 4 + 4 + 4
+BYTES = 2  # bfloat16, as served and as trained
 
 
 @dataclass(frozen=True)
@@ -22,52 +19,81 @@ class Plan:
         teacher_kv_bytes: Of a token, all layers, bfloat16.
         student_kv_bytes: Of a token, averaged over a context of ``context`` tokens.
         context: Tokens.
-        frozen_bytes: Weights of the teacher on one process.
-        trained_bytes: The edited attentions with gradients and optimizer state on one process.
+        stage1: Of the process that holds most, in stage 1.
+        stage2: The same in stage 2.
     """
 
     teacher_kv_bytes: int
     student_kv_bytes: int
     context: int
-    frozen_bytes: int
-    trained_bytes: int
+    stage1: RankMemory
+    stage2: RankMemory
 
 
-def _params(rows: list[ParamRow], tp_size: int) -> int:
-    """Numbers on one tensor-parallel rank."""
-    total = 0
-    for row in rows:
-        count = 0
-        for shape in row.hf_shapes:
-            size = 1
-            for dim in shape:
-                size *= dim
-            count += size
-        total += count if row.tp_dim is None else -(-count // tp_size)
-    return total
+@dataclass(frozen=True, kw_only=True)
+class RunSize:
+    """How much a run computes, on how many processes.
+
+    Attributes:
+        world_size: Processes.
+        seq_length: Tokens of a sample.
+        micro_batch_size: Samples that one process computes at a time.
+        global_batch_size: Samples of an iteration; 0: one micro-batch on each process.
+        use_distributed_optimizer: Copies of the model share the optimizer states.
+    """
+
+    world_size: int
+    seq_length: int = 4096
+    micro_batch_size: int = 1
+    global_batch_size: int = 0
+    use_distributed_optimizer: bool = False
 
 
 def plan(
-    teacher: HFConfig, student: StudentAttention, *, tp_size: int, context: int, seq_length: int
+    teacher: HFConfig,
+    student: StudentAttention,
+    parallel: ParallelConfig,
+    size: RunSize,
+    *,
+    context: int,
 ) -> Plan:
-    """Sizes of a run on a grid.
+    """Sizes of a run on a grid, everything but the edited attentions frozen.
 
     Raises:
-        UserError: the grid cannot cut this teacher or this student.
+        UserError: the grid cannot cut this teacher, this student, this batch, or does not fill the
+            processes; names the flag.
     """
-    check_tensor_parallel(teacher, tp_size)
-    student.check(tp_size=tp_size, seq_length=seq_length)
+    parallel.check_processes(size.world_size)
+    parallel.check_model(teacher)
+    parallel.check_sequence(size.seq_length)
+    student.check(tp_size=parallel.tensor_model_parallel_size, seq_length=size.seq_length)
+    copies = parallel.data_parallel_size(size.world_size)
+    round_of_all = size.micro_batch_size * copies * parallel.pipeline_model_parallel_size
+    work = Workload(
+        stage=1,
+        bytes_per_number=BYTES,
+        seq_length=size.seq_length,
+        micro_batch_size=size.micro_batch_size,
+        num_microbatches=parallel.num_microbatches(
+            size.world_size,
+            global_batch_size=size.global_batch_size or round_of_all,
+            micro_batch_size=size.micro_batch_size,
+        ),
+        data_parallel_size=copies,
+        expert_data_parallel_size=parallel.expert_data_parallel_size(size.world_size),
+        use_distributed_optimizer=size.use_distributed_optimizer,
+        moe_grouped_gemm=bool(teacher.num_experts),
+    )
+
+    def largest(stage: int) -> RankMemory:
+        stages = memory_of_stages(teacher, student, parallel, replace(work, stage=stage))
+        return max(stages, key=lambda memory: memory.total)
+
     kv = 2 * teacher.num_key_value_heads * teacher.head_dim * teacher.num_hidden_layers
-    edited = [
-        row
-        for row in student_rows(teacher, student)
-        if ".self_attention." in row.megatron_param
-        and student.edits(int(row.megatron_param.split(".")[2]))
-    ]
     return Plan(
         teacher_kv_bytes=kv * BYTES,
         student_kv_bytes=round(student.kv_values_per_token(teacher, context) * BYTES),
         context=context,
-        frozen_bytes=_params(teacher_rows(teacher), tp_size) * BYTES,
-        trained_bytes=_params(edited, tp_size) * TRAINING_BYTES,
+        stage1=largest(1),
+        stage2=largest(2),
     )

@@ -23,13 +23,13 @@ def attention_inputs(
         progress: Show a progress bar.
 
     Returns:
-        By 0-based layer index ``[n * s, h]``, on the CPU.
+        By 0-based layer index ``[s, n, h]``, on the CPU.
     """
     found: dict[int, list[Tensor]] = {}
 
     def hook(layer_idx: int) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-            found.setdefault(layer_idx, []).append(args[0].flatten(0, 1).cpu())
+            found.setdefault(layer_idx, []).append(args[0].cpu())
 
         return record
 
@@ -45,4 +45,4 @@ def attention_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {layer_idx: torch.cat(parts) for layer_idx, parts in found.items()}
+    return {layer_idx: torch.cat(parts, dim=1) for layer_idx, parts in found.items()}

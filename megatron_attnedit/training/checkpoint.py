@@ -1,31 +1,34 @@
-"""Save and load on Megatron's distributed checkpoints; any grid reads what any grid wrote.
+"""What a checkpoint holds, and how it is read; any grid reads what any grid wrote.
 
-Layout: ``DIR/iter_0000100/`` (tensors, ``attnedit.json``) and ``DIR/latest_checkpointed_iteration
-.txt``. A checkpoint is written under a temporary name and renamed when it is complete. Frozen
-weights are not written again: a student's checkpoint holds what trained and names its teacher.
+The format is Megatron's ``torch_dist``. Frozen weights are not written again: a student's
+checkpoint holds what trained and names its teacher.
 """
 
-import shutil
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_attnedit.convert.completeness import check_finite
 from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.teacher import global_name
-from megatron_attnedit.training.lineage import FILE, Lineage
 
 EXTRA_STATE = "_extra_state"
-TRACKER = "latest_checkpointed_iteration.txt"
-
+COMMON = "common.pt"  # Megatron's name of the file of plain values
+_DAMAGED = (
+    CheckpointingException,
+    *(KeyError, OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError),
+    *(AssertionError, pickle.UnpicklingError),
+)
 
 # How tensors are cut into a checkpoint.
 CONTENT = {
@@ -66,90 +69,28 @@ def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return ((name, sharded) for name, sharded in state.items() if not name.endswith(EXTRA_STATE))
 
 
-def iteration_dir(directory: Path, iteration: int) -> Path:
-    """Folder of one iteration's checkpoint."""
-    return directory / f"iter_{iteration:07d}"
+class _PlainValues(TorchCommonLoadStrategy):
+    """Reads ``common.pt`` without running code from it, whatever torch's default is."""
 
-
-def latest(directory: str | Path) -> Path | None:
-    """The newest complete checkpoint in ``directory``, or the directory itself if it is one."""
-    path = Path(directory)
-    if (path / FILE).is_file():
-        return path
-    found = tracked(path)
-    if found is not None and not (found / FILE).is_file():
-        raise UserError(f"{path / TRACKER}: names {found.name}, which is missing or incomplete")
-    return found
-
-
-def tracked(directory: Path) -> Path | None:
-    """The folder that the tracker file names, there or not; None without a tracker.
-
-    Raises:
-        UserError: it names none.
-    """
-    tracker = directory / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text().strip()
-    if text == "release":  # Megatron's name for a model that no run wrote
-        return directory / text
-    if not text.isdecimal():
-        raise UserError(f"{tracker}: names no iteration")
-    return iteration_dir(directory, int(text))
-
-
-def find(directory: str, flag: str) -> Path:
-    """The newest complete checkpoint.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = latest(directory)
-    if found is None:
-        raise UserError(f"{flag} {directory}: no checkpoint there ({TRACKER} is missing)")
-    return found
-
-
-def save(directory: Path, iteration: int, state: dict[str, Any], lineage: Lineage) -> Path:
-    """Write a checkpoint and make it the latest; collective.
-
-    Args:
-        directory: The run's folder.
-        iteration: Iterations done.
-        state: Sharded tensors and plain values.
-        lineage: Written beside them.
-    """
-    target = iteration_dir(directory, iteration)
-    partial = directory / f".writing-{target.name}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save({**state, "iteration": iteration}, partial, content_metadata=CONTENT)
-    if dist.get_rank() == 0:
-        lineage.write(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        tracker = directory / f".{TRACKER}"
-        tracker.write_text(f"{iteration}\n")
-        tracker.rename(directory / TRACKER)
-    dist.barrier()
-    return target
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        return torch.load(Path(checkpoint_dir) / COMMON, map_location="cpu", weights_only=True)
 
 
 def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Read a checkpoint into the shape of ``state``; collective.
 
     Raises:
-        UserError: it does not fit, or is damaged.
+        UserError: it does not fit, is damaged, or holds pickled objects.
     """
+    read_metadata(path, tensors_only=True)  # before Megatron unpickles it without looking
     try:
-        read_metadata(path)  # before Megatron unpickles it without looking
-        return dist_checkpointing.load(state, str(path))
-    except (CheckpointingException, KeyError, OSError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0][:300]
-        raise UserError(f"{path}: cannot be loaded: {first_line}") from None
+        return dist_checkpointing.load(state, str(path), common_strategy=_PlainValues())
+    except CheckpointException as error:
+        cause: BaseException = next(iter(error.failures.values()))[0]
+    except _DAMAGED as error:
+        cause = error
+    lines = str(cause).strip().splitlines() or [repr(cause)]
+    raise UserError(f"{path}: cannot be loaded: {lines[0][:300]}")
 
 
 def load_params(path: Path, module_state: dict[str, Any]) -> None:

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.training.data_files import (
+    CheckedDataset,
+    check_amount,
+    describe,
+    refuse_pickled_indices,
+)
 
 # A model's vocabulary is its tokenizer's, rounded up; a larger gap is another tokenizer.
 LARGEST_PADDING = 1024
-REQUIRED: dict[str, tuple[type, ...]] = {
-    "vocab_size": (int,),
-    "eod": (int, type(None)),
-    "tokens": (int,),
-    "tokenizer_sha256": (str,),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class DataConfig:
         vocab_size: The model's, padding included.
         eod_mask_loss: Leave out the loss of predicting past the end of a document.
         data_cache_path: Folder for sample indices, shared by all ranks.
+        max_epochs: How often training data may be read; 0: any number of times.
     """
 
     train_data_path: list[str]
@@ -48,6 +49,7 @@ class DataConfig:
     data_cache_path: str
     valid_data_path: list[str] = field(default_factory=list)
     eod_mask_loss: bool = False
+    max_epochs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,33 +85,6 @@ def _blend(data_path: list[str], flag: str) -> tuple[list[str], list[float] | No
     if weights is not None and not all(0 < weight < float("inf") for weight in weights):
         raise UserError(f"{flag} {' '.join(data_path)}: expected weights above 0")
     return list(prefixes), weights
-
-
-def describe(prefix: str, flag: str) -> dict[str, Any]:
-    """What ``tools/preprocess_data.py`` wrote about a prefix.
-
-    Data that Megatron-LM's own script wrote needs such a ``.json`` with the keys ``vocab_size``,
-    ``eod``, ``tokens`` and ``tokenizer_sha256``.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
-    for suffix in (".bin", ".idx", ".json"):
-        if not Path(prefix + suffix).is_file():
-            raise UserError(f"{flag} {prefix}: {prefix}{suffix} is missing")
-    try:
-        found = json.loads(Path(prefix + ".json").read_text())
-    except ValueError as error:
-        raise UserError(f"{flag} {prefix}: {prefix}.json is not JSON: {error}") from error
-    for key, kind in REQUIRED.items():
-        if not isinstance(found, dict) or not isinstance(found.get(key, ...), kind):
-            raise UserError(f"{flag} {prefix}: {prefix}.json has no {key}, or not of its type")
-    size, tokens = Path(prefix + ".bin").stat().st_size, found["tokens"]
-    if size not in (tokens * 2, tokens * 4):  # uint16 and int32, all that Megatron writes
-        raise UserError(
-            f"{flag} {prefix}: {prefix}.bin has {size} bytes, not those of {tokens} tokens"
-        )
-    return found
 
 
 def data_identity(config: DataConfig) -> dict[str, Any]:
@@ -170,7 +145,9 @@ def _build(
     )
     sizes = [num_samples if index == split else 0 for index in range(3)]
     builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, gpt_config)
-    return builder.build()[split]
+    flag = "--valid-data-path" if split else "--train-data-path"
+    where = f"{flag} {' '.join(blend[0])[:200]}"
+    return CheckedDataset(builder.build()[split], config.vocab_size, where)
 
 
 def build_datasets(
@@ -185,7 +162,16 @@ def build_datasets(
     Raises:
         UserError: files are missing, too short, or of another tokenizer than the model's.
     """
-    blend, tokenizer = _checked_blend(config, config.train_data_path, "--train-data-path")
+    refuse_pickled_indices(Path(config.data_cache_path))
+    flag = "--train-data-path"
+    blend, tokenizer = _checked_blend(config, config.train_data_path, flag)
+    check_amount(
+        [(prefix, describe(prefix, flag)["tokens"]) for prefix in blend[0]],
+        blend[1],
+        needed=train_samples * config.seq_length,
+        max_epochs=config.max_epochs,
+        flag=flag,
+    )
     if not config.valid_data_path or not valid_samples:
         return _build(config, blend, tokenizer, 0, train_samples), None
     flag = "--valid-data-path"

@@ -22,7 +22,7 @@ from megatron_attnedit.models.student import (
     student_rows,
 )
 from megatron_attnedit.models.teacher import global_params
-from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training import checkpoint, run_folder
 from megatron_attnedit.training.calibration import attention_inputs
 from megatron_attnedit.training.data import DataConfig, build_datasets
 from megatron_attnedit.training.setup import (
@@ -32,6 +32,7 @@ from megatron_attnedit.training.setup import (
     stop_processes,
     teacher_hf_dir,
 )
+from megatron_attnedit.training.writing import save
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class EditConfig:
     def __post_init__(self) -> None:
         if self.init == "teacher" and not self.calibration_data_path:
             raise UserError("--calibration-data-path is required with --init teacher")
-        if checkpoint.latest(self.save) is not None:
+        if run_folder.latest(self.save) is not None:
             raise UserError(f"--save {self.save}: holds a checkpoint already")
 
 
@@ -98,7 +99,7 @@ def edit(config: EditConfig) -> Path:
             recipe={"init": config.init, "seed": config.seed, **config.flags},
         )
         state = {"model": checkpoint.attention_state(attentions)}
-        return checkpoint.save(Path(config.save), 0, state, lineage)
+        return save(Path(config.save), 0, state, lineage)
     finally:
         stop_processes()
 
@@ -114,7 +115,7 @@ def _weights(
         if config.init == "random":
             yield layer_idx, student_attention.init_random(weights, teacher.hf, generator)
         else:
-            sample = inputs.pop(layer_idx).float()
+            sample = inputs.pop(layer_idx)
             yield layer_idx, student_attention.init_from_teacher(weights, teacher.hf, sample)
 
 

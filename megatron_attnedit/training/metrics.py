@@ -1,27 +1,105 @@
-"""What a run says: log lines, TensorBoard, metrics.jsonl. Rank 0 only."""
+"""What a run says: log lines, metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 only."""
 
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
+Values = dict[str, Any]
 
-class MetricsLog:
-    """Writes every logged iteration in three ways.
+
+class Sink(Protocol):
+    """Something that keeps numbers by iteration."""
+
+    def write(self, iteration: int, values: Values) -> None:
+        """Keep the numbers of an iteration; a value may be a dictionary by layer."""
+
+    def close(self) -> None:
+        """Keep what is not yet kept."""
+
+
+def scalars(values: Values) -> Iterator[tuple[str, float]]:
+    """Numbers by name, those of layers one by one."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/layer {layer}", number) for layer, number in value.items())
+        elif isinstance(value, int | float):
+            yield name, value
+
+
+class TensorBoard:
+    """``tensorboard/`` in the run's folder; an interrupted attempt's later points are purged.
 
     Args:
-        directory: The run's folder; ``metrics.jsonl`` and ``tensorboard/`` inside it.
+        directory: The run's folder.
+        first_iteration: The first one that this attempt logs.
+    """
+
+    def __init__(self, directory: Path, first_iteration: int) -> None:
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_iteration)
+
+    def write(self, iteration: int, values: Values) -> None:
+        for name, number in scalars(values):
+            self._writer.add_scalar(name, number, iteration)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class JsonLines:
+    """``metrics.jsonl``; what an interrupted attempt logged later is dropped.
+
+    Args:
+        directory: The run's folder.
+        first_iteration: The first one that this attempt logs.
+    """
+
+    def __init__(self, directory: Path, first_iteration: int) -> None:
+        self._file = directory / "metrics.jsonl"
+        self.seconds = 0.0  # of earlier attempts
+        if self._file.is_file():
+            kept = [entry for entry in self._entries() if entry["iteration"] < first_iteration]
+            new = directory / ".metrics.jsonl"
+            new.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            new.rename(self._file)
+            self.seconds = kept[-1]["seconds"] if kept else 0.0
+
+    def _entries(self) -> Iterator[Values]:
+        for line in self._file.read_bytes().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # half a line, or the zeros of a lost page
+                continue
+            if isinstance(entry, dict) and {"iteration", "seconds"} <= entry.keys():
+                yield entry
+
+    def write(self, iteration: int, values: Values) -> None:
+        with self._file.open("a") as file:
+            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+
+    def close(self) -> None:
+        """Every line is written at once."""
+
+
+class MetricsLog:
+    """Writes every logged iteration to all sinks and as a line.
+
+    Args:
+        directory: The run's folder.
         enabled: False on all ranks but one; then nothing happens.
+        stage: 1 or 2.
         train_iters: Iterations of the whole run.
-        start_iteration: Iterations done before; later lines of an earlier attempt are dropped.
+        start_iteration: Iterations done before.
         tokens_per_iteration: Tokens of a global batch.
         flops_per_token: For TFLOP/s, of all processes together.
+        others: Further sinks.
     """
 
     def __init__(
@@ -34,34 +112,26 @@ class MetricsLog:
         start_iteration: int,
         tokens_per_iteration: int,
         flops_per_token: float,
+        others: list[Sink],
     ) -> None:
         self.enabled = enabled
         self.stage = stage
         self.train_iters = train_iters
         self.tokens_per_iteration = tokens_per_iteration
         self.flops_per_token = flops_per_token
-        self._elapsed_before = 0.0
         self._start = self._last_time = time.monotonic()
         self._last_iteration = start_iteration
         if not enabled:
             return
-        self.file = directory / "metrics.jsonl"
-        self._keep_up_to(start_iteration)
-        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start_iteration + 1)
+        # A run that starts validates before its first iteration; one that goes on does not.
+        first = start_iteration + 1 if start_iteration else 0
+        self._lines = JsonLines(directory, first)
+        self._elapsed_before = self._lines.seconds
+        self._sinks: list[Sink] = [TensorBoard(directory, first), *others]
         self.bar = tqdm(
             total=train_iters, initial=start_iteration, desc=f"stage {stage}", unit="it",
             disable=None,
         )
-
-    def _keep_up_to(self, iteration: int) -> None:
-        """Drop what an interrupted attempt logged after its last checkpoint."""
-        if not self.file.is_file():
-            return
-        kept = [json.loads(line) for line in self.file.read_text().splitlines() if line.strip()]
-        kept = [entry for entry in kept if entry["iteration"] <= iteration]
-        self.file.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        if kept:
-            self._elapsed_before = kept[-1]["seconds"]
 
     def seconds(self) -> float:
         """Training time so far, earlier attempts counted."""
@@ -72,7 +142,7 @@ class MetricsLog:
         if self.enabled:
             self.bar.update()
 
-    def train(self, iteration: int, values: dict[str, Any]) -> None:
+    def train(self, iteration: int, values: Values) -> None:
         """Log an iteration."""
         if not self.enabled:
             return
@@ -95,7 +165,7 @@ class MetricsLog:
             f"{values['tflops']:.3f} TFLOP/s | {left:.0f} s left"
         )
 
-    def validation(self, iteration: int, values: dict[str, Any]) -> None:
+    def validation(self, iteration: int, values: Values) -> None:
         """Log a validation."""
         if not self.enabled:
             return
@@ -109,22 +179,20 @@ class MetricsLog:
         )
         self._say(f"stage {self.stage} iteration {iteration} | validation: {numbers}")
 
-    def _write(self, iteration: int, values: dict[str, Any]) -> None:
-        entry = {
-            "iteration": iteration,
+    def skipped(self, iteration: int, count: int, why: str) -> None:
+        """Log an iteration that was skipped, and how many were."""
+        if self.enabled:
+            self._write(iteration, {"skipped_iterations": count, "why": why})
+
+    def _write(self, iteration: int, values: Values) -> None:
+        place = {
             "stage": self.stage,
             "seconds": round(self.seconds(), 3),
             "tokens": iteration * self.tokens_per_iteration,
-            **values,
         }
-        with self.file.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        for name, value in values.items():
-            if isinstance(value, dict):
-                for layer, number in value.items():
-                    self.writer.add_scalar(f"{name}/layer {layer}", number, iteration)
-            else:
-                self.writer.add_scalar(name, value, iteration)
+        self._lines.write(iteration, {**place, **values})
+        for sink in self._sinks:
+            sink.write(iteration, values)
 
     def _say(self, line: str) -> None:
         with tqdm.external_write_mode():
@@ -134,4 +202,5 @@ class MetricsLog:
         """Flush; ends the progress bar."""
         if self.enabled:
             self.bar.close()
-            self.writer.close()
+            for sink in self._sinks:
+                sink.close()

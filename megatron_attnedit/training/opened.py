@@ -17,7 +17,7 @@ from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.student import edited_rows, student_rows
-from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training import run_folder
 from megatron_attnedit.training.lineage import FILE, Lineage, lineage_from_json, read_lineage
 
 HF_FILES = "hf"  # folder inside an imported teacher: config.json and tokenizer
@@ -117,10 +117,10 @@ def _start(path: Path, flag: str) -> Path:
     """The folder or file that holds the tensors."""
     if is_hf(path):
         return path
-    for folder in (path, checkpoint.tracked(path)):
+    for folder in (path, run_folder.tracked(path)):
         if folder is not None and is_legacy(folder):
             return folder
-    start = checkpoint.latest(path)
+    start = run_folder.latest(path)
     if start is None:
         raise UserError(f"{flag} {path}: neither config.json nor a Megatron checkpoint there")
     return start

@@ -12,6 +12,13 @@ import yaml
 from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.layerwise import NORMALISATIONS
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.grid import num_microbatches
+
+POLICIES = ("stop", "skip")  # for bad iterations
+COUNTS = (
+    "keep_last keep_every exit_duration_in_mins exit_interval max_skipped_iterations "
+    "loss_spike_factor max_epochs"
+)
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -74,12 +81,42 @@ class Recipe:
     use_distributed_optimizer: bool = option(
         False, "cut optimizer state over data-parallel processes"
     )
-    attention_backend: str = option("auto", "attention kernel", ("auto", "sdpa", "reference"))
+    attention_backend: str = option(
+        "auto", "attention kernel", ("auto", "sdpa", "reference", "npu_fusion")
+    )
 
     log_interval: int = option(10, "iterations between log lines")
     eval_interval: int = option(100, "iterations between validations; also runs first and last")
     eval_iters: int = option(10, "global batches of a validation")
+    wandb_project: str = option("", "Weights & Biases project to log to, besides TensorBoard")
+    wandb_exp_name: str = option("", "name of the run there; default: that of the folder --save")
+
     save_interval: int = option(500, "iterations between checkpoints; the last one is always saved")
+    async_save: bool | None = option(
+        None, "write checkpoints behind the training; not given: on accelerators, not on a CPU"
+    )
+    keep_last: int = option(0, "newest checkpoints that stay; 0: all")
+    keep_every: int = option(
+        0, "with --keep-last: those of iterations that are a multiple of it stay, too; 0: none"
+    )
+
+    exit_duration_in_mins: float = option(
+        0.0, "minutes after which to save and exit with code 75; 0: no limit"
+    )
+    exit_interval: int = option(
+        0, "save and exit with code 75 after an iteration that is a multiple of it; 0: never"
+    )
+    distributed_timeout_minutes: int = option(
+        10, "minutes until a process stops waiting for another one"
+    )
+    bad_iterations: str = option(
+        "stop", "what to do when loss or gradients are not finite, or a loss jumps", POLICIES
+    )
+    max_skipped_iterations: int = option(10, "iterations that --bad-iterations skip may skip")
+    loss_spike_factor: float = option(
+        0.0, "a loss above so many times its running mean is bad; 0: none is"
+    )
+    max_epochs: float = option(0.0, "times that the training data may be read; 0: any number")
 
     def __post_init__(self) -> None:
         for name in ("teacher", "load", "save", "train_data_path"):
@@ -93,12 +130,26 @@ class Recipe:
                 raise UserError(f"--{flag} {value!r}: expected one of {', '.join(choices)}")
         positive = "seq_length micro_batch_size global_batch_size train_iters lr"
         intervals = " log_interval eval_interval eval_iters save_interval"
+        intervals += " distributed_timeout_minutes"
         for name in (positive + intervals).split():
             if not getattr(self, name) > 0:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: expected a positive number")
+        for name in COUNTS.split():
+            if getattr(self, name) < 0:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {getattr(self, name)}: expected 0 or a positive number")
+        if self.keep_every and not self.keep_last:
+            raise UserError(f"--keep-every {self.keep_every}: all stay without --keep-last")
+        if 0 < self.loss_spike_factor <= 1:
+            raise UserError(f"--loss-spike-factor {self.loss_spike_factor}: expected more than 1")
         if self.moe_grouped_gemm and not self.bf16:
             raise UserError("--moe-grouped-gemm needs --bf16: mcore's grouped experts are bfloat16")
+        if not 0 <= self.lr_warmup_iters < self.train_iters:
+            raise UserError(
+                f"--lr-warmup-iters {self.lr_warmup_iters}: expected from 0 to less than "
+                f"--train-iters {self.train_iters}"
+            )
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"--min-lr {self.min_lr}: expected from 0 to --lr {self.lr}")
 
@@ -108,14 +159,9 @@ class Recipe:
         Raises:
             UserError: the global batch does not divide evenly.
         """
-        per_round = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size % per_round:
-            raise UserError(
-                f"--global-batch-size {self.global_batch_size} is not a multiple of "
-                f"--micro-batch-size {self.micro_batch_size} times the data-parallel size "
-                f"{data_parallel_size}"
-            )
-        return self.global_batch_size // per_round
+        return num_microbatches(
+            self.global_batch_size, self.micro_batch_size, data_parallel_size
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +206,8 @@ class Stage2Recipe(Recipe):
 
 
 def _field_types(cls: type[Recipe]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    kinds = typing.get_type_hints(cls)
+    return {name: bool if kind == (bool | None) else kind for name, kind in kinds.items()}
 
 
 def _checked(name: str, value: Any, kind: Any, where: str) -> Any:
@@ -200,17 +247,26 @@ def read_recipe_file(cls: type[Recipe], file: str | Path) -> dict[str, Any]:
     for key in content:
         if key not in kinds:
             raise UserError(f"{path}: unknown key {key!r}; known keys: {', '.join(sorted(kinds))}")
-    return {key: _checked(key, value, kinds[key], str(path)) for key, value in content.items()}
+    defaults = {item.name: item.default for item in dataclasses.fields(cls)}
+    return {
+        key: _checked(key, value, kinds[key], str(path))
+        for key, value in content.items()
+        if value is not None or defaults[key] is not None
+    }
 
 
 def parser_for(cls: type[Recipe], description: str) -> argparse.ArgumentParser:
     """One flag per field, with unit and default."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="With --dry-run nothing is trained: grid, schedule and memory are checked and shown "
+        "on any machine; --dry-run --help lists its flags.",
+    )
     parser.add_argument("--recipe", help="YAML file; flags given here override it")
     kinds = _field_types(cls)
     for item in dataclasses.fields(cls):
         is_list = item.default_factory is not dataclasses.MISSING
-        default = "none" if is_list else item.default if item.default != "" else "none"
+        default = "none" if is_list or item.default in ("", None) else item.default
         kwargs: dict[str, Any] = {
             "help": f"{item.metadata['help']} (default: {default})",
             "default": argparse.SUPPRESS,

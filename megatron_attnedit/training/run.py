@@ -2,24 +2,31 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_attnedit.device import bootstrap
+from megatron_attnedit.device import Accelerator, bootstrap
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation, can_be_recorded
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
-from megatron_attnedit.errors import UserError
+from megatron_attnedit.errors import STOPPED, UserError
 from megatron_attnedit.models.flops import stage1_flops, stage2_flops
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import edited_attentions
 from megatron_attnedit.training.data import DataConfig, build_datasets, data_identity
-from megatron_attnedit.training.loop import Run, train
+from megatron_attnedit.training.health import Health
+from megatron_attnedit.training.heartbeat import FAILED, Heartbeat
+from megatron_attnedit.training.lineage import Lineage
+from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.optimizer import wrap
 from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
+from megatron_attnedit.training.run_folder import Retention
+from megatron_attnedit.training.run_state import Run
 from megatron_attnedit.training.sanity import check_teacher
 from megatron_attnedit.training.setup import (
     Teacher,
@@ -28,17 +35,30 @@ from megatron_attnedit.training.setup import (
     stop_processes,
 )
 from megatron_attnedit.training.stages import Stage, Stage1, Stage2
+from megatron_attnedit.training.stopping import Stopping
 from megatron_attnedit.training.student import Student, find_student
+from megatron_attnedit.training.writing import CheckpointWriter
 
 
-def run(recipe: Recipe) -> None:
+def run(recipe: Recipe) -> int:
     """Train to the end; the recipe's class says which stage.
+
+    Returns:
+        The exit code: 0 at the end, ``STOPPED`` where there was a reason to stop before.
 
     Raises:
         UserError: anything in the recipe that cannot work, or a loss that is not finite.
     """
+    started = time.monotonic()
     try:
-        train(prepare(recipe))
+        prepared = prepare(recipe, started)
+        try:
+            return STOPPED if train(prepared) else 0
+        except UserError as error:
+            prepared.heartbeat.beat(prepared.iteration, FAILED, str(error))
+            raise
+        finally:
+            prepared.writer.abort()
     finally:
         stop_processes()
 
@@ -49,12 +69,17 @@ def parallel_config(recipe: Recipe) -> ParallelConfig:
     return ParallelConfig(**{name: getattr(recipe, name) for name in names})
 
 
-def prepare(recipe: Recipe) -> Run:
-    """Start the processes, load teacher, student and data, and make the optimizer."""
+def prepare(recipe: Recipe, started: float = 0.0) -> Run:
+    """Start the processes, load teacher, student and data, and make the optimizer.
+
+    Args:
+        recipe: What to run.
+        started: ``time.monotonic()`` at the start of the program; a time limit counts from it.
+    """
     start, before = find_student(recipe.load)
     parallel = parallel_config(recipe)
     parallel.check_sequence(recipe.seq_length)
-    accelerator = start_processes(parallel, recipe.seed)
+    accelerator = start_processes(parallel, recipe.seed, recipe.distributed_timeout_minutes)
     backend = recipe.attention_backend
     teacher = load_teacher(
         recipe.teacher,
@@ -86,22 +111,51 @@ def prepare(recipe: Recipe) -> Run:
         assert isinstance(recipe, Stage1Recipe)
         modules, stage_of, flops_per_token = _stage1(recipe, teacher, student)
     models, optimizer, schedule = wrap(modules, recipe)
+    lineage = before.then(
+        "stage2" if isinstance(recipe, Stage2Recipe) else "stage1",
+        trainable="all" if own_copies else "attention",
+        recipe=vars(recipe),
+        data=data_identity(data_config),
+    )
     return Run(
         recipe=recipe,
         train_data=train_data,
         valid_data=valid_data,
         student_state=student.state,
-        lineage=before.then(
-            "stage2" if isinstance(recipe, Stage2Recipe) else "stage1",
-            trainable="all" if own_copies else "attention",
-            recipe=vars(recipe),
-            data=data_identity(data_config),
-        ),
+        lineage=lineage,
         stage=stage_of(models),
         optimizer=optimizer,
         schedule=schedule,
         flops_per_token=flops_per_token,
+        **_parts(recipe, lineage, started, accelerator),
     )
+
+
+def _parts(
+    recipe: Recipe, lineage: Lineage, started: float, accelerator: Accelerator
+) -> dict[str, Any]:
+    """What keeps a run alive: checkpoints, health, reasons to stop, heartbeat."""
+    directory = Path(recipe.save)
+    by_default = accelerator.kind != "cpu"
+    return {
+        "writer": CheckpointWriter(
+            directory,
+            lineage,
+            background=by_default if recipe.async_save is None else recipe.async_save,
+            retention=Retention(recipe.keep_last, recipe.keep_every),
+        ),
+        "health": Health(
+            recipe.bad_iterations, recipe.max_skipped_iterations, recipe.loss_spike_factor
+        ),
+        "stopping": Stopping(
+            exit_duration_in_mins=recipe.exit_duration_in_mins,
+            exit_interval=recipe.exit_interval,
+            started=started,
+        ),
+        "heartbeat": Heartbeat(
+            directory, enabled=dist.get_rank() == 0, train_iters=recipe.train_iters
+        ),
+    }
 
 
 def _edited(teacher: Teacher, student: Student) -> list[int]:
@@ -160,6 +214,7 @@ def _data(recipe: Recipe, teacher: Teacher) -> tuple[DataConfig, Any, Any]:
         vocab_size=teacher.hf.vocab_size,
         eod_mask_loss=recipe.eod_mask_loss,
         data_cache_path=recipe.data_cache_path or str(Path(recipe.save) / "data-cache"),
+        max_epochs=recipe.max_epochs,
     )
     train_data, valid_data = build_datasets(
         data_config,

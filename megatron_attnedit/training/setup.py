@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from megatron_attnedit.convert.families import teacher_rows
@@ -21,13 +21,13 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import build_teacher, load_from_hf
-from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training import checkpoint, random_state, run_folder
 from megatron_attnedit.training.lineage import Lineage, read_lineage
 from megatron_attnedit.training.opened import HF_FILES
 
 
 def start_processes(
-    parallel: ParallelConfig, seed: int = 1, timeout: timedelta = timedelta(minutes=10)
+    parallel: ParallelConfig, seed: int = 1, timeout_minutes: int = 10
 ) -> Accelerator:
     """Join the processes that torchrun started (or run alone) and form Megatron's groups.
 
@@ -46,10 +46,11 @@ def start_processes(
             store=store,
             rank=int(os.environ["RANK"]),
             world_size=world_size,
-            timeout=timeout,
+            timeout=timedelta(minutes=timeout_minutes),
         )
-    parallel.start()
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    accelerator.configure_megatron(vars(parallel))
+    parallel.start(timeout_minutes)
+    random_state.start(seed)
     if dist.get_rank() != 0:
         logging.getLogger("megatron_attnedit").setLevel(logging.ERROR)
     return accelerator
@@ -104,7 +105,7 @@ def teacher_hf_dir(source: str) -> Path:
         return Path(source)
     if not Path(source).is_dir():
         raise UserError(f"--teacher {source}: no such directory")
-    found = checkpoint.latest(source)
+    found = run_folder.latest(source)
     if found is None:
         raise UserError(f"--teacher {source}: neither config.json nor a Megatron checkpoint there")
     return found / HF_FILES
@@ -141,6 +142,6 @@ def load_teacher(
         reader, rows = HFReader(hf.path), teacher_rows(hf)
         load_from_hf(chunks, reader, rows, hf, progress=dist.get_rank() == 0)
         return Teacher(chunks, hf, fingerprint(rows, reader.read), source)
-    path = checkpoint.find(source, "--teacher")
+    path = run_folder.find(source, "--teacher")
     checkpoint.load_params(path, checkpoint.model_state(chunks))
     return Teacher(chunks, hf, read_lineage(path).teacher_fingerprint, source)

@@ -18,7 +18,7 @@ from megatron_attnedit.models.student import (
     student_rows,
 )
 from megatron_attnedit.models.teacher import build_teacher, load_from_hf
-from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training import checkpoint, run_folder
 from megatron_attnedit.training.lineage import Lineage
 from megatron_attnedit.training.opened import find_lineage, is_hf
 from megatron_attnedit.training.setup import Teacher
@@ -34,7 +34,7 @@ def find_student(load: str) -> tuple[Path, Lineage]:
         UserError: there is no student.
     """
     path = Path(load)
-    start = path if is_hf(path) else checkpoint.find(load, "--load")
+    start = path if is_hf(path) else run_folder.find(load, "--load")
     lineage = find_lineage(start)
     if lineage is None or lineage.stage == "teacher":
         raise UserError(

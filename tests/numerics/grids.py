@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.models.grid import place_of_this_process
 from megatron_attnedit.models.student import student_rows
-from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training import run_folder
 from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
@@ -166,7 +166,7 @@ def trained(run):
 
 def rows_of(folder, student):
     """The student's table by Megatron name."""
-    attention = read_lineage(checkpoint.find(str(folder / student), "--load")).attention()
+    attention = read_lineage(run_folder.find(str(folder / student), "--load")).attention()
     rows = student_rows(read_hf_config(folder / "hf"), attention)
     return {row.megatron_param: row for row in rows}
 

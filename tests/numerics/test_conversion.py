@@ -21,6 +21,7 @@ from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.recipe import Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from megatron_attnedit.training.setup import load_teacher, start_processes
+from megatron_attnedit.training.writing import save as save_checkpoint
 from tests import processes
 from tests.conversions import FAMILIES, change, make, same_files
 from tests.numerics.inputs import STUDENTS, make_inputs, make_student
@@ -41,7 +42,7 @@ def save_teacher(source, folder, flags):
     grid = ParallelConfig(**flags)
     accelerator = start_processes(grid)
     teacher = load_teacher(str(source), grid, torch.bfloat16, accelerator)
-    checkpoint.save(folder, 0, checkpoint.model_state(teacher.chunks), teacher.lineage())
+    save_checkpoint(folder, 0, checkpoint.model_state(teacher.chunks), teacher.lineage())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
@@ -198,7 +199,7 @@ def train_everything(inputs, save, flags):
     state = {"model": run.student_state(), "optimizer": run.optimizer.sharded_state_dict(
         run.student_state(), is_loading=False, metadata=checkpoint.metadata()
     )}  # fmt: skip
-    checkpoint.save(save, 1, state, run.lineage)
+    save_checkpoint(save, 1, state, run.lineage)
 
 
 def weights_on(inputs, load, exported, save, flags):

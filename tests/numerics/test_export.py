@@ -10,7 +10,7 @@ from megatron_attnedit.export.conversion import ConversionConfig, convert
 from megatron_attnedit.export.hf import register
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import full_logits
-from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training import run_folder
 from megatron_attnedit.training.edit import EditConfig, edit
 from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.setup import load_teacher, start_processes, stop_processes
@@ -49,7 +49,7 @@ def student_logits(hf_dir, folder, tp_size, ids):
     )
     accelerator = start_processes(parallel)
     teacher = load_teacher(str(hf_dir), parallel, torch.float32, accelerator)
-    start = checkpoint.find(str(folder), "--load")
+    start = run_folder.find(str(folder), "--load")
     student = Student(teacher, start, read_lineage(start), attention_backend="auto")
     return full_logits(student.chunks[0], ids, teacher.hf.vocab_size)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.training import checkpoint
+from megatron_attnedit.training import run_folder
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
@@ -56,7 +56,7 @@ def cut_off(save: Path, iteration: int) -> None:
     for path in save.glob("iter_*"):
         if int(path.name.split("_")[1]) > iteration:
             shutil.rmtree(path)
-    (save / checkpoint.TRACKER).write_text(f"{iteration}\n")
+    (save / run_folder.TRACKER).write_text(f"{iteration}\n")
 
 
 def losses(save: Path) -> dict[int, float]:
@@ -139,6 +139,6 @@ def test_another_run_in_the_folder_is_refused(inputs, tmp_path):
 
 
 def test_tracker_that_names_a_missing_checkpoint(tmp_path):
-    (tmp_path / checkpoint.TRACKER).write_text("7\n")
+    (tmp_path / run_folder.TRACKER).write_text("7\n")
     with pytest.raises(UserError, match="iter_0000007, which is missing"):
-        checkpoint.latest(tmp_path)
+        run_folder.latest(tmp_path)

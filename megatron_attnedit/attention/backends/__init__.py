@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_attnedit.attention.backends import flash, te
 from megatron_attnedit.attention.backends.flex import flex_attention_backend
+from megatron_attnedit.attention.backends.npu_fusion import npu_fusion_attention
 from megatron_attnedit.attention.backends.reference import reference_attention
 from megatron_attnedit.attention.backends.sdpa import sdpa_attention
 from megatron_attnedit.device import bootstrap
@@ -34,6 +35,7 @@ ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
     "flash": flash.flash_attention,
     "flex": flex_attention_backend,
     "te": te.te_attention,
+    "npu_fusion": npu_fusion_attention,
 }
 
 
@@ -57,13 +59,17 @@ def attention_backend(
         raise UserError("--attention-backend te: Transformer Engine is not installed")
     if name == "flash" and not flash.has_windows():
         raise UserError("--attention-backend flash: this torch is too old; 2.11 has it")
+    if name == "npu_fusion" and not bootstrap().has_fusion_attention:
+        raise UserError("--attention-backend npu_fusion: this machine has no Ascend NPU")
     return ATTENTION_BACKENDS[name]
 
 
 @functools.cache
 def _fastest(window: int | None, dtype: torch.dtype) -> str:
     """Chosen once, and said once."""
-    if window is None or not bootstrap().compiles:
+    if bootstrap().has_fusion_attention:
+        name, reason = "npu_fusion", "the NPU's own, which skips what is not seen"
+    elif window is None or not bootstrap().compiles:
         name, reason = "sdpa", "torch's fused kernels"
     elif window < FLEX_PAYS and dtype in flash.HALF and flash.has_windows():
         name, reason = "flash", "skips what is outside the window"

@@ -1,5 +1,6 @@
 """The shape of a GateSWA student, and its side of the student-attention contract."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from typing_extensions import Self
 
 from megatron_attnedit.attention.gate_swa import init, rows
 from megatron_attnedit.attention.gate_swa.spec import gate_swa_spec
+from megatron_attnedit.attention.kept import KeptNumbers, kept_by_teacher
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.attention.windows import FULL, SLIDING, parse_layers, uniform_full_layers
 from megatron_attnedit.convert.hf_config import HFConfig
@@ -98,6 +100,15 @@ class GateSWA(StudentAttention):
         sliding = self.num_layers - len(self.full_layers)
         window = min(1.0, self.sliding_window / context)
         return per_layer * (len(self.full_layers) + sliding * window)
+
+    def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
+        kept = kept_by_teacher(teacher)
+        elementwise = self.output_gate == "elementwise"
+        gate = kept.output if elementwise else teacher.num_attention_heads
+        # The gate before its sigmoid, and what is multiplied by it.
+        return dataclasses.replace(
+            kept, besides=kept.besides + gate + kept.output, gradients=gate + kept.output
+        )
 
     def check(self, *, tp_size: int, seq_length: int) -> None:
         if self.sliding_window >= seq_length:

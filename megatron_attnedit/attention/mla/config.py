@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Generator, Tensor
 from typing_extensions import Self
 
+from megatron_attnedit.attention.kept import KeptNumbers
 from megatron_attnedit.attention.mla import init, rows
 from megatron_attnedit.attention.mla.dims import MLADims
 from megatron_attnedit.attention.mla.spec import mla_spec
@@ -36,9 +37,19 @@ def _defaults(teacher: HFConfig) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class MLA(MLADims, StudentAttention):
-    """Every layer gets multi-head latent attention."""
+    """Every layer gets multi-head latent attention.
+
+    Attributes:
+        fit: How first weights are fitted to the teacher, a name in ``init.FITS``.
+    """
 
     name: ClassVar[str] = "mla"
+    fit: str = "attention"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fit not in init.FITS:
+            raise UserError(f"--mla-fit {self.fit}: expected one of {', '.join(init.FITS)}")
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any], teacher: HFConfig) -> Self:
@@ -64,6 +75,7 @@ class MLA(MLADims, StudentAttention):
             )
         return cls(
             **given,
+            fit=flags.get("mla_fit") or cls.fit,
             num_attention_heads=teacher.num_attention_heads,
             # With this base the student's frequencies are the teacher's highest ones, exactly:
             # base^(r/d) ^ (-2i/r) = base ^ (-2i/d).
@@ -88,7 +100,9 @@ class MLA(MLADims, StudentAttention):
     def init_from_teacher(
         self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, inputs: Tensor
     ) -> dict[str, Tensor]:
-        return init.fit_to_teacher(self, teacher_weights, teacher, inputs)
+        return init.fit_to_teacher(
+            self, teacher_weights, teacher, inputs, init.FITS[self.fit]
+        )
 
     def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
         if teacher.num_experts:
@@ -102,6 +116,17 @@ class MLA(MLADims, StudentAttention):
 
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
         return teacher.num_hidden_layers * (self.kv_lora_rank + self.qk_pos_emb_head_dim)
+
+    def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
+        n, query = self.num_attention_heads, self.num_attention_heads * self.query_dim
+        return KeptNumbers(
+            # The latent with the rotary key, and the latent after its norm.
+            latent=2 * self.kv_lora_rank + self.qk_pos_emb_head_dim,
+            query=query,
+            key_value=query + n * self.v_head_dim,
+            output=n * self.v_head_dim,
+            num_heads=n,
+        )
 
     def check(self, *, tp_size: int, seq_length: int) -> None:
         if self.num_attention_heads % tp_size:

@@ -28,7 +28,7 @@ class MLADims:
     rope_scaling_factor: float | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(MLADims):
             value = getattr(self, field.name)
             if value is not None and not value > 0:
                 flag = field.name.replace("_", "-")

@@ -1,20 +1,59 @@
 """First weights of an MLA student.
 
-Letters: t calibration tokens, n query heads, g key-value groups, d the teacher's head size,
-r the rotary part, f = d/2 rotary pairs. A pair (i, i + d/2) is one complex number, and its
-rotation by position is a multiplication by ``exp(i * angle)``.
+Letters: c samples of s tokens, t = s * c, n query heads, g key-value groups, d the teacher's head
+size, h hidden, r the student's rotary part.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_attnedit.attention.mla.dims import MLADims
+from megatron_attnedit.attention.mla.latent import fit_latent, regress
+from megatron_attnedit.attention.mla.plain import mla_heads
+from megatron_attnedit.attention.mla.positions import (
+    as_pairs,
+    as_reals,
+    mean_rotation,
+    shared_rotary_key,
+)
+from megatron_attnedit.attention.plain import teacher_angles, teacher_output
 from megatron_attnedit.attention.teacher_weights import project, random_matrix
 from megatron_attnedit.convert.hf_config import HFConfig
 
-RIDGE = 1e-4
+# How much an error in keys counts against one in values; each layer takes the best.
+BALANCES = (0.5, 1.0, 2.0, 4.0)
+# Samples by which those are compared, and positions averaged: enough for a few numbers.
+FEW = 8
+# Of the correction to the output projection, which is fitted to few tokens for its size.
+OUTPUT_RIDGE = 0.1
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit looks at.
+
+    Attributes:
+        text: What really enters the layer; without, white noise of that size, which makes it a
+            fit to the weights alone.
+        metrics: Errors of keys and values count by what queries and output projection make of
+            them.
+        attention: Where the teacher looks, and the output of the whole attention.
+    """
+
+    text: bool
+    metrics: bool
+    attention: bool
+
+
+FITS = {
+    "svd": Fit(text=False, metrics=False, attention=False),  # X-EcoMLA, arXiv:2503.11132
+    "pca": Fit(text=True, metrics=False, attention=False),  # TransMLA, arXiv:2502.07864
+    "covariance": Fit(text=True, metrics=True, attention=False),  # CARE
+    "attention": Fit(text=True, metrics=True, attention=True),
+}
 
 
 def random_weights(
@@ -34,119 +73,138 @@ def random_weights(
 
 
 def fit_to_teacher(
-    dims: MLADims, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, inputs: Tensor
+    dims: MLADims,
+    teacher_weights: Mapping[str, Tensor],
+    teacher: HFConfig,
+    inputs: Tensor,
+    fit: Fit,
 ) -> dict[str, Tensor]:
     """Weights that imitate the teacher on a sample of its own inputs.
 
-    1. The student's rotary frequencies are the teacher's r/2 highest. Per frequency, the keys of
-       all groups are projected on their first (complex) principal component: complex factors
-       commute with the rotation, so the queries can undo them.
-    2. Pairs of lower frequencies hardly turn within the distances that matter; they become the
-       part without position.
-    3. That part and the values come from one latent: a low-rank least-squares fit, weighted by
-       what queries and the output projection make of an error.
-    4. All maps are regressed on the inputs, so QK-norm is folded in as its best linear
-       approximation, and the latent's norm is accounted for.
+    1. The student's rotary frequencies are the teacher's r/2 highest; ``shared_rotary_key`` finds
+       the key that serves all groups.
+    2. What that key misses, and the pairs of lower frequencies, become the part without position:
+       queries carry each pair's mean rotation where the teacher looks.
+    3. That part and the values come from one latent, weighted by what queries and the output
+       projection make of an error; the layer's own output chooses how keys weigh against values.
+    4. The output projection takes over what is still missing from the teacher's output.
+
+    All maps are regressed on the inputs, so QK-norm is folded in as its best linear approximation,
+    and the latent's norm is accounted for.
 
     Args:
         dims: The student's sizes.
         teacher_weights: The teacher's attention of this layer.
         teacher: Its configuration.
-        inputs: ``[t, h]``, t well above h.
+        inputs: ``[s, c, h]``, s * c well above h.
+        fit: What to look at.
     """
-    inputs = inputs.float()
-    q, k, v = project(inputs, teacher_weights, teacher)
-    per_group = teacher.num_attention_heads // teacher.num_key_value_heads
-    r = dims.qk_pos_emb_head_dim
-
-    q_pairs, k_pairs = _as_pairs(q), _as_pairs(k)
-    factor, k_rotary = _shared_rotary_key(q_pairs[..., : r // 2], k_pairs[..., : r // 2])
-    q_rotary = q_pairs[..., : r // 2] * factor.conj().repeat_interleave(per_group, dim=0)
-    kept = _most_used_pairs(q_pairs[..., r // 2 :], k_pairs[..., r // 2 :], dims.qk_head_dim // 2)
-    q_no_pe = _as_reals(q_pairs[..., r // 2 :][..., kept])
-    k_no_pe = _as_reals(k_pairs[..., r // 2 :][..., kept])
-
-    down, up_keys, up_values = _latent(
-        dims.kv_lora_rank,
-        inputs,
-        k_no_pe,
-        v,
-        key_metric=_query_metric(q_no_pe, per_group),
-        value_metric=_output_metric(teacher_weights["linear_proj.weight"], teacher),
-    )
-    # Room for more content than the teacher's low frequencies have: keys start at zero, queries
-    # do not, so that the keys get a gradient.
-    spare = dims.qk_head_dim - q_no_pe.shape[-1]
-    q_no_pe = torch.cat([q_no_pe, q[..., :spare]], dim=-1)
-    up_keys = torch.nn.functional.pad(up_keys, (0, 0, 0, spare))
-    up = torch.cat([up_keys, up_values], dim=1).repeat_interleave(per_group, dim=0)
+    inputs = inputs.float() if fit.text else _noise_like(inputs)
+    flat = inputs.flatten(0, 1)
+    q, k, v = project(flat, teacher_weights, teacher)
+    down_rotary, q_rotary, k_missed = _rotary_part(dims, flat, q, k)
+    if fit.attention:
+        rotation = _measured_rotation(q, k, teacher, len(inputs))
+    else:  # the student's rotary pairs turn, the others stand still
+        rotation = torch.ones(q.shape[1], q.shape[2] // 2)
+        rotation[:, : dims.qk_pos_emb_head_dim // 2] = 0
+    q_content, k_content = _content(dims, as_pairs(q) * rotation, k_missed)
+    # Where there is room for more, keys start at zero; queries do not, so that keys get a gradient.
+    q_no_pe = torch.cat([q_content, q[..., : dims.qk_head_dim - q_content.shape[-1]]], dim=-1)
     # The student's softmax divides by the root of another head size.
     rescale = (dims.query_dim / teacher.head_dim) ** 0.5
-    queries = torch.cat([q_no_pe, _as_reals(q_rotary)], dim=-1).flatten(1) * rescale
-    return {
-        "linear_q_proj.weight": _regress(inputs, queries),
-        "linear_kv_down_proj.weight": torch.cat([down, _regress(inputs, _as_reals(k_rotary))]),
+    inherited = teacher_weights["linear_proj.weight"]
+    weights = {
+        "linear_q_proj.weight": regress(
+            flat, torch.cat([q_no_pe, q_rotary], dim=-1).flatten(1) * rescale
+        ),
         "kv_layernorm.weight": torch.ones(dims.kv_lora_rank),
-        "linear_kv_up_proj.weight": up.flatten(0, 1),
-        "linear_proj.weight": teacher_weights["linear_proj.weight"].clone(),
+        "linear_proj.weight": inherited.clone(),
     }
+    key_metric, value_metric = _metrics(q_content, v, inherited, fit)
+    candidates = []
+    for balance in BALANCES if fit.attention else (1.0,):
+        down, up = fit_latent(
+            dims.kv_lora_rank, flat, (k_content, key_metric, balance), (v, value_metric, 1.0)
+        )
+        candidates.append(
+            {
+                **weights,
+                "linear_kv_down_proj.weight": torch.cat([down, down_rotary]),
+                "linear_kv_up_proj.weight": _to_all_heads(dims, up),
+            }
+        )
+    if not fit.attention:
+        return candidates[0]
+    target = teacher_output(inputs, teacher_weights, teacher)
+    nearest = _nearest(candidates, inputs[:, :FEW], target[:, :FEW], dims)
+    return _corrected(nearest, mla_heads(nearest, inputs, dims), target)
 
 
-def _as_pairs(x: Tensor) -> Tensor:
-    """``[..., d]`` to complex ``[..., d/2]``, highest frequency first."""
-    real, imaginary = x.chunk(2, dim=-1)
-    return torch.complex(real, imaginary)
+def _rotary_part(
+    dims: MLADims, inputs: Tensor, q: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rotary key's map ``[r, h]``, queries for it ``[t, n, r]``, and all pairs that it misses.
+
+    The last is ``[t, g, d/2]`` complex.
+    """
+    pairs = dims.qk_pos_emb_head_dim // 2
+    q_pairs, k_pairs = as_pairs(q), as_pairs(k)
+    factor, key = shared_rotary_key(q_pairs[..., :pairs], k_pairs[..., :pairs])
+    down = regress(inputs, as_reals(key))
+    per_group = q.shape[1] // k.shape[1]
+    q_rotary = q_pairs[..., :pairs] * factor.conj().repeat_interleave(per_group, dim=0)
+    k_pairs[..., :pairs] -= factor * as_pairs(inputs @ down.t())[:, None]
+    return down, as_reals(q_rotary), k_pairs
 
 
-def _as_reals(x: Tensor) -> Tensor:
-    """Inverse of ``_as_pairs``."""
-    return torch.cat([x.real, x.imag], dim=-1)
+def _measured_rotation(q: Tensor, k: Tensor, teacher: HFConfig, length: int) -> Tensor:
+    q, k = (t.unflatten(0, (length, -1))[:, :FEW] for t in (q, k))
+    return mean_rotation(q, k, teacher_angles(teacher, length)[:, 0, 0, : teacher.head_dim // 2])
 
 
-def _regress(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Matrix W ``[out, in]`` with ``inputs @ W.t()`` nearest to ``targets``; a little ridge."""
-    gram = (inputs.t() @ inputs).double()
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    return torch.linalg.solve(gram, (inputs.t() @ targets).double()).t().float().contiguous()
+def _to_all_heads(dims: MLADims, up: Tensor) -> Tensor:
+    """From ``[g, dk + dv, rank]`` to ``[n * (qk_head_dim + dv), rank]``."""
+    keys, values = up.split([up.shape[1] - dims.v_head_dim, dims.v_head_dim], dim=1)
+    keys = torch.nn.functional.pad(keys, (0, 0, 0, dims.qk_head_dim - keys.shape[1]))
+    heads = torch.cat([keys, values], dim=1)
+    return heads.repeat_interleave(dims.num_attention_heads // len(up), dim=0).flatten(0, 1)
 
 
-def _shared_rotary_key(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """One rotary key for all groups.
+def _noise_like(inputs: Tensor) -> Tensor:
+    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
+    return noise * inputs.float().square().mean().sqrt()
+
+
+def _content(dims: MLADims, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs with the largest products of query and key, as many as there is room for.
 
     Args:
-        q: ``[t, n, f]`` complex.
-        k: ``[t, g, f]`` complex.
-
-    Returns:
-        ``factor [g, f]`` and ``key [t, f]`` with ``k ~ factor * key``, best where queries are
-        large, and ``key`` as large as the teacher's keys on average.
+        dims: The student's sizes.
+        q: ``[t, n, d/2]`` complex.
+        k: ``[t, g, d/2]`` complex.
     """
-    groups = k.shape[1]
-    use = q.unflatten(1, (groups, -1)).abs().pow(2).mean(0).sum(1).sqrt() + 1e-6  # [g, f]
-    weighted = k * use
-    covariance = torch.einsum("tgf,tkf->fgk", weighted, weighted.conj()) / k.shape[0]
-    first = torch.linalg.eigh(covariance).eigenvectors[..., -1].t()  # [g, f]
-    key = torch.einsum("gf,tgf->tf", first.conj(), weighted)
-    size = (key.abs().pow(2).mean(0) / k.abs().pow(2).mean((0, 1))).sqrt().clamp_min(1e-6)
-    return first / use * size, key / size
-
-
-def _most_used_pairs(q: Tensor, k: Tensor, count: int) -> Tensor:
-    """Indices, ascending, of the ``count`` pairs with the largest products of query and key."""
     energy = q.abs().pow(2).mean((0, 1)) * k.abs().pow(2).mean((0, 1))
-    return energy.topk(min(count, energy.numel())).indices.sort().values
+    count = min(dims.qk_head_dim // 2, int(energy.count_nonzero()))
+    kept = energy.topk(count).indices.sort().values
+    return as_reals(q[..., kept]), as_reals(k[..., kept])
 
 
-def _query_metric(q: Tensor, per_group: int) -> Tensor:
-    """``[g, d, d]``: root of the queries' second moment; weighs an error in a key."""
-    q = q.unflatten(1, (-1, per_group))
-    return _root(torch.einsum("tgid,tgie->gde", q, q) / q.shape[0])
-
-
-def _output_metric(linear_proj: Tensor, teacher: HFConfig) -> Tensor:
-    """``[g, d, d]``: weighs an error in a value by what the output projection makes of it."""
-    out = linear_proj.unflatten(1, (teacher.num_key_value_heads, -1, teacher.head_dim))
-    return _root(torch.einsum("hgid,hgie->gde", out, out))
+def _metrics(q: Tensor, v: Tensor, linear_proj: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
+    """``[g, dk, dk]`` and ``[g, dv, dv]``: roots of what an error in key or value is worth."""
+    groups, value_dim = v.shape[1:]
+    if not fit.metrics:
+        key_dim = q.shape[-1]
+        return (
+            torch.eye(key_dim).expand(groups, key_dim, key_dim),
+            torch.eye(value_dim).expand(groups, value_dim, value_dim),
+        )
+    q = q.unflatten(1, (groups, -1))
+    out = linear_proj.unflatten(1, (groups, -1, value_dim))
+    return (
+        _root(torch.einsum("tgid,tgie->gde", q, q) / len(q)),
+        _root(torch.einsum("hgid,hgie->gde", out, out)),
+    )
 
 
 def _root(matrices: Tensor) -> Tensor:
@@ -157,45 +215,21 @@ def _root(matrices: Tensor) -> Tensor:
     return ((vectors * values.clamp_min(floor).sqrt().unsqueeze(-2)) @ vectors.mT).float()
 
 
-def _latent(
-    rank: int, inputs: Tensor, k: Tensor, v: Tensor, *, key_metric: Tensor, value_metric: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One latent for keys ``[t, g, dk]`` and values ``[t, g, dv]``.
+def _nearest(
+    candidates: list[dict[str, Tensor]], inputs: Tensor, target: Tensor, dims: MLADims
+) -> dict[str, Tensor]:
+    """The candidate whose output is nearest to ``target`` ``[s, c, h]``."""
 
-    Returns:
-        down ``[rank, h]``, up for keys ``[g, dk, rank]`` and for values ``[g, dv, rank]``, the
-        last two on the normalised latent.
-    """
-    blocks = []
-    for x, metric in ((k, key_metric), (v, value_metric)):
-        weighted = torch.einsum("tgd,gde->tge", x, metric).flatten(1)
-        blocks.append(weighted / weighted.pow(2).sum().sqrt().clamp_min(1e-12))
-    weighted = torch.cat(blocks, dim=1)  # [t, m], keys and values of equal energy
-    linear = _regress(inputs, weighted)
-    # Principal directions of ``inputs @ linear.t()`` from its small second moment, largest first.
-    moment = linear @ (inputs.t() @ inputs) @ linear.t()
-    energy, directions = torch.linalg.eigh(moment.double())
-    sizes = energy.flip(0).clamp_min(0).sqrt().float()
-    rank_found = min(rank, sizes.numel(), inputs.shape[1])
-    basis = directions.t().flip(0)[:rank_found].float() @ linear  # [rank, h]
-    targets = torch.cat([k.flatten(1), v.flatten(1)], dim=1)
+    def error(weights: dict[str, Tensor]) -> float:
+        output = mla_heads(weights, inputs, dims) @ weights["linear_proj.weight"].t()
+        return (output - target).square().sum().item()
 
-    best: tuple[Tensor, Tensor] | None = None
-    smallest = float("inf")
-    # The latent's norm divides each token by its size; which scaling of the directions suffers
-    # least from that is tried out: as they are, half whitened, whitened.
-    for power in (0.0, 0.5, 1.0):
-        scale = sizes[:rank_found].clamp_min(sizes[0] * 1e-6) ** -power
-        down = basis * scale[:, None]
-        down = torch.nn.functional.pad(down, (0, 0, 0, rank - rank_found))
-        latent = inputs @ down.t()
-        down = down / latent.pow(2).mean().sqrt()
-        latent = torch.nn.functional.rms_norm(inputs @ down.t(), (rank,), eps=1e-6)
-        error = (latent @ _regress(latent, weighted).t() - weighted).pow(2).sum().item()
-        if error < smallest:
-            best, smallest = (down, _regress(latent, targets)), error
-    assert best is not None, "calibration inputs hold NaN"
-    down, up = best
-    up_keys, up_values = up.split([k.flatten(1).shape[1], v.flatten(1).shape[1]])
-    groups = k.shape[1]
-    return down, up_keys.unflatten(0, (groups, -1)), up_values.unflatten(0, (groups, -1))
+    return min(candidates, key=error)
+
+
+def _corrected(weights: dict[str, Tensor], heads: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """With an output projection that makes the most of what the heads give."""
+    linear_proj = weights["linear_proj.weight"]
+    missing = (target - heads @ linear_proj.t()).flatten(0, 1)
+    correction = regress(heads.flatten(0, 1), missing, OUTPUT_RIDGE)
+    return {**weights, "linear_proj.weight": linear_proj + correction}

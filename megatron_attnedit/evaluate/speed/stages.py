@@ -12,6 +12,8 @@ from megatron_attnedit.evaluate.speed import baseline, ours
 from megatron_attnedit.evaluate.speed.floor import stage_floor
 from megatron_attnedit.evaluate.speed.measure import matmul_rate, measure, row, side
 from megatron_attnedit.evaluate.speed.ours import Workload
+from megatron_attnedit.models import memory
+from megatron_attnedit.models.grid import ParallelConfig
 
 
 def _measured(
@@ -52,7 +54,27 @@ def compare(work: Workload, *, with_baseline: bool = True) -> dict[str, Any]:
         )
     found = row(f"stage{work.stage}", describe(work), our_figures, their_figures)
     found["matmul_tflops"] = round(rate / 1e12, 1)
+    found["predicted_peak_gb"] = round(predicted_peak_gb(work), 2)
     return found
+
+
+def predicted_peak_gb(work: Workload) -> float:
+    """What the memory model says of our side, which runs on one process."""
+    shape = memory.Workload(
+        stage=work.stage,
+        bytes_per_number=2,
+        seq_length=work.seq_length,
+        micro_batch_size=1,
+        num_microbatches=work.micro_batches,
+        data_parallel_size=1,
+        expert_data_parallel_size=1,
+        use_distributed_optimizer=True,
+        moe_grouped_gemm=work.moe_grouped_gemm,
+        trainable=work.trainable if work.stage == 2 else "attention",
+        recompute=work.recompute,
+    )
+    (held,) = memory.memory_of_stages(work.hf, work.student, ParallelConfig(), shape)
+    return held.total / 1e9
 
 
 def describe(work: Workload) -> str:

@@ -1,19 +1,29 @@
 """First weights: where a teacher can be imitated exactly they do it, elsewhere they come close."""
 
+import gzip
+import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_attnedit.attention import MLA, GateSWA
 from megatron_attnedit.attention.gate_swa.reference import gate_swa_reference
+from megatron_attnedit.attention.mla.init import FITS
+from megatron_attnedit.attention.mla.plain import mla_heads
+from megatron_attnedit.attention.mla.positions import mean_rotation
 from megatron_attnedit.attention.mla.reference import mla_reference
+from megatron_attnedit.attention.plain import teacher_output as plain_output
 from megatron_attnedit.attention.teacher_weights import random_matrix
 from megatron_attnedit.convert.families import attention_rows
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
 from tests.models import tiny_hf_dir
 
+EMBEDDED_TEACHER = Path("examples/embedded_teacher/model")
 LENGTH = 48
 
 
@@ -50,7 +60,8 @@ def teacher_output(hf, weights, x):
 def mla_error(hf, weights, flags, init="teacher"):
     student = MLA.from_flags(flags, hf)
     if init == "teacher":
-        mine = student.init_from_teacher(weights, hf, normed_inputs(hf, 4096, seed=0))
+        sample = normed_inputs(hf, 4096, seed=0).unflatten(0, (256, 16))
+        mine = student.init_from_teacher(weights, hf, sample)
     else:
         mine = student.init_random(weights, hf, torch.Generator().manual_seed(0))
     assert {name: tuple(t.shape) for name, t in mine.items()} == student.shapes(hf.hidden_size)
@@ -76,6 +87,74 @@ def test_mla_starts_much_closer_than_random(tmp_path, family):
     flags = {"qk_pos_emb_head_dim": 16, "qk_head_dim": 32, "kv_lora_rank": 64}
     fitted = mla_error(hf, weights, flags)
     assert fitted < 0.5 * mla_error(hf, weights, flags, init="random")
+
+
+@torch.no_grad()
+def embedded_layer(layer_idx, samples, length):
+    """Of the embedded teacher: configuration, attention weights, and inputs ``[s, c, h]``."""
+    hf = read_hf_config(EMBEDDED_TEACHER)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_TEACHER, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
+    with gzip.open(EMBEDDED_TEACHER.parent / "text/validation.jsonl.gz", "rt") as lines:
+        text = "".join(json.loads(line)["text"] for line in itertools.islice(lines, 200))
+    tokens = torch.tensor(tokenizer(text)["input_ids"][: samples * length]).view(samples, length)
+    states = model.model(tokens, output_hidden_states=True).hidden_states[layer_idx]
+    inputs = model.model.layers[layer_idx].input_layernorm(states).transpose(0, 1)
+    state = model.state_dict()
+    weights = {
+        row.megatron_param.split(".self_attention.")[1]: row.layout.join(
+            [state[name] for name in row.hf_params]
+        )
+        for row in attention_rows(hf, layer_idx)
+    }
+    return hf, weights, inputs
+
+
+def test_a_fit_that_looks_at_the_attention_is_closer():
+    """On a real layer, measured on text that the fit has not seen."""
+    hf, weights, inputs = embedded_layer(1, samples=10, length=256)
+    fitted_to, x = inputs.split([8, 2], dim=1)
+    target = plain_output(x, weights, hf)
+    errors = {}
+    for name in FITS:
+        flags = {"qk_pos_emb_head_dim": 48, "kv_lora_rank": 156, "mla_fit": name}
+        student = MLA.from_flags(flags, hf)
+        mine = student.init_from_teacher(weights, hf, fitted_to)
+        output = mla_heads(mine, x, student) @ mine["linear_proj.weight"].t()
+        errors[name] = ((output - target).square().sum() / target.square().sum()).item()
+    assert errors["attention"] < 0.8 * errors["covariance"] < 0.8 * errors["svd"]
+
+
+def test_an_unknown_fit_is_refused(tmp_path):
+    hf = read_hf_config(tiny_hf_dir(tmp_path / "hf", "qwen3"))
+    with pytest.raises(UserError, match="--mla-fit magic: expected one of svd, pca"):
+        MLA.from_flags({"mla_fit": "magic"}, hf)
+
+
+def test_plain_attention_equals_the_references(tmp_path):
+    """What the fit computes with, against the plain loops; scaled frequencies as well."""
+    hf, weights = teacher_of(tmp_path)
+    x = normed_inputs(hf, 2 * LENGTH, seed=3).unflatten(0, (LENGTH, 2))
+    expected = teacher_output(hf, weights, x)
+    torch.testing.assert_close(plain_output(x, weights, hf), expected, rtol=1e-4, atol=1e-4)
+    student = MLA.from_flags({"qk_pos_emb_head_dim": 16, "kv_lora_rank": 48}, hf)
+    mine = student.init_random(weights, hf, torch.Generator().manual_seed(0))
+    heads = mla_heads(mine, x, student)
+    expected = mla_reference(mine, x, student)
+    torch.testing.assert_close(heads @ mine["linear_proj.weight"].t(), expected)
+
+
+def test_mean_rotation(tmp_path):
+    """Keys alike: every earlier token gets the same probability."""
+    angles = torch.outer(torch.arange(5.0), torch.tensor([1.0, 0.0]))
+    q, k = torch.randn(5, 3, 4, 4), torch.zeros(5, 3, 2, 4)
+    rotation = mean_rotation(q, k, angles)
+    turns = [[torch.polar(torch.tensor(1.0), torch.tensor(float(i - j))) for j in range(i + 1)]
+             for i in range(5)]
+    expected = sum(sum(row) / len(row) for row in turns) / 5
+    assert rotation.shape == (4, 2)
+    torch.testing.assert_close(rotation[:, 0], expected.expand(4))
+    torch.testing.assert_close(rotation[:, 1], torch.ones(4, dtype=torch.complex64))
 
 
 def test_mla_with_less_room_for_content_than_the_teacher_has(tmp_path):

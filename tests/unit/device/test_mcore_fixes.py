@@ -1,26 +1,50 @@
 """Each repair of megatron-core, and what happens without it."""
 
 import multiprocessing
+import queue
 import subprocess
 import sys
 
+import pytest
 import torch
 
 
-def test_saving_forks_its_queue():
-    """mcore's own starts a process that imports the main module again."""
+def test_saving_starts_no_manager():
+    """mcore's own starts a process that imports the main module again and outlives a kill."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    before = set(multiprocessing.active_children())
-    filesystem_async._results_queue = None
-    queue = filesystem_async._get_write_results_queue()
-    try:
-        queue.put("answer")
-        assert queue.get(timeout=5) == "answer"
-        started = set(multiprocessing.active_children()) - before
-        assert {type(child).__name__ for child in started} == {"ForkProcess"}
-    finally:
-        filesystem_async._results_queue = None
+    before = multiprocessing.active_children()
+    results = filesystem_async._get_write_results_queue()
+    writer = multiprocessing.get_context("fork").Process(target=results.put, args=({0: ["x"]},))
+    writer.start()
+    writer.join()
+    assert results.get_nowait() == {0: ["x"]}
+    assert multiprocessing.active_children() == before
+
+
+def test_a_killed_writer_has_no_results():
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    results = filesystem_async._get_write_results_queue()
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+
+
+def test_files_are_written_where_called(tmp_path):
+    """mcore's own forks, and waits for ever for a fork that is killed."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def bucket(folder):
+        return (str(folder / "__0_0.distcp"), "__0_0.distcp", ([], []))
+
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc
+    results = filesystem_async._get_write_results_queue()
+    write([], False, 0, [bucket(tmp_path)], results)
+    assert results.get_nowait() == {0: []}
+    assert (tmp_path / "__0_0.distcp").is_file()
+    results = filesystem_async._get_write_results_queue()
+    write([], False, 0, [bucket(tmp_path / "gone")], results)
+    assert isinstance(results.get_nowait(), FileNotFoundError)
 
 
 def test_only_megatron_sees_the_stand_in():

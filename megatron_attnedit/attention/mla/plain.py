@@ -1,0 +1,44 @@
+"""MLA on whole weights, for its fit; fast, unlike ``reference.py``."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_attnedit.attention.mla.dims import MLADims
+from megatron_attnedit.attention.plain import attend, rotary_angles
+from megatron_attnedit.attention.rotary import rotate
+
+
+def mla_heads(weights: Mapping[str, Tensor], inputs: Tensor, dims: MLADims) -> Tensor:
+    """What enters the output projection.
+
+    Args:
+        weights: Of one layer, whole.
+        inputs: ``[s, c, h]``.
+        dims: The student's sizes.
+
+    Returns:
+        ``[s, c, n * v]``.
+    """
+    query = (inputs @ weights["linear_q_proj.weight"].t()).unflatten(-1, (-1, dims.query_dim))
+    compressed = inputs @ weights["linear_kv_down_proj.weight"].t()
+    latent, k_pos_emb = compressed.split([dims.kv_lora_rank, dims.qk_pos_emb_head_dim], dim=-1)
+    latent = torch.nn.functional.rms_norm(
+        latent, latent.shape[-1:], weights["kv_layernorm.weight"], eps=1e-6
+    )
+    kv = (latent @ weights["linear_kv_up_proj.weight"].t()).unflatten(
+        -1, (-1, dims.qk_head_dim + dims.v_head_dim)
+    )
+    angles = rotary_angles(
+        dims.qk_pos_emb_head_dim, dims.rotary_base, dims.rope_scaling_factor, len(inputs)
+    )
+    q_pos_emb, k_pos_emb = (
+        rotate(t, angles.cos(), angles.sin())
+        for t in (query[..., dims.qk_head_dim :], k_pos_emb.unsqueeze(2))
+    )
+    query = torch.cat([query[..., : dims.qk_head_dim], q_pos_emb], dim=-1)
+    key = torch.cat(
+        [kv[..., : dims.qk_head_dim], k_pos_emb.expand(-1, -1, kv.shape[2], -1)], dim=-1
+    )
+    return attend(query, key, kv[..., dims.qk_head_dim :], dims.query_dim**-0.5)

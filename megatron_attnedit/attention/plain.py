@@ -1,0 +1,63 @@
+"""Attention on whole weights, float32, outside Megatron's modules: what the fits compute with.
+
+Letters: s tokens, c samples, n query heads, g key-value groups, d head size, h hidden.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+
+from megatron_attnedit.attention.backends.sdpa import sdpa_attention
+from megatron_attnedit.attention.rotary import rotate
+from megatron_attnedit.attention.teacher_weights import project
+from megatron_attnedit.convert.hf_config import HFConfig
+
+
+def rotary_angles(dim: int, base: float, scaling_factor: float | None, length: int) -> Tensor:
+    """``[s, 1, 1, dim]``, both halves alike.
+
+    Args:
+        dim: Rotated part of a head.
+        base: Of the frequencies.
+        scaling_factor: Of Llama 3's frequency scaling; None without.
+        length: s.
+    """
+    table = RotaryEmbedding(
+        dim,
+        rotary_percent=1.0,
+        rotary_base=base,  # type: ignore[arg-type]
+        rope_scaling=scaling_factor is not None,
+        rope_scaling_factor=scaling_factor or 1.0,
+        use_cpu_initialization=True,
+    )
+    positions = torch.arange(length, dtype=torch.float32)
+    return torch.outer(positions, table.inv_freq).repeat(1, 2)[:, None, None]
+
+
+def teacher_angles(teacher: HFConfig, length: int) -> Tensor:
+    """``[s, 1, 1, d]``."""
+    factor = (teacher.rope_scaling or {}).get("factor")
+    return rotary_angles(teacher.head_dim, teacher.rope_theta, factor, length)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of ``[s, c, n, d]`` to ``[s, c, g, d]``; output ``[s, c, n * dv]``."""
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+    return sdpa_attention(q, k, v, None, scale).permute(2, 0, 1, 3).flatten(2)
+
+
+def teacher_output(inputs: Tensor, weights: Mapping[str, Tensor], teacher: HFConfig) -> Tensor:
+    """The teacher's attention output ``[s, c, h]``, before the residual.
+
+    Args:
+        inputs: ``[s, c, h]``, what enters the attention.
+        weights: The teacher's attention of that layer.
+        teacher: Its configuration.
+    """
+    flat = project(inputs.flatten(0, 1), weights, teacher)
+    q, k, v = (t.unflatten(0, inputs.shape[:2]) for t in flat)
+    angles = teacher_angles(teacher, len(inputs))
+    q, k = (rotate(t, angles.cos(), angles.sin()) for t in (q, k))
+    return attend(q, k, v, teacher.head_dim**-0.5) @ weights["linear_proj.weight"].t()

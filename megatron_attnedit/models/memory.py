@@ -1,0 +1,145 @@
+"""What each process of a run holds, from shapes alone.
+
+Weights, main gradients and optimizer states are counted as megatron-core lays them out, padding of
+the distributed optimizer included; activations are in ``activations.py``. What the estimate leaves
+out is ``RESERVE_BYTES``: the device's context, communication buffers, fragmentation.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_attnedit.attention import StudentAttention
+from megatron_attnedit.convert.families import teacher_rows
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.models.activations import Workload, activation_bytes
+from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.student import edited_rows, student_rows
+
+__all__ = ["RESERVE_BYTES", "RankMemory", "Workload", "memory_of_stages"]
+
+RESERVE_BYTES = 4 * 2**30
+# mcore starts each parameter of a distributed optimizer's buffer at a multiple of the first, and
+# ends the buffer at a multiple of the second and of the data-parallel size.
+PARAM_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one process of a pipeline stage.
+
+    Attributes:
+        parameters: Teacher and student.
+        gradients: Float32 main gradients.
+        optimizer: Float32 master weights (bfloat16 runs) and AdamW's moments.
+        activations: The most that is held beyond the rest, in an iteration.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+def memory_of_stages(
+    hf: HFConfig, student: StudentAttention, parallel: ParallelConfig, work: Workload
+) -> list[RankMemory]:
+    """One process of each pipeline stage; all of a stage hold the same, up to padding.
+
+    Args:
+        hf: The teacher.
+        student: What replaces its attention.
+        parallel: A grid that ``check_model`` accepts.
+        work: The run.
+    """
+    return [
+        RankMemory(
+            *_states(hf, student, parallel, work, chunks, stage),
+            activation_bytes(hf, student, parallel, work, chunks, stage),
+        )
+        for stage, chunks in enumerate(parallel.layers_by_chunk(hf.num_hidden_layers))
+    ]
+
+
+def _states(
+    hf: HFConfig,
+    student: StudentAttention,
+    parallel: ParallelConfig,
+    work: Workload,
+    chunks: Sequence[range],
+    stage: int,
+) -> tuple[int, int, int]:
+    """Bytes of parameters, main gradients and optimizer states."""
+    own_copies = work.trainable == "all"
+    trained_table = student_rows(hf, student) if own_copies else edited_rows(hf, student)
+    last = parallel.pipeline_model_parallel_size - 1
+    parameters = gradients = optimizer = 0
+    moments = 2 * FLOAT32
+    masters = FLOAT32 if work.bytes_per_number == 2 else 0
+    for index, layers in enumerate(chunks):
+        ends = (stage == 0 and index == 0, stage == last and index == len(chunks) - 1)
+        frozen = _shards(teacher_rows(hf), hf, parallel, layers, *ends)
+        parameters += sum(numel for numel, _ in frozen) * work.bytes_per_number
+        trained = _shards(trained_table, hf, parallel, layers, *ends)
+        for in_expert, copies in (
+            (False, work.data_parallel_size * parallel.context_parallel_size),
+            (True, work.expert_data_parallel_size),
+        ):
+            # With one process per expert group mcore treats experts like everything else.
+            apart = parallel.expert_model_parallel_size > 1
+            numels = [n for n, expert in trained if (expert and apart) == in_expert]
+            size = _buffer_numbers(numels, copies if work.use_distributed_optimizer else 0)
+            parameters += size * work.bytes_per_number
+            gradients += size * FLOAT32
+            share = size // copies if work.use_distributed_optimizer else size
+            optimizer += share * (masters + moments)
+    return parameters, gradients, optimizer
+
+
+def _shards(
+    rows: Iterable[ParamRow],
+    hf: HFConfig,
+    parallel: ParallelConfig,
+    layers: range,
+    first: bool,
+    last: bool,
+) -> list[tuple[int, bool]]:
+    """Numbers of every parameter of a piece on one process, and whether it is an expert's."""
+    tied_copy = hf.tie_word_embeddings and last and not first
+    found = []
+    for row in rows:
+        name = row.megatron_param
+        if name.startswith("decoder.layers."):
+            here = int(name.split(".", 3)[2]) in layers
+        elif name.startswith("embedding."):
+            here = first or tied_copy
+        else:
+            here = last
+        if here and row.in_expert:
+            # The first process's experts stand for all.
+            expert = int(name.partition(".local_experts.")[2].split(".", 1)[0])
+            here = expert < hf.num_experts // parallel.expert_model_parallel_size
+        if here:
+            size = (
+                parallel.expert_tensor_parallel_size
+                if row.in_expert
+                else parallel.tensor_model_parallel_size
+            )
+            found.append((math.prod(row.shard_shape(size)), row.in_expert))
+    return found
+
+
+def _buffer_numbers(numels: Sequence[int], copies: int) -> int:
+    """Numbers of mcore's buffer; ``copies`` of a distributed optimizer, or 0 without one."""
+    if not copies or not numels:
+        return sum(numels)
+    aligned = sum(-(-numel // PARAM_ALIGNMENT) * PARAM_ALIGNMENT for numel in numels)
+    unit = math.lcm(copies, BUFFER_ALIGNMENT)
+    return -(-aligned // unit) * unit

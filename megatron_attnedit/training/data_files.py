@@ -1,0 +1,151 @@
+"""Token files on disk: are they what they say, and are there enough of them?"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megatron_attnedit.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+REQUIRED: dict[str, tuple[type, ...]] = {
+    "vocab_size": (int,),
+    "eod": (int, type(None)),
+    "tokens": (int,),
+    "tokenizer_sha256": (str,),
+}
+NPY = b"\x93NUMPY"
+
+
+def describe(prefix: str, flag: str) -> dict[str, Any]:
+    """What ``tools/preprocess_data.py`` wrote about a prefix.
+
+    Data that Megatron-LM's own script wrote needs such a ``.json`` with the keys ``vocab_size``,
+    ``eod``, ``tokens`` and ``tokenizer_sha256``.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    for suffix in (".bin", ".idx", ".json"):
+        if not Path(prefix + suffix).is_file():
+            raise UserError(f"{flag} {prefix}: {prefix}{suffix} is missing")
+    try:
+        found = json.loads(Path(prefix + ".json").read_text())
+    except ValueError as error:
+        raise UserError(f"{flag} {prefix}: {prefix}.json is not JSON: {error}") from error
+    for key, kind in REQUIRED.items():
+        if not isinstance(found, dict) or not isinstance(found.get(key, ...), kind):
+            raise UserError(f"{flag} {prefix}: {prefix}.json has no {key}, or not of its type")
+    size, tokens = Path(prefix + ".bin").stat().st_size, found["tokens"]
+    if size not in (tokens * 2, tokens * 4):  # uint16 and int32, all that Megatron writes
+        raise UserError(
+            f"{flag} {prefix}: {prefix}.bin has {size} bytes, not those of {tokens} tokens"
+        )
+    _check_index(prefix, size, tokens, flag)
+    return found
+
+
+def _check_index(prefix: str, size: int, tokens: int, flag: str) -> None:
+    """Every sequence lies inside the ``.bin`` file, and together they are all of it.
+
+    Raises:
+        UserError: not so.
+    """
+    file = f"{flag} {prefix}: {prefix}.idx"
+    try:
+        index = IndexedDataset(prefix).index
+        lengths = index.sequence_lengths.astype(numpy.int64)
+        starts, documents = index.sequence_pointers, index.document_indices
+        width = size // max(tokens, 1)
+        ends = starts + lengths * width
+    except Exception as error:  # garbage makes it fail in any way
+        raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:150]}") from None
+    inside = not len(starts) or (lengths.min() >= 0 and starts.min() >= 0 and ends.max() <= size)
+    ordered = len(documents) and documents[-1] == len(starts) and (numpy.diff(documents) >= 0).all()
+    if index.dtype_size != width or lengths.sum() != tokens or not inside or not ordered:
+        raise UserError(
+            f"{file} is damaged: it lists {lengths.sum()} tokens of {index.dtype_size} bytes, "
+            f"{prefix}.json {tokens} of {width}, or some lie outside {prefix}.bin"
+        )
+
+
+def check_amount(
+    files: Sequence[tuple[str, int]],
+    weights: Sequence[float] | None,
+    *,
+    needed: int,
+    max_epochs: float,
+    flag: str,
+) -> None:
+    """A run does not read a file more often than it may.
+
+    Args:
+        files: Prefixes and their tokens.
+        weights: Of each in the blend; None: by their tokens.
+        needed: Tokens that the run reads.
+        max_epochs: How often a file may be read; 0: any number of times.
+        flag: Whose value the prefixes are.
+
+    Raises:
+        UserError: names the first file that is too short.
+    """
+    shares = [float(count) for _, count in files] if weights is None else list(weights)
+    for (prefix, count), share in zip(files, shares, strict=True):
+        wanted = needed * share / sum(shares)
+        epochs = wanted / count
+        if max_epochs and epochs > max_epochs:
+            raise UserError(
+                f"{flag} {prefix}: {prefix}.bin has {count} tokens, the recipe reads "
+                f"{wanted:.0f} of it: {epochs:.2f} times, more than --max-epochs {max_epochs:g}"
+            )
+        if epochs > 1:
+            logger.info("%s %s: its %d tokens are read %.2f times", flag, prefix, count, epochs)
+
+
+def refuse_pickled_indices(folder: Path) -> None:
+    """Megatron's datasets unpickle what they find instead of an index.
+
+    Raises:
+        UserError: a file in the cache is not a plain array.
+    """
+    for file in folder.glob("**/*.npy"):
+        with open(file, "rb") as stream:
+            if stream.read(len(NPY)) != NPY:
+                raise UserError(f"--data-cache-path: {file} is not an array; remove it")
+
+
+class CheckedDataset(Dataset):
+    """The same samples; a token that the model does not have is refused.
+
+    Args:
+        dataset: Megatron's.
+        vocab_size: The model's.
+        where: Flag and prefixes, for messages.
+    """
+
+    def __init__(self, dataset: Any, vocab_size: int, where: str) -> None:
+        self._dataset, self._vocab_size, self._where = dataset, vocab_size, where
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample: dict[str, Tensor] = self._dataset[index]
+        for name in ("tokens", "labels"):
+            ids = torch.as_tensor(sample[name])
+            least, most = int(ids.min()), int(ids.max())
+            if least < 0 or most >= self._vocab_size:
+                wrong = least if least < 0 else most
+                raise UserError(
+                    f"{self._where}: sample {index} has token {wrong}, the model has "
+                    f"{self._vocab_size}: the .bin file is damaged, or of another tokenizer"
+                )
+        return sample

@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""torchrun with two additions: the ranks' exit code comes through, and signals reach them.
+
+Takes torchrun's arguments. Exit code 75 (saved, start me again) or 2 (bad input) of any rank is
+this program's; any other failure is 1. SIGTERM and SIGUSR1 are handed to the ranks, which save and
+leave; torchrun itself would give them 30 seconds, and none on SIGUSR1.
+"""
+
+import contextlib
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import psutil
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from megatron_attnedit.errors import BAD_INPUT, STOPPED
+
+HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Launcher:
+    """Runs the ranks of this host."""
+
+    def __init__(self) -> None:
+        self.told_to_stop = False
+
+    def hand_on(self, number: int, frame: FrameType | None) -> None:
+        self.told_to_stop = True
+        for rank in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
+    def launch(self, args: Any) -> int:
+        if hasattr(args, "signals_to_handle"):  # older torchruns take SIGTERM for themselves
+            args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+        for number in HANDED_ON:
+            signal.signal(number, self.hand_on)
+        try:
+            run(args)
+        except ChildFailedError as failure:
+            return self.exit_code({part.exitcode for part in failure.failures.values()})
+        return 0
+
+    def exit_code(self, codes: set[int]) -> int:
+        for code in (BAD_INPUT, STOPPED):
+            if code in codes:
+                return code
+        # A rank that is still starting dies of the signal: nothing new was there to save.
+        died_of_it = codes <= {-number for number in HANDED_ON}
+        return STOPPED if self.told_to_stop and died_of_it else 1
+
+
+if __name__ == "__main__":
+    sys.exit(Launcher().launch(parse_args(sys.argv[1:])))
