@@ -1,13 +1,15 @@
-"""Runs in processes of their own that can be killed; forked, so that a start takes a second."""
+"""Runs in processes of their own that can be killed.
 
-import gc
+They are forked from a server that has imported everything and done nothing, so that a start takes a
+second. (A process that has trained cannot be forked: autograd's threads are not there any more.)
+"""
+
 import json
 import multiprocessing
 import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,16 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import run_tool
-from megatron_attnedit.training.run import run
 
-_KEPT: dict[str, Any] = {}
+torch.set_num_threads(1)
+bootstrap()
+
+from megatron_attnedit.training.run import run  # noqa: E402
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.attempts"])
 
 
 class Attempt:
@@ -29,18 +37,13 @@ class Attempt:
         world_size: Ranks.
         recipe: Of the run.
         log: File that the ranks' output is added to.
-        prepare: Called in every rank before the run.
     """
 
-    def __init__(
-        self, world_size: int, recipe: Any, log: Path, prepare: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, world_size: int, recipe: Any, log: Path) -> None:
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
-        context = multiprocessing.get_context("fork")
-        gc.collect()
         self.ranks = [
-            context.Process(target=_rank, args=(rank, world_size, store, recipe, log, prepare))
+            _SERVER.Process(target=_rank, args=(rank, world_size, store, recipe, log))
             for rank in range(world_size)
         ]
         for process in self.ranks:
@@ -79,22 +82,13 @@ class Attempt:
         return [process.exitcode for process in self.ranks]
 
 
-def _rank(
-    rank: int, world_size: int, store: str, recipe: Any, log: Path, prepare: Callable[[], None]
-) -> None:
+def _rank(rank: int, world_size: int, store: str, recipe: Any, log: Path) -> None:
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
-    # Process groups that the parent no longer uses have threads that a fork has not: collecting
-    # one would wait for them for ever.
-    gc.freeze()
-    _KEPT.update(vars(parallel_state))
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    if prepare:
-        prepare()
     code = 1
     try:
         dist.init_process_group(

@@ -5,6 +5,7 @@ attention: kernels by themselves; a window against full attention.
 kl:        the chunked KL loss against kl_div on full logits, and against its matrix products.
 stage1:    layer-wise distillation against a plain transformers script, random weights.
 stage2:    model-level distillation against the same.
+checkpoint: how long saving stops a stage-1 run, before going on and behind it.
 convert:   import and export of a model, against cp of the same bytes.
 """
 
@@ -25,7 +26,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--suite", choices=("attention", "kl", "stage1", "stage2", "convert"), required=True
+        "--suite", 
+        choices=("attention", "kl", "stage1", "stage2", "checkpoint", "convert"), required=True,
     )
     parser.add_argument(
         "--config", type=Path, default=Path("examples/recipes/qwen3_8b/config.json"),
@@ -55,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     speed.add_argument("--moe-grouped-gemm", action="store_true", help="experts in one product")
     speed.add_argument("--no-baseline", action="store_true", help="only this program's side")
 
-    convert = parser.add_argument_group("convert")
+    convert = parser.add_argument_group("convert, checkpoint")
     convert.add_argument("--scratch", type=Path, help="new folder; removed at the end")
     convert.add_argument(
         "--name", help="of the model in the figures (default: the folder of --config)"
@@ -83,10 +85,7 @@ def convert(args: argparse.Namespace, config: dict[str, Any]) -> None:
         table_row,
     )
 
-    if args.scratch is None:
-        raise UserError("--scratch is required with --suite convert")
-    if args.scratch.exists():
-        raise UserError(f"--scratch {args.scratch}: exists")
+    new_scratch(args)
     name = args.name or args.config.resolve().parent.name
     if args.num_layers:
         whole = json.loads(args.config.read_text())["num_hidden_layers"]
@@ -115,14 +114,34 @@ def stage(args: argparse.Namespace, config: dict[str, Any]) -> Any:
     work = Workload(
         hf=hf,
         student=student_attention_class(args.student_attention).from_flags(flags, hf),
-        stage=int(args.suite[-1]),
+        stage=2 if args.suite == "stage2" else 1,
         seq_length=args.seq_length,
         micro_batches=args.micro_batches,
         trainable=args.trainable,
         moe_grouped_gemm=args.moe_grouped_gemm,
         recompute=args.recompute,
     )
+    if args.suite == "checkpoint":
+        return [checkpoint(args, work)]
     return [compare(work, with_baseline=not args.no_baseline)]
+
+
+def checkpoint(args: argparse.Namespace, work: Any) -> dict[str, Any]:
+    from megatron_attnedit.evaluate.speed.pauses import checkpoint_pauses
+
+    folder = new_scratch(args)
+    try:
+        return checkpoint_pauses(work, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def new_scratch(args: argparse.Namespace) -> Path:
+    if args.scratch is None:
+        raise UserError(f"--scratch is required with --suite {args.suite}")
+    if args.scratch.exists():
+        raise UserError(f"--scratch {args.scratch}: exists")
+    return args.scratch
 
 
 def kernels(args: argparse.Namespace, config: dict[str, Any]) -> Any:

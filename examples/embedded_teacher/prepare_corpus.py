@@ -28,8 +28,6 @@ from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
-from lxml import html
-
 from megatron_attnedit.errors import UserError, run_tool
 
 HERE = Path(__file__).parent
@@ -106,6 +104,8 @@ def download(work: Path, packages: list[Path]) -> list[Path]:
 
 def html_paragraphs(data: bytes, with_code: bool) -> list[str]:
     """Text of the elements that hold prose, headings included, and code where wanted."""
+    from lxml import html
+
     try:
         tree = html.fromstring(data.decode("utf-8", "replace"))
     except (ValueError, html.etree.ParserError, AssertionError):

@@ -9,16 +9,17 @@
 #   --stage1 FLAGS    more flags for stage 1, such as "--lr 2e-3 --train-iters 500"
 #   --stage2 FLAGS    the same for stage 2, such as "--lr 1e-4 --seed 2 --trainable all"
 #   --no-stage1       stage 2 alone, from the edited student
-#   --no-stage2       stage 1 alone
+#   --no-stage2       stage 1 alone; with --no-stage1, the edited student as it is
 #   --from DIR        no edit and no stage 1: stage 2 goes on from the student in DIR
 #   --evaluate FLAGS  more flags for tools/evaluate.py, such as "--max-windows 50"
+#   --no-evaluate     no export and no report: for a search of learning rates
 #
 # Flags override the recipes beside this script. The report is in WORK/NAME/report.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 work=outputs/smollm2_135m
-name='' attention='' from='' edit=() stage1=() stage2=() evaluate=() stages=(1 2)
+name='' attention='' from='' edit=() stage1=() stage2=() evaluate=() report=yes stages=' 1 2'
 while [ $# -gt 0 ]; do
     case $1 in
         --work) work=${2:?--work needs a directory}; shift 2 ;;
@@ -27,10 +28,11 @@ while [ $# -gt 0 ]; do
         --stage1) read -ra stage1 <<<"$2"; shift 2 ;;
         --stage2) read -ra stage2 <<<"$2"; shift 2 ;;
         --evaluate) read -ra evaluate <<<"$2"; shift 2 ;;
-        --from) from=${2:?--from needs a directory}; stages=(2); shift 2 ;;
-        --no-stage1) stages=(2); shift ;;
-        --no-stage2) stages=(1); shift ;;
-        -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --from) from=${2:?--from needs a directory}; stages=' 2'; shift 2 ;;
+        --no-evaluate) report=''; shift ;;
+        --no-stage1) stages=${stages/ 1/}; shift ;;
+        --no-stage2) stages=${stages/ 2/}; shift ;;
+        -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
         mla | gate_swa) attention=$1; shift ;;
         *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
     esac
@@ -62,7 +64,7 @@ if [ -z "$from" ]; then
     load=$run/edit
     student+=,after_edit=$load
 fi
-for stage in "${stages[@]}"; do
+for stage in $stages; do
     say "$run: stage $stage"
     flags=("${stage1[@]}")
     if [ "$stage" = 2 ]; then flags=("${stage2[@]}"); fi
@@ -73,6 +75,7 @@ for stage in "${stages[@]}"; do
     load=$run/stage$stage
     student+=,after_stage$stage=$load
 done
+if [ -z "$report" ]; then exit 0; fi
 say "$run: export"
 python tools/convert_checkpoint.py export --input "$load" --output "$run/hf" --overwrite
 say "$run: evaluate on the held-out source"

@@ -11,6 +11,7 @@ root=$PWD
 IFS=, read -r -a hosts <<<"${1:?host,host,...}"
 shift
 remote=${ATTNEDIT_SSH:-ssh}
+patience=${ATTNEDIT_PATIENCE:-60}
 
 words=$(printf '%q ' "$@")
 variables=$(printf '%q ' NNODES="${#hosts[@]}" MASTER_ADDR="${hosts[0]}" \
@@ -37,10 +38,25 @@ hand_on() {
 trap 'hand_on TERM' TERM
 trap 'hand_on USR1' USR1
 
-highest=0
-for pid in "${started[@]}"; do
-    code=0
-    while kill -0 "$pid" 2>/dev/null; do wait "$pid" && code=0 || code=$?; done
-    if [ "$code" -gt "$highest" ]; then highest=$code; fi
+# Looked at every second. A host that fails takes the others, which may wait for it, down
+# $patience seconds later: SIGINT ends their ranks without a checkpoint.
+highest=0 ended='' left=("${started[@]}")
+while [ ${#left[@]} -gt 0 ]; do
+    still=()
+    for pid in "${left[@]}"; do
+        if kill -0 "$pid" 2>/dev/null; then
+            still+=("$pid")
+            continue
+        fi
+        wait "$pid" && code=0 || code=$?
+        if [ "$code" -gt "$highest" ]; then highest=$code; fi
+        if [ "$code" -ne 0 ] && [ -z "$ended" ]; then ended=$SECONDS; fi
+    done
+    left=("${still[@]}")
+    if [ -n "$ended" ] && [ "${#left[@]}" -gt 0 ] && [ $((SECONDS - ended)) -ge "$patience" ]; then
+        hand_on INT
+        ended=$((SECONDS + 60))
+    fi
+    sleep 1
 done
 exit "$highest"

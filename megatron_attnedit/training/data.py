@@ -14,12 +14,13 @@ from megatron.core.datasets.utils import get_blend_from_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_attnedit.convert.output import barrier, is_first
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.training.data_files import (
     CheckedDataset,
     check_amount,
     describe,
-    refuse_pickled_indices,
+    drop_bad_indices,
 )
 
 # A model's vocabulary is its tokenizer's, rounded up; a larger gap is another tokenizer.
@@ -162,7 +163,9 @@ def build_datasets(
     Raises:
         UserError: files are missing, too short, or of another tokenizer than the model's.
     """
-    refuse_pickled_indices(Path(config.data_cache_path))
+    if is_first():
+        drop_bad_indices(Path(config.data_cache_path))
+    barrier()
     flag = "--train-data-path"
     blend, tokenizer = _checked_blend(config, config.train_data_path, flag)
     check_amount(

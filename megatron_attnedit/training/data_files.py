@@ -22,7 +22,6 @@ REQUIRED: dict[str, tuple[type, ...]] = {
     "tokens": (int,),
     "tokenizer_sha256": (str,),
 }
-NPY = b"\x93NUMPY"
 
 
 def describe(prefix: str, flag: str) -> dict[str, Any]:
@@ -110,16 +109,17 @@ def check_amount(
             logger.info("%s %s: its %d tokens are read %.2f times", flag, prefix, count, epochs)
 
 
-def refuse_pickled_indices(folder: Path) -> None:
-    """Megatron's datasets unpickle what they find instead of an index.
+def drop_bad_indices(folder: Path) -> None:
+    """Remove cached indices that are no plain arrays; they are made again; one process.
 
-    Raises:
-        UserError: a file in the cache is not a plain array.
+    A killed run may have left half of one, and Megatron's datasets would unpickle what is no array.
     """
     for file in folder.glob("**/*.npy"):
-        with open(file, "rb") as stream:
-            if stream.read(len(NPY)) != NPY:
-                raise UserError(f"--data-cache-path: {file} is not an array; remove it")
+        try:
+            numpy.load(file, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError):
+            logger.warning("warning: %s is damaged: it is made again", file)
+            file.unlink()
 
 
 class CheckedDataset(Dataset):

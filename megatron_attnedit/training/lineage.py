@@ -3,7 +3,8 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_attnedit.attention import StudentAttention, student_attention_from_dict
 from megatron_attnedit.errors import UserError
@@ -86,6 +87,26 @@ def lineage_from_json(text: str, where: str) -> Lineage:
         UserError: not of this program.
     """
     try:
-        return Lineage(**json.loads(text))
-    except (json.JSONDecodeError, TypeError) as error:
+        lineage = Lineage(**json.loads(text))
+        _check_types(lineage, Lineage)
+        if lineage.student_attention:
+            attention = lineage.attention()
+            _check_types(attention, type(attention))
+    except (ValueError, TypeError, KeyError, UserError) as error:
         raise UserError(f"{where}: not a lineage of this version: {error}") from None
+    return lineage
+
+
+def _check_types(found: Any, cls: type) -> None:
+    """Plain fields hold what their types say.
+
+    Raises:
+        TypeError: names the field.
+    """
+    for name, hint in get_type_hints(cls).items():
+        options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kinds = [get_origin(option) or option for option in options]
+        kinds += [int] if float in kinds else []
+        value = getattr(found, name)
+        if all(isinstance(k, type) for k in kinds) and not isinstance(value, tuple(kinds)):
+            raise TypeError(f"{name} is {value!r}")

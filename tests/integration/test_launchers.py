@@ -63,7 +63,7 @@ def test_torchrun_signalled_and_started_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "code"), [(["--exit-with", 2], 2), (["--exit-with", 3], 1), (["--crash-at", 1], 1)]
+    ("flags", "code"), [(["--exit-with", 2], 2), (["--crash-at", 1], 1)]
 )
 def test_torchrun_s_exit_code(tmp_path, flags, code):
     root = root_with_stand_in(tmp_path / "root")
@@ -76,16 +76,49 @@ def test_torchrun_s_exit_code(tmp_path, flags, code):
 
 
 @pytest.mark.full
-def test_several_hosts(tmp_path):
-    """Two launchers that find each other, on one machine; ``ssh`` is a shell."""
+def test_a_dead_rank_ends_a_run_whose_other_ranks_wait_for_it(tmp_path):
     root = root_with_stand_in(tmp_path / "root")
+    save = tmp_path / "run"
+    run = bash(
+        root, "examples/torchrun/train.sh", "stage1", "recipe.yaml", "--save", save,
+        "--crash-at", 2, "--deaf",
+    )
+    wait_for(save, ("trained", 2))
+    start = time.monotonic()
+    run.communicate(timeout=90)
+    assert run.returncode == 1
+    assert time.monotonic() - start < 60
+
+
+@pytest.fixture
+def shell_for_ssh(tmp_path) -> dict[str, str]:
+    """Hosts are this machine."""
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/bin/sh\nexec bash -c "$2"\n')
     ssh.chmod(0o755)
+    return {"ATTNEDIT_SSH": str(ssh), "ATTNEDIT_DEVICES": "1"}
+
+
+@pytest.mark.full
+def test_a_host_that_fails_ends_the_others(tmp_path, shell_for_ssh):
+    root = root_with_stand_in(tmp_path / "root")
+    run = bash(
+        root, "examples/torchrun/all_hosts.sh", "localhost,localhost", "stage1", "recipe.yaml",
+        "--save", tmp_path / "run", "--crash-at", 2, "--deaf",
+        **shell_for_ssh, MASTER_PORT="29733", ATTNEDIT_PATIENCE="5",
+    )
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1, output
+
+
+@pytest.mark.full
+def test_several_hosts(tmp_path, shell_for_ssh):
+    """Two launchers that find each other, on one machine."""
+    root = root_with_stand_in(tmp_path / "root")
     save = tmp_path / "run"
     words = ["examples/torchrun/all_hosts.sh", "localhost,localhost", "stage1", "recipe.yaml",
              "--save", save, "--train-iters", 8]
-    variables = {"ATTNEDIT_SSH": str(ssh), "ATTNEDIT_DEVICES": "1", "MASTER_PORT": "29731"}
+    variables = {**shell_for_ssh, "MASTER_PORT": "29731"}
     first = bash(root, *words, **variables)
     wait_for(save, ("trained", 2))
     first.send_signal(signal.SIGTERM)

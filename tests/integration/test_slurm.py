@@ -1,4 +1,4 @@
-"""The SLURM template on a real SLURM of one node: preempted, at its limit, killed, crashing.
+"""The SLURM templates on a real SLURM: preempted, at the time limit, killed, crashing, two nodes.
 
 Each test ends with the job finished and every iteration exactly once in what was kept.
 """
@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_attnedit.training.run_folder import latest
+from tests.attempts import contents, differences, metrics
 from tests.integration.launching import (
     ENVIRONMENT,
     ROOT,
+    bash,
     journal,
     kept_iterations,
     root_with_stand_in,
@@ -27,6 +30,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="SLURM's daemons are started as root"),
 ]
+TEACHER = "examples/embedded_teacher/model"
 TRAIN = "examples/slurm/train.sbatch"
 
 
@@ -43,11 +47,11 @@ def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 
 class Job:
-    """A job of the template; stops what is left of it at the end."""
+    """A job of a template."""
 
-    def __init__(self, root: Path, environment: dict[str, str], options, words) -> None:
+    def __init__(self, root: Path, environment: dict[str, str], options, template, words) -> None:
         self.root, self.environment = root, environment
-        self.id = self.run("sbatch", "--parsable", *options, TRAIN, *words).strip()
+        self.id = self.run("sbatch", "--parsable", *options, template, *words).strip()
 
     def run(self, *words: object) -> str:
         answer = subprocess.run(
@@ -81,9 +85,11 @@ class Job:
 def submit(cluster, tmp_path) -> Iterator:
     jobs = []
 
-    def start(*words: object, options=(), root: Path | None = None, **variables: str) -> Job:
+    def start(
+        *words: object, options=(), root: Path | None = None, template=TRAIN, **variables: str
+    ) -> Job:
         root = root or root_with_stand_in(tmp_path / "root")
-        jobs.append(Job(root, {**cluster, **variables}, options, words))
+        jobs.append(Job(root, {**cluster, **variables}, options, template, words))
         return jobs[-1]
 
     yield start
@@ -160,6 +166,38 @@ def test_the_time_limit(submit, tmp_path):
     assert [i for what, i in events if what == "trained"] == list(range(1, 151))
 
 
+PAIR = ["--partition", "pair", "--nodes", "2"]
+
+
+def test_two_nodes(submit, tmp_path):
+    save = tmp_path / "run"
+    job = submit(
+        "stage1", "recipe.yaml", "--save", save, "--train-iters", 12, options=PAIR,
+        ATTNEDIT_DEVICES="1",
+    )
+    job.wait(lambda: trained(save, 3), 60)
+    job.run("scancel", "--batch", "--signal", "USR1", job.id)
+    job.wait_for_state("COMPLETED")
+    events = assert_each_iteration_once(save, 12)
+    assert len(starts(events)) == 2 and "saved: queued again" in job.log
+    assert '"world_size": 2' in (save / "journal.jsonl").read_text()
+    assert job.log.count("node ") >= 4  # both were looked at, at both starts
+
+
+def test_a_dead_rank_ends_the_other_node(submit, tmp_path):
+    """The other node's rank waits for it and hears no signal."""
+    save = tmp_path / "run"
+    job = submit(
+        "stage1", "recipe.yaml", "--save", save, "--crash-at", 3, "--deaf", options=PAIR,
+        ATTNEDIT_DEVICES="1", ATTNEDIT_CRASHES="0",
+    )
+    job.wait(lambda: trained(save, 3), 60)
+    start = time.monotonic()
+    job.wait_for_state("FAILED")
+    print(f"{time.monotonic() - start:.0f} s from a rank's death to the job's end")
+    assert time.monotonic() - start < 60
+
+
 def test_crashes_are_counted(submit, tmp_path):
     """A rank dies at iteration 5 of every start; the last checkpoint is of iteration 4."""
     save = tmp_path / "run"
@@ -198,3 +236,87 @@ def test_an_impossible_grid_starts_no_rank(submit, tmp_path):
     job.wait_for_state("FAILED")
     assert "error: --load nowhere: not there" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run").exists()
+
+
+def test_conversion(submit, tmp_path):
+    job = submit(
+        "import", "--input", TEACHER, "--output", tmp_path / "teacher", root=ROOT,
+        template="examples/slurm/convert.sbatch", options=["--output", tmp_path / "log"],
+    )
+    job.wait_for_state("COMPLETED")
+    assert latest(tmp_path / "teacher") is not None
+    job = submit(
+        "import", "--input", tmp_path / "nowhere", "--output", tmp_path / "other", root=ROOT,
+        template="examples/slurm/convert.sbatch", options=["--output", tmp_path / "log"],
+    )
+    job.wait_for_state("FAILED")
+    assert "nowhere" in (tmp_path / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def teacher_and_student(tmp_path_factory) -> Path:
+    """Data of the embedded teacher's text, and an untrained student of it."""
+    folder = tmp_path_factory.mktemp("embedded")
+    steps = [
+        ["preprocess_data", "--input", "examples/embedded_teacher/text/stage1.jsonl.gz",
+         "--tokenizer", TEACHER, "--output", folder / "data"],
+        ["edit_checkpoint", "--teacher", TEACHER, "--save", folder / "edit", "--init", "random",
+         "--student-attention", "mla", "--kv-lora-rank", 156, "--qk-pos-emb-head-dim", 48],
+    ]
+    for name, *words in steps:
+        answer = subprocess.run(
+            ["python", f"tools/{name}.py", *map(str, words)], cwd=ROOT, env=ENVIRONMENT,
+            capture_output=True, text=True,
+        )
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+    return folder
+
+
+def of_training(save: Path) -> list[dict]:
+    return [entry for entry in metrics(save) if "loss" in entry]
+
+
+def logged(save: Path) -> int:
+    """The last iteration in a run's metrics."""
+    if not (save / "metrics.jsonl").is_file():
+        return 0
+    return max((entry["iteration"] for entry in of_training(save)), default=0)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_real_run_is_preempted_twice(submit, teacher_and_student, tmp_path, stage):
+    """Its weights, losses and optimizer are those of a run that nobody touched, bit for bit."""
+    folder, last = teacher_and_student, 24
+    (tmp_path / "recipe.yaml").write_text(
+        f"seq_length: 256\nglobal_batch_size: 4\ntrain_iters: {last}\nlog_interval: 1\n"
+        "lr_warmup_iters: 4\nuse_distributed_optimizer: true\n"
+    )
+    words = [stage, tmp_path / "recipe.yaml", "--teacher", TEACHER, "--load", folder / "edit",
+             "--train-data-path", folder / "data"]
+    variables = {"ATTNEDIT_LOGS": str(tmp_path / "logs")}
+    untouched = bash(
+        ROOT, "examples/torchrun/train.sh", *words, "--save", tmp_path / "untouched", **variables
+    )
+    output, _ = untouched.communicate(timeout=300)
+    assert untouched.returncode == 0, output
+
+    save, log = tmp_path / "run", tmp_path / "job.log"
+    job = submit(
+        *words, "--save", save, root=ROOT, options=["--output", log], **variables
+    )
+    for iteration in (4, 12):
+        job.wait(lambda least=iteration: logged(save) >= least, 120)
+        job.run(
+            "sbatch", "--partition", "high", "--exclusive", "--mem", 0, "--output", "/dev/null",
+            "--wrap", "sleep 1",
+        )
+        job.wait(lambda: job.state() != "RUNNING", 60)
+        job.wait_for_state("RUNNING")
+    job.wait_for_state("COMPLETED")
+    assert log.read_text().count("saved: queued again") == 2
+    assert [entry["iteration"] for entry in of_training(save)] == list(range(1, last + 1))
+    for one, other in zip(of_training(save), of_training(tmp_path / "untouched"), strict=True):
+        for name in ("loss", "lr", "grad_norm"):
+            assert one[name] == other[name], (one["iteration"], name)
+    ends = [contents(latest(path)) for path in (save, tmp_path / "untouched")]
+    assert differences(*ends) == []

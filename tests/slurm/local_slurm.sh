@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A real SLURM of one node on the loopback interface, as root, from Debian's packages: slurmctld,
-# slurmd, slurm-client, munge. Partition `high` preempts jobs of partition `low` and requeues them.
+# A real SLURM on the loopback interface, as root, from Debian's packages: slurmctld, slurmd,
+# slurm-client, munge. Partition `high` preempts jobs of partition `low` and requeues them; both have
+# one node. Partition `pair` has two, which are this machine under two names.
 #
 #   tests/slurm/local_slurm.sh start DIR   then: export SLURM_CONF=DIR/slurm.conf; sbatch ...
 #   tests/slurm/local_slurm.sh stop DIR
@@ -8,15 +9,15 @@ set -euo pipefail
 action=${1:?start or stop} dir=${2:?folder for state and logs}
 
 stop() {
-    for name in slurmd slurmctld munged; do
-        [ -f "$dir/$name.pid" ] && kill "$(cat "$dir/$name.pid")" 2>/dev/null || true
+    for file in "$dir"/*.pid; do
+        if [ -f "$file" ]; then kill "$(cat "$file")" 2>/dev/null || true; fi
     done
 }
 
 start() {
     local host
     host=$(hostname -s)
-    mkdir -p "$dir"/{state,spool,log,munge}
+    mkdir -p "$dir"/{state,log,munge} "$dir/spool"/{localhost,"$host"}
     # The waits are short: one node, and requeued jobs otherwise rest for two minutes.
     cat >"$dir/slurm.conf" <<CONF
 ClusterName=local
@@ -29,13 +30,12 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SlurmUser=root
 StateSaveLocation=$dir/state
-SlurmdSpoolDir=$dir/spool
+SlurmdSpoolDir=$dir/spool/%n
 SlurmctldLogFile=$dir/log/slurmctld.log
-SlurmdLogFile=$dir/log/slurmd.log
+SlurmdLogFile=$dir/log/slurmd-%n.log
 SlurmctldPidFile=$dir/slurmctld.pid
-SlurmdPidFile=$dir/slurmd.pid
-SlurmctldPort=${SLURMCTLD_PORT:-17817}
-SlurmdPort=${SLURMD_PORT:-17818}
+SlurmdPidFile=$dir/slurmd-%n.pid
+SlurmctldPort=17817
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,bf_interval=5,batch_sched_delay=0
 ReturnToService=2
@@ -43,9 +43,12 @@ KillWait=30
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=$host NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000 State=UNKNOWN
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=${GRACE_TIME:-60} MaxTime=INFINITE State=UP
-PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF MaxTime=INFINITE State=UP
+NodeName=DEFAULT CPUs=4 RealMemory=4000 State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 Port=17818
+NodeName=localhost NodeHostname=$host NodeAddr=127.0.0.1 Port=17819
+PartitionName=low Nodes=$host Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE State=UP
+PartitionName=high Nodes=$host PriorityTier=2 PreemptMode=OFF MaxTime=INFINITE State=UP
+PartitionName=pair Nodes=ALL PreemptMode=OFF MaxTime=INFINITE State=UP
 CONF
     head -c 1024 /dev/urandom >"$dir/munge/key"
     chmod 700 "$dir/munge" && chmod 400 "$dir/munge/key" && chmod 755 "$dir"
@@ -57,12 +60,13 @@ CONF
     ln -sf munge/pid "$dir/munged.pid"
     export SLURM_CONF=$dir/slurm.conf
     slurmctld
-    slurmd
+    slurmd -N "$host"
+    slurmd -N localhost
     for _ in $(seq 60); do
-        if sinfo --noheader --partition low --states idle 2>/dev/null | grep -q .; then return; fi
+        if [ "$(sinfo -h -N -p pair -t idle -o %N 2>/dev/null | wc -l)" -eq 2 ]; then return; fi
         sleep 0.5
     done
-    echo "error: the node does not come up; see $dir/log" >&2
+    echo "error: the nodes do not come up; see $dir/log" >&2
     return 1
 }
 

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--save-interval", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=0.5, help="of an iteration")
     parser.add_argument("--crash-at", type=int, help="iteration at which rank 1 dies, each time")
+    parser.add_argument("--deaf", action="store_true", help="wait for ever for a dead rank")
     parser.add_argument("--exit-with", type=int, help="end at once with this code")
     args = parser.parse_args()
     if args.dry_run:
@@ -41,7 +42,12 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
     dist.init_process_group("gloo")
-    train(args, signals)
+    try:
+        train(args, signals)
+    except RuntimeError:
+        while args.deaf:
+            time.sleep(1)
+        raise
     dist.destroy_process_group()
 
 

@@ -1,10 +1,12 @@
 """Both stages of this program on random weights, through the code that trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megatron_attnedit.attention import StudentAttention
@@ -90,14 +92,25 @@ def _recipe(work: Workload) -> Recipe:
     return Stage2Recipe(**common, recompute=work.recompute, trainable=work.trainable)
 
 
-def training_step(
-    work: Workload, *, attention_backend: str = "auto"
-) -> tuple[Callable[[], float], dict[int, nn.Module]]:
-    """Build everything on this process.
+@dataclass(frozen=True)
+class Training:
+    """Everything on this process.
 
-    Returns:
-        One iteration (micro-batches and optimizer step; gives the loss), and the edited attentions.
+    Attributes:
+        step: One iteration (micro-batches and optimizer step); gives the loss.
+        attentions: The edited ones, by layer.
+        models: What trains.
+        optimizer: Megatron's.
     """
+
+    step: Callable[[], float]
+    attentions: dict[int, Any]
+    models: Sequence[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+
+
+def build_training(work: Workload, *, attention_backend: str = "auto") -> Training:
+    """Teacher, student and optimizer with random weights."""
     recipe = _recipe(work)
     start_processes(ParallelConfig(), recipe.seed)
     device = bootstrap().device
@@ -145,4 +158,4 @@ def training_step(
         optimizer.step()
         return float(metrics["loss"])
 
-    return step, attentions
+    return Training(step, attentions, models, optimizer)

@@ -38,13 +38,14 @@ def compare(work: Workload, *, with_baseline: bool = True) -> dict[str, Any]:
     floor: list[float] = []
 
     def our_side() -> tuple[Callable[[], float], float]:
-        step, attentions = ours.training_step(work)
+        built = ours.build_training(work)
         floor.append(
             stage_floor(
-                work.hf, work.student, attentions, seq_length=work.seq_length, stage=work.stage
+                work.hf, work.student, built.attentions,
+                seq_length=work.seq_length, stage=work.stage,
             )
         )
-        return step, floor[0]
+        return built.step, floor[0]
 
     our_figures = _measured(our_side, work.tokens, rate)
     their_figures = None

