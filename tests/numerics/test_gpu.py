@@ -20,6 +20,15 @@ from megatron_attnedit.attention.windows import to_window_size
 from megatron_attnedit.device import add_weight_gradient
 from megatron_attnedit.distill.divergences import divergence_and_gradient
 from megatron_attnedit.distill.layerwise import relative_error
+from megatron_attnedit.training.loop import train
+from megatron_attnedit.training.recipe import Stage1Recipe
+from megatron_attnedit.training.run import prepare
+from megatron_attnedit.training.run_folder import damage
+from megatron_attnedit.training.setup import stop_processes
+from megatron_attnedit.training.writing import CheckpointWriter
+from tests.attempts import contents, differences
+from tests.numerics.inputs import make_inputs
+from tests.numerics.inputs import recipe as small_recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -206,3 +215,25 @@ def compare_runs(inputs, tmp_path, student, stage, flags, bar):
         losses[device] = [json.loads(line)["loss"] for line in lines]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=bar)
     assert len(losses["cuda"]) == 5
+
+
+def test_a_checkpoint_behind_the_training_holds_what_one_before_it_does(tmp_path):
+    """The training goes on while a fork of a process with a device context writes."""
+    inputs = make_inputs(tmp_path / "inputs")
+    run = prepare(
+        small_recipe(
+            Stage1Recipe, inputs, "mla", tmp_path / "run", bf16=True, async_save=True,
+            train_iters=6, save_interval=2,
+        )
+    )
+    try:
+        train(run)
+        writer = CheckpointWriter(tmp_path / "before", run.lineage)
+        writer.save(run.iteration, run.sharded_state(is_loading=False))
+    finally:
+        stop_processes()
+    one, other = (contents(tmp_path / name / "iter_0000006") for name in ("run", "before"))
+    one["common"].pop("random_states")
+    assert differences(one, other) == []
+    for iteration in (2, 4, 6):
+        assert damage(tmp_path / "run" / f"iter_000000{iteration}") == ""

@@ -2,11 +2,15 @@
 
 import json
 import math
+import random
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
 
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.training import run_folder
@@ -14,6 +18,7 @@ from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from tests import processes
+from tests.attempts import metrics
 from tests.numerics.inputs import make_inputs, make_student
 from tests.numerics.inputs import recipe as small_recipe
 
@@ -37,18 +42,57 @@ def inputs(tmp_path_factory):
     return folder
 
 
+class Recorder:
+    """A data set that notes which samples were asked for."""
+
+    def __init__(self, dataset):
+        self.dataset, self.ids = dataset, []
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        self.ids.append(index)
+        return self.dataset[index]
+
+
+def draw():
+    """Next numbers of every random generator; the training itself draws none."""
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.rand(2).tolist()
+    return [random.random(), numpy.random.rand(), *torch.rand(2).tolist(), *tracked]
+
+
+def draw_once_an_iteration(run):
+    step = run.stage.train_step
+
+    def step_and_draw(*args):
+        draw()
+        return step(*args)
+
+    run.stage.train_step = step_and_draw
+
+
 def train_to_the_end(stage, folder, save, fields, student="mla"):
-    """Train; return this rank's weights at the end."""
+    """Train; return this rank's weights at the end, and what random generators give then.
+
+    The samples that were read go to ``SAVE/ids-RANK``, an attempt a line.
+    """
     recipe = small_recipe(
         RECIPES[stage], folder, student, save, save_interval=2, log_interval=1, **fields
     )
     run = prepare(recipe)
+    run.train_data = recorder = Recorder(run.train_data)
+    draw_once_an_iteration(run)
     train(run)
-    return {
+    with open(save / f"ids-{dist.get_rank()}", "a") as file:
+        file.write(json.dumps(recorder.ids) + "\n")
+    weights = {
         name: sharded.data.detach().clone()
         for name, sharded in run.student_state().items()
         if isinstance(getattr(sharded, "data", None), torch.Tensor)
     }
+    return {**weights, "draws": torch.tensor(draw(), dtype=torch.float64)}
 
 
 def cut_off(save: Path, iteration: int) -> None:
@@ -60,8 +104,7 @@ def cut_off(save: Path, iteration: int) -> None:
 
 
 def losses(save: Path) -> dict[int, float]:
-    entries = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-    logged = [(entry["iteration"], entry["loss"]) for entry in entries if "loss" in entry]
+    logged = [(entry["iteration"], entry["loss"]) for entry in metrics(save) if "loss" in entry]
     assert len(dict(logged)) == len(logged), "an iteration is logged twice"
     return dict(logged)
 
@@ -73,11 +116,14 @@ def test_continues_bit_for_bit(inputs, tmp_path, stage, grid):
     save = tmp_path / "run"
     arguments = (stage, inputs, save, fields)
     whole = processes.run(world_size, train_to_the_end, *arguments)
-    whole_losses = losses(save)
+    logged = metrics(save)
     cut_off(save, 2)
     resumed = processes.run(world_size, train_to_the_end, *arguments)
-    assert losses(save) == whole_losses
+    assert metrics(save) == logged  # loss, learning rate, norm of the gradient
     assert_equal(whole, resumed)
+    for rank in range(world_size):
+        first, second = map(json.loads, (save / f"ids-{rank}").read_text().splitlines())
+        assert second == first[len(first) // 2 :] and len(set(first)) == len(first)
 
 
 def assert_equal(whole, resumed):
