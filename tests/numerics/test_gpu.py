@@ -42,7 +42,9 @@ HEADS = [(8, 8, 192, 128), (8, 2, 128, 128), (8, 1, 64, 64)]
 KERNELS = [
     *itertools.product(["sdpa"], HEADS, [63, 1000], [None, 2, 128, 5000], TOLERANCES),
     *itertools.product(["flash"], HEADS[1:], [63, 1000], [None, 2, 128, 5000], [torch.bfloat16]),
-    *itertools.product(["flex"], HEADS[:2], [1000], [None, 128], TOLERANCES),
+    # In float32 heads of 192 do not fit into a multiprocessor's memory.
+    *itertools.product(["flex"], HEADS[:1], [1000], [None, 128], [torch.bfloat16]),
+    *itertools.product(["flex"], HEADS[1:2], [1000], [None, 128], TOLERANCES),
     ("flex", HEADS[2], 63, 5000, torch.bfloat16),
 ]
 
