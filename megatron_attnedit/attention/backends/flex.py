@@ -56,6 +56,8 @@ def flex_attention_backend(
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
     left = None if window_size is None else window_size[0]
+    # Few queries make torch take a kernel for decoding, which does not know every head count.
+    options = {"FORCE_USE_FLEX_ATTENTION": True} if q.shape[2] < BLOCK else None
     return _compiled()(
         q,
         k,
@@ -63,4 +65,5 @@ def flex_attention_backend(
         block_mask=_block_mask(q.shape[2], k.shape[2], left, q.device),
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=options,
     )
