@@ -83,7 +83,7 @@ for init in "${inits[@]}"; do
         say "$name: edit"
         alone tools/edit_checkpoint.py --teacher "$output/teacher" --save "$run/edit" \
             --student-attention "$attention" --init "$init" \
-            --calibration-data-path "$output/data/stage1" --calibration-tokens 32768 "${flags[@]}"
+            --calibration-data-path "$output/data/stage1" --calibration-tokens 16384 "${flags[@]}"
         say "$name: stage 1, layer-wise"
         "${torchrun[@]}" tools/pretrain_stage1.py --recipe "$recipes/${attention}_stage1.yaml" \
             "${common[@]}" --train-data-path "$output/data/stage1" --load "$run/edit" --save "$run/stage1"
