@@ -65,7 +65,7 @@ def kill_at_random(attempt, save, dice, seconds):
             time.sleep(0.0005)
         time.sleep(dice.random() * 0.03)
     else:
-        moment = start + dice.random() * seconds
+        moment = start + dice.random() * 0.6 * seconds  # later, the run is over too often
         while time.monotonic() < moment and attempt.is_alive():
             time.sleep(0.002)
     if not all(process.is_alive() for process in attempt.ranks):
@@ -125,7 +125,7 @@ def report(seen):
 
 
 def test_a_few_kills(inputs, tmp_path):
-    seen = kill_rounds(inputs, tmp_path, 4, random.Random(5), RUNS[:1], iterations=10)
+    seen = kill_rounds(inputs, tmp_path, 4, random.Random(5), RUNS[:1], iterations=8)
     print(report(seen))
     assert max(seen["lost"]) <= 2 * SAVE_INTERVAL
 
