@@ -13,8 +13,6 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
 
 from megatron_attnedit.errors import BAD_INPUT, STOPPED
 
@@ -29,19 +27,31 @@ class Launcher:
 
     def hand_on(self, number: int, frame: FrameType | None) -> None:
         self.told_to_stop = True
-        for rank in psutil.Process().children():
+        ranks = psutil.Process().children()
+        if not ranks:  # they have not begun
+            sys.exit(STOPPED)
+        for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
 
-    def launch(self, args: Any) -> int:
-        if hasattr(args, "signals_to_handle"):  # older torchruns take SIGTERM for themselves
-            args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    def launch(self, argv: list[str]) -> int:
         for number in HANDED_ON:
             signal.signal(number, self.hand_on)
+        # Seconds of imports, in which a signal must not be lost.
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import parse_args, run
+
+        args: Any = parse_args(argv)
+        if hasattr(args, "signals_to_handle"):  # older torchruns take SIGTERM for themselves
+            args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
         try:
             run(args)
         except ChildFailedError as failure:
             return self.exit_code({part.exitcode for part in failure.failures.values()})
+        finally:
+            for rank in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.kill()  # torchrun can fail itself, and leave ranks that wait
         return 0
 
     def exit_code(self, codes: set[int]) -> int:
@@ -54,4 +64,4 @@ class Launcher:
 
 
 if __name__ == "__main__":
-    sys.exit(Launcher().launch(parse_args(sys.argv[1:])))
+    sys.exit(Launcher().launch(sys.argv[1:]))
