@@ -47,8 +47,9 @@ then
 fi
 
 dtype=(--no-bf16)
-if python -c "import sys, torch; sys.exit(not torch.cpu._is_amx_tile_supported())" 2>/dev/null; then
-    dtype=(--bf16) # about twice as fast on processors with matrix units
+if python -c "import sys; from torch.cpu import _is_amx_tile_supported, _is_avx512_bf16_supported
+sys.exit(not (_is_amx_tile_supported() or _is_avx512_bf16_supported()))" 2>/dev/null; then
+    dtype=(--bf16) # half as fast again where processors multiply bfloat16, twice with matrix units
 fi
 # What fits a 7M-parameter teacher: a cache of 204 numbers per token and layer instead of 512.
 mla_flags=()
