@@ -99,5 +99,5 @@ done
 
 say "Evaluate on held-out text"
 alone tools/evaluate.py --teacher "$teacher" "${students[@]}" --text "$text/heldout.jsonl.gz" \
-    --seq-length 1024 --max-windows 48 --output "$output/report"
+    --seq-length 1024 --max-windows 48 --generations 0 --recall-probes 0 --output "$output/report"
 say "Done. Students to load with transformers: $output/*/hf"
