@@ -5,15 +5,18 @@ Written from a lazy plan and read a piece at a time, so that no model is ever in
 
 import pickle
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -32,6 +35,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_attnedit.convert.completeness import check_complete
 from megatron_attnedit.convert.dist_metadata import read_metadata
+from megatron_attnedit.convert.integrity import HashedFile
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece, Read, pieces_of
 from megatron_attnedit.errors import UserError
@@ -123,6 +127,23 @@ class LazyPlan(DefaultSavePlanner):
         return tensor.reshape(write_item.tensor_data.chunk.sizes)
 
 
+class _HashingFileSystem(FileSystem):
+    """Local files, hashed while they are written."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | Path, mode: str) -> Iterator[Any]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with HashedFile(Path(path)) as stream:
+            yield stream
+        self.written[Path(path).name] = stream.describe()
+
+
 class DistWriter:
     """The tensors of a checkpoint; collective where several processes run.
 
@@ -134,6 +155,12 @@ class DistWriter:
 
     def __init__(self, directory: Path, rows: Sequence[ParamRow], dtype: torch.dtype) -> None:
         self._directory, self._rows, self._dtype = directory, rows, dtype
+        self._files = _HashingFileSystem()
+
+    @property
+    def written(self) -> Mapping[str, dict[str, Any]]:
+        """Size and SHA-256 of the files that this process has written."""
+        return self._files.written
 
     def create(self) -> None:
         """Nothing: torch lays out the files."""
@@ -148,6 +175,7 @@ class DistWriter:
         writer = dcp.FileSystemWriter(
             self._directory, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0
         )
+        writer.fs = self._files
         planner = LazyPlan(self._rows, rows, read, self._dtype)
         alone = not dist.is_initialized()
         try:

@@ -1,6 +1,7 @@
 """``.metadata`` of a distributed checkpoint is a pickle: read without running code from it."""
 
 import pickle
+from enum import Enum
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -36,12 +37,21 @@ _ALLOWED = {
 }
 
 
+def _member(kind: type[Enum], name: str) -> Enum:
+    """Python 3.11.0 to 3.11.3 pickle the member of an enumeration as an attribute of it."""
+    if kind not in (planner.WriteItemType, metadata._MEM_FORMAT_ENCODING):
+        raise pickle.UnpicklingError(f"an attribute of {kind} has no place in it")
+    return kind[name]
+
+
 class _Unpickler(pickle.Unpickler):
     """Knows what metadata are made of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")

@@ -1,12 +1,15 @@
 """Complete or absent: a checkpoint's last file lists all others with their sizes and hashes."""
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import Buffer
 
 from megatron_attnedit.errors import UserError
 
@@ -22,6 +25,37 @@ def describe(file: Path) -> dict[str, Any]:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+class HashedFile(io.BufferedWriter):
+    """A new file that knows its hash without being read again; written from front to back.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(io.FileIO(file, "w"))
+        self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)
+
+    def write(self, data: Buffer) -> int:
+        hashed = self._hasher.submit(self._digest.update, data)
+        try:
+            return super().write(data)
+        finally:
+            hashed.result()  # the caller may reuse the memory
+
+    def close(self) -> None:
+        super().close()
+        self._hasher.shutdown()
+
+    def seekable(self) -> bool:
+        return False
+
+    def describe(self) -> dict[str, Any]:
+        """Size and SHA-256 of what was written."""
+        return {"bytes": Path(self.name).stat().st_size, "sha256": self._digest.hexdigest()}
 
 
 def files_in(folder: Path) -> list[str]:

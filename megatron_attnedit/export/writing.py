@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,12 +65,17 @@ def _fill(
         text="convert" if size == 1 else f"convert, share 1 of {size}",
     ) as reading:
         writer.write(mine, reading)
-    parts: list[Any] = [reading.manifest()]
-    if dist.is_initialized():
-        parts = [None] * size
-        dist.all_gather_object(parts, reading.manifest())
+    manifest = _of_all_processes(reading.manifest())
     if is_first():
         writer.seal()
+    return manifest
+
+
+def _of_all_processes(mine: Mapping[str, Any]) -> dict[str, Any]:
+    parts: list[Any] = [mine]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
     return {name: entry for part in parts for name, entry in part.items()}
 
 
@@ -119,12 +124,14 @@ def write_megatron(opened: Opened, config: ConversionConfig, output: Path) -> No
         folder.mkdir()
         if not is_student:
             _write_hf_files(opened, dtype, folder / HF_FILES)
-    writer: Writer = DistWriter(folder, rows, DTYPES[dtype])
+    dist_writer = DistWriter(folder, rows, DTYPES[dtype])
+    writer: Writer = dist_writer
     if config.format == "torch":
         writer = LegacyWriter(
             folder, rows, config.grid(opened.hf), DTYPES[dtype], grouped=config.moe_grouped_gemm
         )
     manifest = _fill(writer, opened, rows, dtype)
+    hashes = _of_all_processes(dist_writer.written)
     if is_first():
         write_manifest(folder, manifest)
         if config.format == "torch_dist":
@@ -132,7 +139,7 @@ def write_megatron(opened: Opened, config: ConversionConfig, output: Path) -> No
             common = {"iteration": iteration, "content_metadata": checkpoint.CONTENT}
             torch.save(common, folder / "common.pt")
         opened.lineage.write(folder)
-        seal(folder)
+        seal(folder, hashes)
         run_folder.track(output, iteration)
 
 

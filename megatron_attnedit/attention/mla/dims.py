@@ -4,6 +4,9 @@ from dataclasses import dataclass, fields
 
 from megatron_attnedit.errors import UserError
 
+# DeepSeek's modelling code fixes this, whatever the model's own epsilon is.
+LATENT_NORM_EPS = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True)
 class MLADims:

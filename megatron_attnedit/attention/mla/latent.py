@@ -6,6 +6,8 @@ Letters: t tokens, g key-value groups, h hidden.
 import torch
 from torch import Tensor
 
+from megatron_attnedit.attention.mla.dims import LATENT_NORM_EPS
+
 RIDGE = 1e-4
 
 
@@ -61,7 +63,7 @@ def fit_latent(
         scale = sizes[:found].clamp_min(sizes[0] * 1e-6) ** -power
         down = torch.nn.functional.pad(basis * scale[:, None], (0, 0, 0, rank - found))
         down = down / (inputs @ down.t()).pow(2).mean().sqrt()
-        latent = torch.nn.functional.rms_norm(inputs @ down.t(), (rank,), eps=1e-6)
+        latent = torch.nn.functional.rms_norm(inputs @ down.t(), (rank,), eps=LATENT_NORM_EPS)
         miss = latent @ regress(latent, weighted).t() - weighted
         error = miss.pow(2).sum().item()
         if error < smallest:

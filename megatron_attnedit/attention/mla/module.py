@@ -21,13 +21,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_attnedit.attention.input_linear import input_linear
-from megatron_attnedit.attention.mla.dims import MLADims
+from megatron_attnedit.attention.mla.dims import LATENT_NORM_EPS, MLADims
 from megatron_attnedit.attention.rotary import cos_sin
 from megatron_attnedit.device import fused
 from megatron_attnedit.device.kernels import rotate
-
-# DeepSeek's modelling code fixes this, whatever the model's own epsilon is.
-LATENT_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
