@@ -1,5 +1,7 @@
 """The grids that must agree with one process, and a run of a few iterations on one of them."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from tests.numerics.inputs import recipe as small_recipe
 
-ITERATIONS = 5
+ITERATIONS = 5 if os.environ.get("MEGATRON_ATTNEDIT_FULL_TESTS") else 3
 LAYERS = 6
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
