@@ -45,6 +45,11 @@ def wrap(
         end_wd=recipe.weight_decay,
         wd_incr_steps=recipe.train_iters,
         wd_incr_style="constant",
+        wsd_decay_steps=recipe.lr_wsd_decay_iters,
+        lr_wsd_decay_style=recipe.lr_wsd_decay_style,
+        # A run that goes on follows its recipe, which may have become longer.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
     )
     return models, optimizer, schedule
 

@@ -51,7 +51,13 @@ class Recipe:
     lr: float = option(1e-3, "largest learning rate")
     min_lr: float = option(1e-5, "last learning rate")
     lr_decay_style: str = option(
-        "cosine", "shape of the decay", ("constant", "linear", "cosine", "inverse-square-root")
+        "cosine",
+        "shape of the decay; WSD: warm-up, stable, decay",
+        ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    )
+    lr_wsd_decay_iters: int = option(0, "with WSD, last iterations: those of the decay")
+    lr_wsd_decay_style: str = option(
+        "minus_sqrt", "shape of WSD's decay", ("exponential", "linear", "cosine", "minus_sqrt")
     )
     lr_warmup_iters: int = option(0, "iterations of linear warm-up")
     weight_decay: float = option(0.0, "AdamW's weight decay")
@@ -149,6 +155,16 @@ class Recipe:
             raise UserError(
                 f"--lr-warmup-iters {self.lr_warmup_iters}: expected from 0 to less than "
                 f"--train-iters {self.train_iters}"
+            )
+        stable = self.train_iters - self.lr_warmup_iters
+        if self.lr_decay_style == "WSD" and not 0 < self.lr_wsd_decay_iters <= stable:
+            raise UserError(
+                f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters}: expected from 1 to the "
+                f"{stable} iterations after the warm-up"
+            )
+        if self.lr_decay_style != "WSD" and self.lr_wsd_decay_iters:
+            raise UserError(
+                f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters}: needs --lr-decay-style WSD"
             )
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"--min-lr {self.min_lr}: expected from 0 to --lr {self.lr}")

@@ -58,6 +58,8 @@ def _load(run: Run) -> None:
     loaded = checkpoint.load(found, run.sharded_state(is_loading=True))
     if trains_anything(run.stage.models):
         run.optimizer.load_state_dict(loaded["optimizer"])
+        for group in run.optimizer.param_groups:  # mcore keeps them there, too
+            group["max_lr"], group["min_lr"] = run.recipe.lr, run.recipe.min_lr
     run.schedule.load_state_dict(loaded["schedule"])
     run.health.load(loaded["health"])
     run.iteration = loaded["iteration"]

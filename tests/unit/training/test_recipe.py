@@ -81,6 +81,8 @@ def test_required(missing):
         (["--kl", "sideways"], ["--kl 'sideways'", "forward"]),
         (["--trainable", "mlp"], ["--trainable 'mlp'", "attention, all"]),
         (["--attention-backend", "magic"], ["--attention-backend 'magic'"]),
+        (["--lr-decay-style", "WSD"], ["--lr-wsd-decay-iters 0", "from 1 to the 1000 iterations"]),
+        (["--lr-wsd-decay-iters", "5"], ["--lr-wsd-decay-iters 5", "needs --lr-decay-style WSD"]),
     ],
 )
 def test_refused_values(argv, words):
