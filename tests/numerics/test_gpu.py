@@ -55,16 +55,37 @@ def test_kernels(backend, heads, length, window, dtype):
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(2, n, length, d), (2, g, length, d), (2, g, length, dv)]
     qkv = [torch.randn(s, device="cuda", generator=generator).to(dtype) for s in shapes]
+    compare_with_reference(backend, qkv, window, dtype)
+
+
+def compare_with_reference(backend, qkv, window, dtype, sinks=0):
     size = None if window is None else to_window_size(window)
     results = []
     for name in (backend, "reference"):
         kind = dtype if name == backend else torch.float32
         inputs = [t.detach().to(kind).requires_grad_() for t in qkv]
-        out = attention_backend(name)(*inputs, size, d**-0.5)
+        attend = attention_backend(name, size, kind, sinks)
+        out = attend(*inputs, size, inputs[0].shape[-1] ** -0.5)
         out.float().sin().sum().backward()
         results.append([out.float(), *(t.grad.float() for t in inputs)])
     for actual, expected in zip(*results, strict=True):
         assert (actual - expected).norm() <= TOLERANCES[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    "backend, queries, window, sinks",
+    [
+        *itertools.product(["sdpa"], [1000, 300], [2, 128], [4, 200]),
+        *itertools.product(["flex"], [1000], [128], [4, 200]),
+        ("flex", 300, 128, 4),
+    ],
+)
+def test_sinks(backend, queries, window, sinks, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(2, 8, queries, 64), (2, 2, 1000, 64), (2, 2, 1000, 64)]
+    qkv = [torch.randn(s, device="cuda", generator=generator).to(dtype) for s in shapes]
+    compare_with_reference(backend, qkv, window, dtype, sinks)
 
 
 @pytest.mark.parametrize("window", [None, 128])

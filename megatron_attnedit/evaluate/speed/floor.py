@@ -36,7 +36,7 @@ def _student_scores(student: StudentAttention, hf: HFConfig, seq_length: int) ->
     if isinstance(student, MLA):
         width = student.qk_head_dim + student.qk_pos_emb_head_dim + student.v_head_dim
         return 2 * hf.num_attention_heads * width * visible_keys(seq_length, None)
-    window = getattr(student, "sliding_window", None)
+    window = getattr(student, "visible_tokens", None)
     return 4 * hf.num_attention_heads * hf.head_dim * visible_keys(seq_length, window)
 
 

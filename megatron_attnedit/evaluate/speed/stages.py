@@ -83,6 +83,7 @@ def describe(work: Workload) -> str:
     student = dataclasses.asdict(work.student)
     if "sliding_window" in student:
         name = f"GateSWA window {student['sliding_window']}"
+        name += f" and {sinks} sinks" if (sinks := student["sink_tokens"]) else ""
     else:
         name = f"MLA {student['kv_lora_rank']}+{student['qk_pos_emb_head_dim']}"
     parts = [
