@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Comparison arms on SmolLM2-135M, all with the same tokens: both attentions, started from the teacher
 # and at random, through both stages and through stage 2 alone, each at three learning rates; besides,
-# full layers by measurement, everything trained in stage 2, and other fits of MLA without training.
+# full layers by measurement, sink tokens beside, everything trained in stage 2, and other fits of MLA without training.
 #
 #   bash examples/smollm2_135m/arms.sh [options]
 #
@@ -99,8 +99,9 @@ start gate_swa_random gate_swa "--init random"
 start mla_teacher mla ""
 start gate_swa_teacher gate_swa ""
 start gate_swa_auto gate_swa "--full-layers auto"
+start gate_swa_sinks gate_swa "--full-layers auto --sink-tokens 4"
 for fit in svd pca covariance; do start mla_$fit mla "--mla-fit $fit"; done
-for name in "${starts[@]}" gate_swa_auto; do
+for name in "${starts[@]}" gate_swa_auto gate_swa_sinks; do
     rate=1e-3
     case $name in *random) rate=2e-3 ;; esac
     edited=${name}_edit
@@ -114,12 +115,14 @@ for n in 1 2 3; do
         alone "$name" "${name%_*}" "$rate"
     done
     if [ $n = 3 ]; then break; fi
-    both gate_swa_auto gate_swa "$(rates gate_swa_auto | cut -d ' ' -f $n)" '' ''
+    for name in gate_swa_auto gate_swa_sinks; do
+        both $name gate_swa "$(rates $name | cut -d ' ' -f $n)" '' ''
+    done
     for name in mla_teacher gate_swa_teacher; do
         both "$name" "${name%_*}" "$(echo 3e-4 6e-4 | cut -d ' ' -f $n)" _all '--trainable all'
     done
 done
-for name in "${starts[@]/%/_both}" "${starts[@]/%/_alone}" gate_swa_auto_both edits; do
+for name in "${starts[@]/%/_both}" "${starts[@]/%/_alone}" gate_swa_auto_both gate_swa_sinks_both edits; do
     step "report_$name" report - bash $this/arms.sh --work "$work" --report "$name" \
         --evaluate "$evaluate"
 done
