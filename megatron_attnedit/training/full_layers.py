@@ -129,7 +129,7 @@ def nll_rises(
     Returns:
         By 0-based layer index.
     """
-    losses = torch.zeros(1 + len(teacher.decoder.layers), dtype=torch.float64)
+    losses = [0.0] * (1 + len(teacher.decoder.layers))
     batches = list(zip(tokens.split(batch_size), labels.split(batch_size), strict=True))
     with tqdm(total=len(batches) * len(losses), desc="measure layers", disable=None) as bar:
         for batch in batches:
@@ -137,8 +137,8 @@ def nll_rises(
             for i, loss in enumerate(sums):
                 losses[i] += loss
                 bar.update()
-    losses /= labels.numel()
-    return (losses[1:] - losses[0]).tolist()
+    whole, *sliding = (loss / labels.numel() for loss in losses)
+    return [loss - whole for loss in sliding]
 
 
 @torch.no_grad()

@@ -117,6 +117,22 @@ def test_bf16(inputs, one_process, tmp_path, stage, grid):
     assert all(found[name] <= bar for name, bar in BF16_BARS.items()), found
 
 
+@pytest.mark.parametrize("grid", ["CP2", "TP2 SP"])
+def test_sink_tokens(inputs, one_process, tmp_path, grid):
+    """More of them than a window holds, and than a process's piece of a sequence."""
+    folder, name = inputs["dense"], "gate_swa_sinks"
+    if not (folder / name).exists():
+        flags = {"sliding_window": 8, "sink_tokens": 20, "full_layers": "1"}
+        make_student(folder, name, "gate_swa", flags)
+    expected = one_process("stage 2", "dense", name)
+    world_size, flags, _ = GRIDS[grid]
+    answers = processes.run(
+        world_size, train_on_grid, "stage 2", folder, name, tmp_path / "save", flags
+    )
+    found = differences(rows_of(folder, name), answers, expected)
+    assert all(found[name] <= bar for name, bar in BARS.items()), found
+
+
 @pytest.mark.parametrize("flags", [{}, {"expert_model_parallel_size": 2}], ids=["alone", "EP2"])
 def test_grouped_experts(inputs, one_process, tmp_path, flags):
     """One grouped matmul gives what one matmul per expert gives; both in bfloat16."""
