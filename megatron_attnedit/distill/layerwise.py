@@ -169,7 +169,12 @@ class LayerwiseDistillation(MegatronModule):
             sums: ``self.sums``, added up over all ranks and micro-batches.
         """
         for layer_idx, attention in self.attentions.items():
-            divisor = sums[int(layer_idx), 1].clamp_min(1e-12)
-            for param in attention.parameters():
-                if param.requires_grad:
-                    param.main_grad.div_(divisor)  # type: ignore[attr-defined]
+            gradients: list[Tensor] = [
+                param.main_grad  # type: ignore[attr-defined]
+                for param in attention.parameters()
+                if param.requires_grad
+            ]
+            if gradients:
+                # One kernel for a layer; a tensor at a time would broadcast the divisor, which
+                # reads and writes a number at a time.
+                torch._foreach_div_(gradients, sums[int(layer_idx), 1].clamp_min(1e-12))
