@@ -284,4 +284,4 @@ def test_an_optimizer_on_the_host_trains_and_continues_as_one_on_the_device(tmp_
     cut_off(saves[True])
     attempt(True)
     for (_, loss, norm), (_, other, other_norm) in zip(before, logged(saves[True]), strict=True):
-        assert (other, other_norm) == pytest.approx((loss, norm), rel=1e-3)
+        assert (other, other_norm) == pytest.approx((loss, norm), rel=5e-3)

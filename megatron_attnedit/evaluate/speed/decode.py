@@ -1,7 +1,7 @@
 """Decoding in transformers: an exported student beside its teacher, random weights.
 
-Both sides decode as ``generate`` does: one token a step for every sequence, the next one chosen on
-the host's word, a cache that grows by copying (``DynamicCache``), torch's fastest attention kernel.
+Both sides decode as ``generate`` does: one token a step for every sequence, launched when the last
+one is there, a cache that grows by copying (``DynamicCache``), the attention kernel that torch picks.
 """
 
 import gc
@@ -52,25 +52,27 @@ def _decode(config: dict[str, Any], cases: Sequence[Case], rate: float) -> list[
     """One model's figures for every case; running out of memory is a result, too."""
     model = causal_lm(config, "sdpa")
     found = []
-    with torch.no_grad(), sdpa_kernel(KERNELS, set_priority=True):
-        for context, size in cases:
-            try:
-                found.append(_one_case(model, context, size, rate))
-            except torch.OutOfMemoryError:
-                found.append({"error": "out of memory"})
-            gc.collect()
-            bootstrap().reset_peak_memory()
+    for context, size in cases:
+        try:
+            found.append(_one_case(model, context, size, rate))
+        except torch.OutOfMemoryError:
+            found.append({"error": "out of memory"})
+        gc.collect()
+        bootstrap().reset_peak_memory()
     return found
 
 
 def filled_cache(model: Any, context: int, size: int) -> Any:
     """A cache of ``context`` random tokens, computed for one sequence and held for ``size``."""
     ids = torch.randint(model.config.vocab_size, (1, context), device=model.device)
-    cache = model.model(ids, use_cache=True).past_key_values
+    # Not while decoding: cuDNN makes a plan for every length, which is another one in every step.
+    with sdpa_kernel(KERNELS, set_priority=True):
+        cache = model.model(ids, use_cache=True).past_key_values
     cache.batch_repeat_interleave(size)
     return cache
 
 
+@torch.no_grad()
 def _one_case(model: Any, context: int, size: int, rate: float) -> dict[str, Any]:
     cache = filled_cache(model, context, size)
     tokens = torch.zeros(size, 1, dtype=torch.long, device=model.device)
