@@ -1,7 +1,8 @@
 """Decoding in transformers: an exported student beside its teacher, random weights.
 
 Both sides decode as ``generate`` does: one token a step for every sequence, launched when the last
-one is there, a cache that grows by copying (``DynamicCache``), the attention kernel that torch picks.
+one is there, a cache that grows by copying (``DynamicCache``), the attention kernel of torch's
+choice.
 """
 
 import gc
