@@ -78,7 +78,7 @@ def logged(save):
     return [(e["iteration"], e["loss"], e["grad_norm"]) for e in map(json.loads, lines)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_trains_and_continues_as_on_the_device(inputs, tmp_path, world_size):
     saves = {offload: tmp_path / str(offload) for offload in (False, True)}
     plain, offloaded = (
@@ -98,6 +98,7 @@ def test_trains_and_continues_as_on_the_device(inputs, tmp_path, world_size):
         assert torch.equal(resumed[0][name], weight), name
 
 
+@pytest.mark.full
 def test_a_checkpoint_goes_from_the_one_to_the_other(inputs, tmp_path):
     """Written on the device, continued on the host, and the other way round."""
     expected = None
