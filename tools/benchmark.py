@@ -5,6 +5,7 @@ attention: kernels by themselves; a window against full attention.
 kl:        the chunked KL loss against kl_div on full logits, and against its matrix products.
 stage1:    layer-wise distillation against a plain transformers script, random weights.
 stage2:    model-level distillation against the same.
+decode:    an exported student in transformers against its teacher there, random weights.
 checkpoint: how long saving stops a stage-1 run, before going on and behind it.
 convert:   import and export of a model, against cp of the same bytes.
 """
@@ -27,7 +28,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--suite", 
-        choices=("attention", "kl", "stage1", "stage2", "checkpoint", "convert"), required=True,
+        choices=("attention", "kl", "stage1", "stage2", "decode", "checkpoint", "convert"),
+        required=True,
     )
     parser.add_argument(
         "--config", type=Path, default=Path("examples/recipes/qwen3_8b/config.json"),
@@ -37,11 +39,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="add the figures to this file")
     parser.add_argument("--page", type=Path, help="and put its tables into this Markdown page")
 
-    speed = parser.add_argument_group("attention, kl, stage1, stage2")
+    speed = parser.add_argument_group("attention, kl, stage1, stage2, decode")
     speed.add_argument("--seq-length", type=int, default=4096, help="tokens (default: %(default)s)")
     speed.add_argument(
         "--student-attention", choices=("mla", "gate_swa"), default="mla",
-        help="stage1, stage2 (default: %(default)s)",
+        help="stage1, stage2, decode (default: %(default)s)",
     )
     speed.add_argument(
         "--sliding-window", type=int, nargs="+", default=[128],
@@ -55,7 +57,20 @@ def parse_args() -> argparse.Namespace:
     speed.add_argument("--trainable", choices=("attention", "all"), default="attention")
     speed.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     speed.add_argument("--moe-grouped-gemm", action="store_true", help="experts in one product")
+    speed.add_argument(
+        "--optimizer-cpu-offload", action="store_true", help="optimizer states on the host"
+    )
     speed.add_argument("--no-baseline", action="store_true", help="only this program's side")
+
+    decode = parser.add_argument_group("decode")
+    decode.add_argument(
+        "--contexts", type=int, nargs="+", default=[4096, 16384, 32768],
+        help="tokens in the cache (default: 4096 16384 32768)",
+    )
+    decode.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 8],
+        help="sequences at a time (default: 1 8)",
+    )
 
     convert = parser.add_argument_group("convert, checkpoint")
     convert.add_argument("--scratch", type=Path, help="new folder; removed at the end")
@@ -120,9 +135,14 @@ def stage(args: argparse.Namespace, config: dict[str, Any]) -> Any:
         trainable=args.trainable,
         moe_grouped_gemm=args.moe_grouped_gemm,
         recompute=args.recompute,
+        optimizer_cpu_offload=args.optimizer_cpu_offload,
     )
     if args.suite == "checkpoint":
         return [checkpoint(args, work)]
+    if args.suite == "decode":
+        from megatron_attnedit.evaluate.speed.decode import decode_suite
+
+        return decode_suite(work, args.contexts, args.batch_sizes)
     return [compare(work, with_baseline=not args.no_baseline)]
 
 

@@ -62,6 +62,10 @@ def can_be_recorded(config: TransformerConfig) -> bool:
     return max(sizes) == 1 and not config.num_moe_experts
 
 
+class _Compared(Exception):
+    """The last edited layer is through; nothing wants what the teacher would compute after it."""
+
+
 class LayerwiseDistillation(MegatronModule):
     """Teacher and student attentions of this pipeline stage.
 
@@ -87,6 +91,8 @@ class LayerwiseDistillation(MegatronModule):
         self.attentions = nn.ModuleDict({str(i): module for i, module in attentions.items()})
         self.normalisation = normalisation
         self._mask: Tensor | None = None
+        # Later pipeline stages want the hidden states.
+        self._last = max(attentions, default=None) if teacher.post_process else None
         self._training_run = Recorded(self._run) if record else self._run
         device = next(teacher.parameters()).device
         # Column 0: sum of errors; column 1: what they are divided by.
@@ -121,6 +127,8 @@ class LayerwiseDistillation(MegatronModule):
         ) -> None:
             if self._mask is not None:
                 self._compare(layer_idx, args[0], kwargs, output[0])
+                if layer_idx == self._last:
+                    raise _Compared
 
         return compare
 
@@ -148,7 +156,7 @@ class LayerwiseDistillation(MegatronModule):
             loss_mask: ``[b, s]``, 1 where a token counts.
 
         Returns:
-            The teacher's hidden states, for the next pipeline stage.
+            The teacher's hidden states for the next pipeline stage; anything on the last one.
         """
         run = self._training_run if self.training else self._run
         return run(tokens, position_ids, loss_mask)
@@ -158,6 +166,8 @@ class LayerwiseDistillation(MegatronModule):
         try:
             with torch.no_grad():
                 return backbone(self.teacher, tokens, position_ids)
+        except _Compared:
+            return self.sums
         finally:
             self._mask = None
 
@@ -169,7 +179,12 @@ class LayerwiseDistillation(MegatronModule):
             sums: ``self.sums``, added up over all ranks and micro-batches.
         """
         for layer_idx, attention in self.attentions.items():
-            divisor = sums[int(layer_idx), 1].clamp_min(1e-12)
-            for param in attention.parameters():
-                if param.requires_grad:
-                    param.main_grad.div_(divisor)  # type: ignore[attr-defined]
+            gradients: list[Tensor] = [
+                param.main_grad  # type: ignore[attr-defined]
+                for param in attention.parameters()
+                if param.requires_grad
+            ]
+            if gradients:
+                # One kernel for a layer; a tensor at a time would broadcast the divisor, which
+                # reads and writes a number at a time.
+                torch._foreach_div_(gradients, sums[int(layer_idx), 1].clamp_min(1e-12))

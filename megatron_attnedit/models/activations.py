@@ -30,6 +30,7 @@ class Workload:
         data_parallel_size: Copies of the model.
         expert_data_parallel_size: Copies of each expert.
         use_distributed_optimizer: Copies share the optimizer states.
+        optimizer_cpu_offload: The optimizer states are the host's.
         moe_grouped_gemm: Experts in one grouped matmul.
         trainable: ``attention`` or ``all``.
         recompute: ``none``, ``selective`` or ``full``.
@@ -45,6 +46,7 @@ class Workload:
     data_parallel_size: int
     expert_data_parallel_size: int
     use_distributed_optimizer: bool
+    optimizer_cpu_offload: bool = False
     moe_grouped_gemm: bool = False
     trainable: str = "attention"
     recompute: str = "none"

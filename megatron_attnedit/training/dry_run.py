@@ -159,6 +159,7 @@ def check_run(
         data_parallel_size=parallel.data_parallel_size(world_size),
         expert_data_parallel_size=parallel.expert_data_parallel_size(world_size),
         use_distributed_optimizer=recipe.use_distributed_optimizer,
+        optimizer_cpu_offload=recipe.optimizer_cpu_offload,
         moe_grouped_gemm=recipe.moe_grouped_gemm,
         trainable=getattr(recipe, "trainable", "attention"),
         recompute=recompute,
@@ -229,13 +230,16 @@ def _data_line(recipe: Recipe, needed: int) -> str:
 
 
 def _memory_lines(found: DryRun) -> list[str]:
-    names = [item.name for item in dataclasses.fields(RankMemory)]
+    names = [item.name for item in dataclasses.fields(RankMemory) if item.name != "host"]
     head = "".join(f"{name:>13}" for name in [*names, "together"])
     lines = [f"memory     GiB on a process{head}"]
     for stage, memory in enumerate(found.memory):
         figures = [*(getattr(memory, name) for name in names), memory.total]
         row = "".join(f"{figure / GIB:13.2f}" for figure in figures)
         lines.append(f"           pipeline stage {stage:<2}{row}")
+    if found.work.optimizer_cpu_offload:
+        most = max(memory.host for memory in found.memory)
+        lines.append(f"           and {most / GIB:.1f} GiB of the host's, for each process")
     return lines
 
 

@@ -87,6 +87,9 @@ class Recipe:
     use_distributed_optimizer: bool = option(
         False, "cut optimizer state over data-parallel processes"
     )
+    optimizer_cpu_offload: bool = option(
+        False, "master weights, moments and update on the host; needs --use-distributed-optimizer"
+    )
     attention_backend: str = option(
         "auto", "attention kernel", ("auto", "sdpa", "reference", "npu_fusion")
     )
@@ -151,6 +154,11 @@ class Recipe:
             raise UserError(f"--loss-spike-factor {self.loss_spike_factor}: expected more than 1")
         if self.moe_grouped_gemm and not self.bf16:
             raise UserError("--moe-grouped-gemm needs --bf16: mcore's grouped experts are bfloat16")
+        if self.optimizer_cpu_offload and not (self.bf16 and self.use_distributed_optimizer):
+            raise UserError(
+                "--optimizer-cpu-offload needs --bf16 and --use-distributed-optimizer: mcore's "
+                "optimizer on the host is of that kind"
+            )
         if not 0 <= self.lr_warmup_iters < self.train_iters:
             raise UserError(
                 f"--lr-warmup-iters {self.lr_warmup_iters}: expected from 0 to less than "

@@ -66,6 +66,9 @@ def stage_floor(
     scores = _student_scores(student, hf, seq_length)
     teacher = _teacher_attention(hf, seq_length)
     total = hf.num_hidden_layers * (teacher + mlp_flops(hf))
+    if stage == 1:  # nothing wants what comes after the last edited attention
+        after = hf.num_hidden_layers - 1 - max(attentions)
+        total -= after * (teacher + mlp_flops(hf)) + mlp_flops(hf)
     for module in attentions.values():
         matrices, on_input = _matrices(module)
         backward_of_input = matrices - on_input if stage == 1 else matrices

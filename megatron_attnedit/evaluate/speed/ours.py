@@ -38,6 +38,7 @@ class Workload:
         trainable: ``attention`` or ``all`` (stage 2).
         moe_grouped_gemm: Experts in one grouped matrix product.
         recompute: See the recipe.
+        optimizer_cpu_offload: See the recipe.
     """
 
     hf: HFConfig
@@ -48,6 +49,7 @@ class Workload:
     trainable: str = "attention"
     moe_grouped_gemm: bool = False
     recompute: str = "none"
+    optimizer_cpu_offload: bool = False
 
     @property
     def tokens(self) -> int:
@@ -86,6 +88,7 @@ def _recipe(work: Workload) -> Recipe:
         "bf16": True,
         "lr": 1e-4,
         "use_distributed_optimizer": True,
+        "optimizer_cpu_offload": work.optimizer_cpu_offload,
     }
     if work.stage == 1:
         return Stage1Recipe(**common)

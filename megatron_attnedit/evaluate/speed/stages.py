@@ -70,6 +70,7 @@ def predicted_peak_gb(work: Workload) -> float:
         data_parallel_size=1,
         expert_data_parallel_size=1,
         use_distributed_optimizer=True,
+        optimizer_cpu_offload=work.optimizer_cpu_offload,
         moe_grouped_gemm=work.moe_grouped_gemm,
         trainable=work.trainable if work.stage == 2 else "attention",
         recompute=work.recompute,
@@ -78,18 +79,22 @@ def predicted_peak_gb(work: Workload) -> float:
     return held.total / 1e9
 
 
-def describe(work: Workload) -> str:
-    """A row's name."""
+def model_and_student(work: Workload) -> str:
+    """Of a row's name."""
     student = dataclasses.asdict(work.student)
     if "sliding_window" in student:
         name = f"GateSWA window {student['sliding_window']}"
         name += f" and {sinks} sinks" if (sinks := student["sink_tokens"]) else ""
     else:
         name = f"MLA {student['kv_lora_rank']}+{student['qk_pos_emb_head_dim']}"
+    hf = work.hf
+    return f"{hf.model_type} hidden {hf.hidden_size}, {hf.num_hidden_layers} layers, {name}"
+
+
+def describe(work: Workload) -> str:
+    """A row's name."""
     parts = [
-        f"{work.hf.model_type} hidden {work.hf.hidden_size}",
-        f"{work.hf.num_hidden_layers} layers",
-        name,
+        model_and_student(work),
         f"sequence {work.seq_length}",
         f"{work.micro_batches} micro-batches per step",
     ]
@@ -99,4 +104,6 @@ def describe(work: Workload) -> str:
         parts.append("everything trained")
     if work.recompute != "none":
         parts.append(f"recompute {work.recompute}")
+    if work.optimizer_cpu_offload:
+        parts.append("optimizer on the host")
     return ", ".join(parts)
