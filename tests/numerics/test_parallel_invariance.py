@@ -34,7 +34,10 @@ def cells():
     core = itertools.product(("stage 1", "stage 2"), MODELS, GRIDS, STUDENTS)
     variants = itertools.product(VARIANTS, ["dense"], VARIANT_GRIDS, STUDENTS)
     experts = itertools.product(
-        ["stage 2 all, jsd"], ["moe"], [grid for grid in GRIDS if GRIDS[grid][2]], STUDENTS
+        ["stage 1 on own inputs", "stage 2 all, jsd"],
+        ["moe"],
+        [grid for grid in GRIDS if GRIDS[grid][2]],
+        STUDENTS,
     )
     for stage, model, grid, student in itertools.chain(core, variants, experts):
         if not runs_on(model, grid):
@@ -42,7 +45,8 @@ def cells():
         row, column = list(GRIDS).index(grid), list(grids.STAGES).index(stage)
         odd = (row + column + list(STUDENTS).index(student)) % 2
         dense_grid_on_experts = model == "moe" and not GRIDS[grid][2]
-        marks = [pytest.mark.full] if odd or dense_grid_on_experts else []
+        long = odd or dense_grid_on_experts or (stage, model) == ("stage 1 on own inputs", "moe")
+        marks = [pytest.mark.full] if long else []
         yield pytest.param(stage, model, grid, student, marks=marks)
 
 
