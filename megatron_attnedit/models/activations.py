@@ -113,12 +113,13 @@ def activation_bytes(
     mlp = mlp_forward_bytes(hf, parallel, sizes)
     if work.stage == 1:
         # A layer's input and normed input, the teacher's output, the student's, its gradient.
-        held = 5
+        streams = 5
         if work.runs_student:
             # The student's input, what it differs by, and its norm; while its MLP runs, its input
             # and the teacher's first three.
-            held, mlp = 8, mlp + sizes.own(4 * hf.hidden_size)
-        return round(max(sizes.own(held * hf.hidden_size) + attention, mlp))
+            streams = 8
+            mlp += sizes.own(4 * hf.hidden_size)
+        return round(max(sizes.own(streams * hf.hidden_size) + attention, mlp))
     last = stage == parallel.pipeline_model_parallel_size - 1
     flight = microbatches_in_flight(parallel, work, stage)
     kept = kept_by_layers(hf, student, parallel, work, layers, last=last) / len(chunks)

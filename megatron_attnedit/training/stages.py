@@ -87,7 +87,7 @@ class Stage1:
             module.sums.zero_()
 
         inputs = self.student_inputs
-        draw = inputs and (inputs.draw if training else inputs.always)
+        draw = (inputs.draw if training else inputs.always) if inputs else None
         run_schedule(
             self.models,
             batches,

@@ -71,7 +71,7 @@ def fill_with_noise(module: nn.Module) -> None:
 def random_batches(hf: HFConfig, seq_length: int, count: int) -> list[Batch]:
     """Micro-batches of one sample each."""
     device = bootstrap().device
-    batches = []
+    batches: list[Batch] = []
     for _ in range(count):
         ids = torch.randint(hf.vocab_size, (1, seq_length + 1), device=device)
         mask = torch.ones(1, seq_length, device=device)
