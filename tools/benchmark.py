@@ -56,6 +56,10 @@ def parse_args() -> argparse.Namespace:
     )
     speed.add_argument("--trainable", choices=("attention", "all"), default="attention")
     speed.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    speed.add_argument(
+        "--student-inputs", action="store_true",
+        help="stage1: every layer receives the student's own hidden states; no baseline",
+    )
     speed.add_argument("--moe-grouped-gemm", action="store_true", help="experts in one product")
     speed.add_argument(
         "--optimizer-cpu-offload", action="store_true", help="optimizer states on the host"
@@ -136,6 +140,7 @@ def stage(args: argparse.Namespace, config: dict[str, Any]) -> Any:
         moe_grouped_gemm=args.moe_grouped_gemm,
         recompute=args.recompute,
         optimizer_cpu_offload=args.optimizer_cpu_offload,
+        runs_student=args.student_inputs,
     )
     if args.suite == "checkpoint":
         return [checkpoint(args, work)]

@@ -165,6 +165,7 @@ def check_run(
         recompute=recompute,
         feature_matching=getattr(recipe, "feature_matching_weight", 0.0) > 0,
         kl_chunk_tokens=getattr(recipe, "kl_chunk_tokens", 1),
+        runs_student=getattr(recipe, "runs_student", False),
     )
 
 

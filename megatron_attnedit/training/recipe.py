@@ -198,6 +198,25 @@ class Stage1Recipe(Recipe):
     record: bool = option(
         False, "record a micro-batch once and replay it: one GPU per replica, dense models"
     )
+    student_input_start: float = option(
+        0.0, "probability in the first iteration that a layer gets the student's own hidden states"
+    )
+    student_input_end: float = option(
+        0.0, "the same in the last iteration, linear between; both 0: layers get the teacher's only"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("student_input_start", "student_input_end"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {value}: expected a probability, from 0 to 1")
+
+    @property
+    def runs_student(self) -> bool:
+        """Does any layer receive the student's own hidden states?"""
+        return max(self.student_input_start, self.student_input_end) > 0
 
 
 @dataclass(frozen=True, kw_only=True)

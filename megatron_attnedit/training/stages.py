@@ -5,8 +5,9 @@ return plain numbers under the names that are logged. Sums over tokens are reduc
 and divided once.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelDistillation, nonfinite_layers
 from megatron_attnedit.training.data import Batch
 from megatron_attnedit.training.schedule import run_schedule, sum_of_reports, sum_over_ranks
+from megatron_attnedit.training.student_inputs import StudentInputs
 
 Metrics = dict[str, Any]
 
@@ -39,10 +41,14 @@ class Stage(Protocol):
         """Where a loss that is not finite comes from."""
 
 
-def _forward(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+def _forward(
+    iterator: Iterator[Batch], model: Any, draw: Callable[[Sequence[int]], Tensor] | None = None
+) -> tuple[Tensor, Any]:
     """A step of the schedule that reports no loss."""
     batch = next(iterator)
-    hidden = model(batch.tokens, batch.position_ids, batch.loss_mask)
+    device = batch.tokens.device
+    own = [draw(batch.sample_ids).to(device, non_blocking=True)] if draw else []
+    hidden = model(batch.tokens, batch.position_ids, batch.loss_mask, *own)
     return hidden, lambda out: (out.new_zeros(()), {})
 
 
@@ -53,6 +59,8 @@ class Stage1:
         modules: This rank's pieces.
         models: The same, wrapped for data parallelism.
         edited: 0-based indices of all edited layers of the whole model.
+        student_inputs: Which layers receive the student's own hidden states in training; in
+            validation all do. None: none do, ever.
     """
 
     number = 1
@@ -62,10 +70,12 @@ class Stage1:
         modules: Sequence[LayerwiseDistillation],
         models: Sequence[DistributedDataParallel],
         edited: Sequence[int],
+        student_inputs: StudentInputs | None = None,
     ) -> None:
         self.modules = modules
         self.models = models
         self.edited = edited
+        self.student_inputs = student_inputs
         self._layer_losses: dict[str, float] = {}
 
     def _run(
@@ -76,7 +86,16 @@ class Stage1:
             module.train(training)
             module.sums.zero_()
 
-        run_schedule(self.models, batches, _forward, num_microbatches, forward_only=True)
+        inputs = self.student_inputs
+        draw = (inputs.draw if training else inputs.always) if inputs else None
+        run_schedule(
+            self.models,
+            batches,
+            functools.partial(_forward, draw=draw),
+            num_microbatches,
+            streams=2 if inputs else 1,
+            forward_only=True,
+        )
         config = self.modules[0].config
         sums = torch.stack([module.sums for module in self.modules]).sum(0)
         return sum_over_ranks(sums, token_shards=config.sequence_parallel)

@@ -52,6 +52,7 @@ STAGES = {
     "stage 2 all, jsd": (Stage2Recipe, {"trainable": "all", "kl": "jsd", "temperature": 2.0}),
     "stage 2 recompute": (Stage2Recipe, {"recompute": "full"}),
     "stage 2 all, recompute": (Stage2Recipe, {"trainable": "all", "recompute": "selective"}),
+    "stage 1 on own inputs": (Stage1Recipe, {"student_input_start": 0.3, "student_input_end": 1.0}),
 }
 
 

@@ -32,7 +32,7 @@ def runs_on(model, grid):
 
 
 def runs_by_default(stage, model, grid, student):
-    if model == "moe" and not GRIDS[grid][2]:
+    if model == "moe" and (not GRIDS[grid][2] or stage == "stage 1 on own inputs"):
         return False
     grid_idx, student_idx = list(GRIDS).index(grid), list(STUDENTS).index(student)
     if stage in CORE:
@@ -44,7 +44,10 @@ def cells():
     core = itertools.product(CORE, MODELS, GRIDS, STUDENTS)
     variants = itertools.product(VARIANTS, ["dense"], VARIANT_GRIDS, STUDENTS)
     experts = itertools.product(
-        ["stage 2 all, jsd"], ["moe"], [grid for grid in GRIDS if GRIDS[grid][2]], STUDENTS
+        ["stage 1 on own inputs", "stage 2 all, jsd"],
+        ["moe"],
+        [grid for grid in GRIDS if GRIDS[grid][2]],
+        STUDENTS,
     )
     for cell in itertools.chain(core, variants, experts):
         _, model, grid, _ = cell

@@ -53,6 +53,7 @@ def stage_floor(
     *,
     seq_length: int,
     stage: int,
+    runs_student: bool = False,
 ) -> float:
     """Per token.
 
@@ -62,6 +63,7 @@ def stage_floor(
         attentions: The edited ones, which train.
         seq_length: Tokens of a sample.
         stage: 1, or 2 with frozen MLPs and a frozen head.
+        runs_student: Stage 1 on the student's own hidden states: its layers run forward, too.
     """
     scores = _student_scores(student, hf, seq_length)
     teacher = _teacher_attention(hf, seq_length)
@@ -73,8 +75,10 @@ def stage_floor(
         matrices, on_input = _matrices(module)
         backward_of_input = matrices - on_input if stage == 1 else matrices
         total += 2 * (2 * matrices + backward_of_input) + 3 * scores
+    kept = hf.num_hidden_layers - len(attentions)
+    if runs_student:
+        total += hf.num_hidden_layers * mlp_flops(hf) + kept * teacher
     if stage == 2:
-        kept = hf.num_hidden_layers - len(attentions)
         total += hf.num_hidden_layers * 2 * mlp_flops(hf) + kept * 3 * teacher
         total += 3 * 2 * hf.hidden_size * hf.vocab_size
     return total

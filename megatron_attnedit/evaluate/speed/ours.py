@@ -23,6 +23,7 @@ from megatron_attnedit.training.optimizer import wrap
 from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.setup import start_processes
 from megatron_attnedit.training.stages import Stage, Stage1, Stage2
+from megatron_attnedit.training.student_inputs import StudentInputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Workload:
         moe_grouped_gemm: Experts in one grouped matrix product.
         recompute: See the recipe.
         optimizer_cpu_offload: See the recipe.
+        runs_student: All layers receive the student's own hidden states (stage 1).
     """
 
     hf: HFConfig
@@ -50,6 +52,7 @@ class Workload:
     moe_grouped_gemm: bool = False
     recompute: str = "none"
     optimizer_cpu_offload: bool = False
+    runs_student: bool = False
 
     @property
     def tokens(self) -> int:
@@ -70,12 +73,12 @@ def fill_with_noise(module: nn.Module) -> None:
 def random_batches(hf: HFConfig, seq_length: int, count: int) -> list[Batch]:
     """Micro-batches of one sample each."""
     device = bootstrap().device
-    batches = []
+    batches: list[Batch] = []
     for _ in range(count):
         ids = torch.randint(hf.vocab_size, (1, seq_length + 1), device=device)
         mask = torch.ones(1, seq_length, device=device)
         positions = torch.arange(seq_length, device=device)[None]
-        batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, positions))
+        batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, positions, [len(batches)]))
     return batches
 
 
@@ -91,7 +94,8 @@ def _recipe(work: Workload) -> Recipe:
         "optimizer_cpu_offload": work.optimizer_cpu_offload,
     }
     if work.stage == 1:
-        return Stage1Recipe(**common)
+        share = float(work.runs_student)
+        return Stage1Recipe(**common, student_input_start=share, student_input_end=share)
     return Stage2Recipe(**common, recompute=work.recompute, trainable=work.trainable)
 
 
@@ -143,9 +147,13 @@ def build_training(work: Workload, *, attention_backend: str = "auto") -> Traini
     stage: Stage
     if work.stage == 1:
         record = bootstrap().records and can_be_recorded(config)
-        layerwise = LayerwiseDistillation(teacher, attentions, record=record)
+        assert isinstance(recipe, Stage1Recipe)
+        layerwise = LayerwiseDistillation(
+            teacher, attentions, record=record, student=student if work.runs_student else None
+        )
         models, optimizer, _ = wrap([layerwise], recipe)
-        stage = Stage1([layerwise], models, list(attentions))
+        inputs = StudentInputs.of(recipe, work.hf.num_hidden_layers)
+        stage = Stage1([layerwise], models, list(attentions), student_inputs=inputs)
     else:
         model_level = ModelLevelDistillation(
             teacher, student, trained, config=ModelLevelConfig(),

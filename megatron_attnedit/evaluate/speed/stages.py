@@ -42,14 +42,14 @@ def compare(work: Workload, *, with_baseline: bool = True) -> dict[str, Any]:
         floor.append(
             stage_floor(
                 work.hf, work.student, built.attentions,
-                seq_length=work.seq_length, stage=work.stage,
+                seq_length=work.seq_length, stage=work.stage, runs_student=work.runs_student,
             )
         )
         return built.step, floor[0]
 
     our_figures = _measured(our_side, work.tokens, rate)
     their_figures = None
-    if with_baseline:
+    if with_baseline and not work.runs_student:
         their_figures = _measured(
             lambda: (baseline.training_step(work), floor[0] if floor else 0.0), work.tokens, rate
         )
@@ -74,6 +74,7 @@ def predicted_peak_gb(work: Workload) -> float:
         moe_grouped_gemm=work.moe_grouped_gemm,
         trainable=work.trainable if work.stage == 2 else "attention",
         recompute=work.recompute,
+        runs_student=work.runs_student,
     )
     (held,) = memory.memory_of_stages(work.hf, work.student, ParallelConfig(), shape)
     return held.total / 1e9
@@ -102,6 +103,8 @@ def describe(work: Workload) -> str:
         parts.append("grouped experts" if work.moe_grouped_gemm else "sequential experts")
     if work.stage == 2 and work.trainable == "all":
         parts.append("everything trained")
+    if work.runs_student:
+        parts.append("on the student's own hidden states")
     if work.recompute != "none":
         parts.append(f"recompute {work.recompute}")
     if work.optimizer_cpu_offload:

@@ -68,6 +68,8 @@ def test_floor_of_stage_2_counts_heads_and_kept_layers():
     extra = 36 * 2 * mlp + 2 * 3 * attention + 6 * 4096 * 151936 + 34 * 2 * 4096 * (6144 + 4096)
     extra += 2 * attention + 3 * mlp  # behind the last edited attention
     assert more - less == pytest.approx(extra)
+    own = stage_floor(hf, student, edited, seq_length=4096, stage=1, runs_student=True)
+    assert own - less == pytest.approx(36 * mlp + 2 * attention)
 
 
 def test_rows():

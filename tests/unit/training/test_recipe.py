@@ -89,6 +89,12 @@ def test_refused_values(argv, words):
     refused(words, *argv)
 
 
+@pytest.mark.parametrize("flag", ["--student-input-start", "--student-input-end"])
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "nan"])
+def test_probabilities_are_from_0_to_1(flag, value):
+    refused([f"{flag} {float(value)}", "from 0 to 1"], flag, value, cls=Stage1Recipe)
+
+
 def test_global_batch_that_does_not_divide():
     recipe = parse("--global-batch-size", "6", "--micro-batch-size", "4")
     with pytest.raises(UserError, match="--global-batch-size 6 is not a multiple"):
