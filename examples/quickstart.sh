@@ -51,10 +51,13 @@ if python -c "import sys; from torch.cpu import _is_amx_tile_supported, _is_avx5
 sys.exit(not (_is_amx_tile_supported() or _is_avx512_bf16_supported()))" 2>/dev/null; then
     dtype=(--bf16) # half as fast again where processors multiply bfloat16, twice with matrix units
 fi
-# What fits a 7M-parameter teacher: a cache of 204 numbers per token and layer instead of 512.
+# What fits a 7M-parameter teacher: a cache of 204 numbers per token and layer instead of 512; and
+# trying every layer takes seconds.
 mla_flags=()
+gate_swa_flags=()
 if [ "$teacher" = examples/embedded_teacher/model ]; then
     mla_flags=(--kv-lora-rank 156 --qk-pos-emb-head-dim 48)
+    gate_swa_flags=(--full-layers auto)
 fi
 
 rm -rf "$output"
@@ -81,8 +84,8 @@ for init in "${inits[@]}"; do
         common=(--teacher "$output/teacher" --valid-data-path "$output/data/validation"
             --data-cache-path "$output/data/cache" "${grid[@]}" "${dtype[@]}")
 
-        flags=()
-        if [ "$attention" = mla ]; then flags=("${mla_flags[@]}"); fi
+        flags=("${mla_flags[@]}")
+        if [ "$attention" = gate_swa ]; then flags=("${gate_swa_flags[@]}"); fi
 
         say "$name: edit"
         alone tools/edit_checkpoint.py --teacher "$output/teacher" --save "$run/edit" \

@@ -10,5 +10,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ruff check .
 mypy
-# A file of tests runs in one of two processes, so that its models are made once.
-exec python -m pytest --numprocesses 2 --dist loadfile --durations=15 "$@"
+exec python -m pytest --numprocesses 2 --dist loadgroup --durations=15 "$@"
