@@ -10,7 +10,7 @@ valid tokens of the *global* batch. Backward runs on the numerator; ``normalise_
 each layer's gradients by the denominator, which is known only once the batch is through.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -102,6 +102,11 @@ class LayerwiseDistillation(MegatronModule):
         self.training = mode
         self.attentions.train(mode)
         return self
+
+    @property
+    def called_as_a_whole(self) -> Iterable[nn.Module]:
+        """Modules that hold all that trains."""
+        return self.attentions.values()
 
     # mcore asks, to add up gradients of tied embeddings; here nothing of the kind trains.
     share_embeddings_and_output_weights = False

@@ -81,6 +81,12 @@ class Recipe:
     use_distributed_optimizer: bool = option(
         False, "cut optimizer state over data-parallel processes"
     )
+    overlap_grad_reduce: bool = option(
+        False, "reduce gradients while the last micro-batch is still computed"
+    )
+    overlap_param_gather: bool = option(
+        False, "gather updated weights while the next iteration has begun"
+    )
     attention_backend: str = option(
         "auto", "attention kernel", ("auto", "sdpa", "reference", "npu_fusion")
     )
@@ -145,6 +151,12 @@ class Recipe:
             raise UserError(f"--loss-spike-factor {self.loss_spike_factor}: expected more than 1")
         if self.moe_grouped_gemm and not self.bf16:
             raise UserError("--moe-grouped-gemm needs --bf16: mcore's grouped experts are bfloat16")
+        if self.overlap_param_gather and not (
+            self.overlap_grad_reduce and self.use_distributed_optimizer
+        ):
+            raise UserError(
+                "--overlap-param-gather needs --overlap-grad-reduce and --use-distributed-optimizer"
+            )
         if not 0 <= self.lr_warmup_iters < self.train_iters:
             raise UserError(
                 f"--lr-warmup-iters {self.lr_warmup_iters}: expected from 0 to less than "
@@ -174,6 +186,14 @@ class Stage1Recipe(Recipe):
     record: bool = option(
         False, "record a micro-batch once and replay it: one GPU per replica, dense models"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.record and self.overlap_grad_reduce:
+            raise UserError(
+                "--record does not go with --overlap-grad-reduce: in a replay nothing tells when a "
+                "gradient is ready"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,9 @@ return plain numbers under the names that are logged. Sums over tokens are reduc
 and divided once.
 """
 
+import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -46,6 +48,19 @@ def _forward(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     return hidden, lambda out: (out.new_zeros(()), {})
 
 
+def _forward_and_backward(num_microbatches: int) -> Any:
+    """The same for a model whose forward is all: gradients are whole after the last one."""
+    seen: Counter[Any] = Counter()
+
+    def step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+        seen[model] += 1
+        last = seen[model] == num_microbatches
+        with contextlib.nullcontext() if last else model.no_sync():
+            return _forward(iterator, model)
+
+    return step
+
+
 class Stage1:
     """Layer-wise; see ``distill.layerwise``.
 
@@ -76,7 +91,8 @@ class Stage1:
             module.train(training)
             module.sums.zero_()
 
-        run_schedule(self.models, batches, _forward, num_microbatches, forward_only=True)
+        step = _forward_and_backward(num_microbatches)
+        run_schedule(self.models, batches, step, num_microbatches, forward_only=True)
         config = self.modules[0].config
         sums = torch.stack([module.sums for module in self.modules]).sum(0)
         return sum_over_ranks(sums, token_shards=config.sequence_parallel)
@@ -122,7 +138,10 @@ class Stage2:
         self.modules = modules
         self.models = models
         self._last: Batch | None = None
-        modules[0].config.finalize_model_grads_func = finalize_model_grads
+        config = modules[0].config
+        config.finalize_model_grads_func = finalize_model_grads
+        pauses = [model.no_sync for model in models]
+        config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
 
     def _run(
         self, batches: Iterator[Batch], num_microbatches: int, *, training: bool

@@ -20,7 +20,7 @@ BARS = {"loss": 1e-5, "grad_norm": 1e-4, "gradients": 1e-4, "parameters": 1e-4, 
 BF16_BARS = {"loss": 5e-3, "grad_norm": 3e-2, "gradients": 5e-2, "parameters": 2e-2}
 MODELS = {"dense": "qwen3", "moe": "qwen3_moe"}
 VARIANTS = [stage for stage in grids.STAGES if stage not in ("stage 1", "stage 2")]
-VARIANT_GRIDS = ["DP2", "TP2 SP", "PP2 interleaved", "CP2"]
+VARIANT_GRIDS = ["DP2", "DP2 overlap", "TP2 SP", "PP2 interleaved", "CP2"]
 
 
 def runs_on(model, grid):
@@ -187,3 +187,15 @@ def test_a_planted_mistake_is_found(inputs, one_process, tmp_path, mistake, stag
     )
     found = differences(rows_of(inputs["dense"], "mla"), answers, expected)
     assert found["gradients"] > 10 * BARS["gradients"], found
+
+
+@pytest.mark.parametrize("stage", ["stage 1", "stage 2 all, jsd"])
+def test_buckets_that_overlap_with_computation(inputs, one_process, tmp_path, stage):
+    """Several buckets: one is still on its way while the next layer already computes."""
+    folder, flags = inputs["dense"], {**grids.OVERLAP, "micro_batch_size": 1}
+    expected = one_process(stage, "dense", "gate_swa")
+    answers = processes.run(
+        2, grids.train_with_small_buckets, stage, folder, "gate_swa", tmp_path / "run", flags
+    )
+    found = differences(rows_of(folder, "gate_swa"), answers, expected)
+    assert {kind: value for kind, value in found.items() if value > BARS[kind]} == {}

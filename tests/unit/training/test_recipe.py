@@ -81,10 +81,16 @@ def test_required(missing):
         (["--kl", "sideways"], ["--kl 'sideways'", "forward"]),
         (["--trainable", "mlp"], ["--trainable 'mlp'", "attention, all"]),
         (["--attention-backend", "magic"], ["--attention-backend 'magic'"]),
+        (["--overlap-param-gather"], ["--overlap-param-gather needs --overlap-grad-reduce"]),
     ],
 )
 def test_refused_values(argv, words):
     refused(words, *argv)
+
+
+def test_a_recorded_run_cannot_overlap():
+    with pytest.raises(UserError, match="--record does not go with --overlap-grad-reduce"):
+        parse("--record", "--overlap-grad-reduce", cls=Stage1Recipe)
 
 
 def test_global_batch_that_does_not_divide():
