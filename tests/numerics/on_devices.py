@@ -19,7 +19,7 @@ from pathlib import Path
 # Largest relative difference of a loss in the curve, and of a tensor after the last iteration.
 # "other micro-batch" is one process that adds up samples one by one: what rounding alone does.
 BARS = {"loss": 2e-2, "parameters": 5e-2}
-LAYERS = 8
+LAYERS = 4
 ITERATIONS = 50
 OVERLAP = {
     "use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True,
@@ -47,7 +47,8 @@ EXPERTS = {
     "EP2 x TP2 SP": (2, {"expert_model_parallel_size": 2} | TP2 | SP),
     "EP4": (4, {"expert_model_parallel_size": 4} | OVERLAP),
 }
-FAMILIES = {"dense": ("qwen3", DENSE, {}), "experts": ("qwen3_moe", EXPERTS, {})}
+GROUPED = {"moe_grouped_gemm": True}
+FAMILIES = {"dense": ("qwen3", DENSE, {}), "experts": ("qwen3_moe", EXPERTS, GROUPED)}
 
 
 def parse_args():
