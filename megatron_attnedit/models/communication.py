@@ -53,7 +53,7 @@ class _Run:
         return Sizes.of(self.parallel, self.work)
 
     @property
-    def hidden(self) -> float:
+    def hidden(self) -> int:
         """Bytes of a micro-batch's hidden states, whole."""
         return self.sizes.tokens * self.hf.hidden_size * self.sizes.number
 
@@ -99,7 +99,7 @@ def _stage(run: _Run, stage: int, chunks: Sequence[range]) -> Traffic:
         "context": run.parallel.context_parallel_size,
         "expert": run.parallel.expert_model_parallel_size,
     }
-    return Traffic(**{name: round(n) for name, n in total.items() if sizes.get(name, 2) > 1})
+    return Traffic(**{name: n for name, n in total.items() if sizes.get(name, 2) > 1})
 
 
 def _forward_of_chunk(run: _Run, layers: range, *, first: bool, last: bool) -> Counter[str]:
@@ -124,8 +124,8 @@ def _forward_of_chunk(run: _Run, layers: range, *, first: bool, last: bool) -> C
     return total
 
 
-def _message(run: _Run) -> float:
-    return run.sizes.own(run.hf.hidden_size)
+def _message(run: _Run) -> int:
+    return run.sizes.own_tokens * run.hf.hidden_size * run.sizes.number
 
 
 def _backward_of_chunk(run: _Run, layers: range, *, first: bool, last: bool) -> Counter[str]:
@@ -184,10 +184,10 @@ def _attention_backward(run: _Run, layer: int, *, input_wants: bool) -> Counter[
     return total
 
 
-def _shared_groups(run: _Run, attention: AttentionTraffic) -> float:
+def _shared_groups(run: _Run, attention: AttentionTraffic) -> int:
     """Processes that share a key-value group hand each other their parts of it."""
     if attention.groups >= run.sizes.tp:
-        return 0.0
+        return 0
     return run.sizes.tokens * attention.fused_projection * run.sizes.number
 
 
@@ -195,8 +195,7 @@ def _keys(run: _Run, layer: int, *, edited: bool) -> Counter[str]:
     """Of one direction: every context-parallel process gets all keys and values of its heads."""
     attention = run.attention(layer, edited=edited)
     sizes = run.sizes
-    share = max(1, attention.groups // sizes.tp) / attention.groups
-    numbers = sum(attention.keys) * share
+    numbers = sum(attention.keys) * max(1, attention.groups // sizes.tp) // attention.groups
     return Counter({"context": sizes.cp * sizes.tokens * numbers * sizes.number})
 
 
