@@ -23,7 +23,7 @@ from tests.numerics.inputs import recipe as small_recipe
 
 # Argument that is the payload.
 PAYLOADS = {
-    "allreduce_": 0, "allreduce_coalesced_": 0,
+    "broadcast_": 0, "allreduce_": 0, "allreduce_coalesced_": 0,
     "_allgather_base_": 0, "allgather_into_tensor_coalesced_": 0,
     "_reduce_scatter_base_": 1, "reduce_scatter_tensor_coalesced_": 1,
     "alltoall_base_": 1, "send": 0,
