@@ -66,8 +66,10 @@ class Counting(TorchDispatchMode):
             dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject)
             and "ProcessGroup" in str(a._type())
         )
-        if group.size() > 1 and size >= SMALL:
-            kind = self.kinds[group.group_name]
+        # To experts any number of tokens may go.
+        if group.size() > 1 and (size >= SMALL or name == "alltoall_base_"):
+            # Of two stages mcore sends one way in the group of all processes.
+            kind = "pipeline" if name == "send" else self.kinds[group.group_name]
             self.bytes[kind] = self.bytes.get(kind, 0) + size
 
 
