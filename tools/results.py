@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Keep figures of runs and make the tables of pages from them.
 
-  results.py add report.json --data docs/data/NAME.json     keep a report's students
+  results.py add report.json ... --data docs/data/NAME.json keep students of reports
   results.py fill docs/results.md README.md                 make the marked tables anew
 """
 
@@ -18,8 +18,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    adder = commands.add_parser("add", help="put a report's students into a file of data")
-    adder.add_argument("report", type=Path, help="report.json of tools/evaluate.py")
+    adder = commands.add_parser("add", help="put students of reports into a file of data")
+    adder.add_argument(
+        "reports", type=Path, nargs="+", metavar="report.json", help="of tools/evaluate.py"
+    )
     adder.add_argument("--data", type=Path, required=True, help="file; made where it is missing")
     adder.add_argument(
         "--rename", nargs="+", default=[], metavar="OLD=NEW", help="names of students in the file"
@@ -49,7 +51,9 @@ def main() -> None:
         pairs = [item.partition("=") for item in args.rename]
         if bad := [old for old, equals, new in pairs if not (old and equals and new)]:
             raise UserError(f"--rename {bad[0]}: expected OLD=NEW")
-        add_report(json.loads(read(args.report)), args.data, {old: new for old, _, new in pairs})
+        names = {old: new for old, _, new in pairs}
+        for report in args.reports:
+            add_report(json.loads(read(report)), args.data, names)
         print(f"wrote {args.data}")
         return
     for page in args.pages:

@@ -43,6 +43,7 @@ def attend_in_parts(
     value: Tensor,
     window_size: tuple[int, int] | None,
     group: ProcessGroup,
+    sink_tokens: int = 0,
 ) -> Tensor:
     """Attention of this rank's queries to all keys before them.
 
@@ -53,6 +54,7 @@ def attend_in_parts(
         value: ``[s/cp, b, g, dv]``.
         window_size: Megatron's ``(left, 0)`` or None: keys further back are not handed over.
         group: Context-parallel group.
+        sink_tokens: First keys of the sequence, which are handed over all the same.
 
     Returns:
         ``[s/cp, b, n, dv]``.
@@ -73,5 +75,10 @@ def attend_in_parts(
     for part, piece in ((early, rank), (late, 2 * size - 1 - rank)):
         end = (piece + 1) * length
         start = 0 if window_size is None else max(0, piece * length - window_size[0])
-        parts.append(attend(part, key[start:end], value[start:end]))
+        visible = [t[start:end] for t in (key, value)]
+        if sinks := min(sink_tokens, start):
+            visible = [
+                torch.cat([t[:sinks], near]) for t, near in zip((key, value), visible, strict=True)
+            ]
+        parts.append(attend(part, *visible))
     return torch.cat(parts)

@@ -24,6 +24,7 @@ class CoreAttention(MegatronModule):
         config: For Megatron's bookkeeping; head counts are taken from the tensors.
         backend: Name of an attention backend, or ``auto``.
         window_size: Megatron's ``(left, 0)``, or None for full attention.
+        sink_tokens: First tokens of the sequence that stay visible outside the window.
         softmax_scale: Default: 1 / sqrt(query's head size).
         unused: The rest of what mcore hands to a core attention.
     """
@@ -34,12 +35,14 @@ class CoreAttention(MegatronModule):
         *,
         backend: str = "auto",
         window_size: tuple[int, int] | None = None,
+        sink_tokens: int = 0,
         softmax_scale: float | None = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self.backend = attention_backend(backend, window_size, config.params_dtype)
+        self.backend = attention_backend(backend, window_size, config.params_dtype, sink_tokens)
         self.window_size = window_size
+        self.sink_tokens = sink_tokens
         self.softmax_scale = softmax_scale
         self.recompute = config.recompute_granularity == "selective"
 
@@ -79,7 +82,9 @@ class CoreAttention(MegatronModule):
 
         if self.config.context_parallel_size > 1:
             group = parallel_state.get_context_parallel_group()
-            out = attend_in_parts(attend, query, key, value, self.window_size, group)
+            out = attend_in_parts(
+                attend, query, key, value, self.window_size, group, self.sink_tokens
+            )
         else:
             out = attend(query, key, value)
         return out.flatten(2)

@@ -4,7 +4,7 @@ import argparse
 
 NAMES = (
     *("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "mla_fit"),
-    *("sliding_window", "full_layers", "output_gate"),
+    *("sliding_window", "sink_tokens", "full_layers", "output_gate"),
 )
 
 
@@ -23,6 +23,11 @@ def add_student_flags(parser: argparse.ArgumentParser, *, required: bool = True)
     )
     swa = parser.add_argument_group("GateSWA")
     swa.add_argument("--sliding-window", type=int, help="tokens seen, itself counted (default 128)")
+    swa.add_argument(
+        "--sink-tokens",
+        type=int,
+        help="first tokens of the sequence that sliding layers see beside the window (default 0)",
+    )
     swa.add_argument(
         "--full-layers",
         help="layers that stay full, such as 4,9, or none; auto, at edit time: as many as by "

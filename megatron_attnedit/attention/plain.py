@@ -15,14 +15,14 @@ from megatron_attnedit.attention.teacher_weights import project
 from megatron_attnedit.convert.hf_config import HFConfig
 
 
-def rotary_angles(dim: int, base: float, scaling_factor: float | None, length: int) -> Tensor:
+def rotary_angles(dim: int, base: float, scaling_factor: float | None, like: Tensor) -> Tensor:
     """``[s, 1, 1, dim]``, both halves alike.
 
     Args:
         dim: Rotated part of a head.
         base: Of the frequencies.
         scaling_factor: Of Llama 3's frequency scaling; None without.
-        length: s.
+        like: Inputs ``[s, ...]``, on whose device the angles are wanted.
     """
     table = RotaryEmbedding(
         dim,
@@ -32,14 +32,15 @@ def rotary_angles(dim: int, base: float, scaling_factor: float | None, length: i
         rope_scaling_factor=scaling_factor or 1.0,
         use_cpu_initialization=True,
     )
-    positions = torch.arange(length, dtype=torch.float32)
-    return torch.outer(positions, table.inv_freq).repeat(1, 2)[:, None, None]
+    positions = torch.arange(len(like), dtype=torch.float32)
+    angles = torch.outer(positions, table.inv_freq).repeat(1, 2)[:, None, None]
+    return angles.to(like.device)
 
 
-def teacher_angles(teacher: HFConfig, length: int) -> Tensor:
-    """``[s, 1, 1, d]``."""
+def teacher_angles(teacher: HFConfig, like: Tensor) -> Tensor:
+    """``[s, 1, 1, d]`` for inputs ``[s, ...]``."""
     factor = (teacher.rope_scaling or {}).get("factor")
-    return rotary_angles(teacher.head_dim, teacher.rope_theta, factor, length)
+    return rotary_angles(teacher.head_dim, teacher.rope_theta, factor, like)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -58,6 +59,6 @@ def teacher_output(inputs: Tensor, weights: Mapping[str, Tensor], teacher: HFCon
     """
     flat = project(inputs.flatten(0, 1), weights, teacher)
     q, k, v = (t.unflatten(0, inputs.shape[:2]) for t in flat)
-    angles = teacher_angles(teacher, len(inputs))
+    angles = teacher_angles(teacher, inputs)
     q, k = (rotate(t, angles.cos(), angles.sin()) for t in (q, k))
     return attend(q, k, v, teacher.head_dim**-0.5) @ weights["linear_proj.weight"].t()

@@ -47,7 +47,11 @@ def parse_layers(text: str, *, num_layers: int, flag: str) -> tuple[int, ...]:
 
 
 def causal_window_mask(
-    num_queries: int, num_keys: int, window_size: tuple[int, int] | None, device: torch.device
+    num_queries: int,
+    num_keys: int,
+    window_size: tuple[int, int] | None,
+    device: torch.device,
+    sink_tokens: int = 0,
 ) -> Tensor:
     """``[num_queries, num_keys]``, True where a query may look; the last query is at the last key.
 
@@ -56,8 +60,12 @@ def causal_window_mask(
         num_keys: Number of keys, at least ``num_queries``.
         window_size: Megatron's ``(left, right)``; None for plain causal attention.
         device: Where to build it.
+        sink_tokens: First keys that stay visible outside the window.
     """
     query_positions = torch.arange(num_keys - num_queries, num_keys, device=device)
-    distance = query_positions[:, None] - torch.arange(num_keys, device=device)[None, :]
+    key_positions = torch.arange(num_keys, device=device)
+    distance = query_positions[:, None] - key_positions[None, :]
     allowed = distance >= 0
-    return allowed if window_size is None else allowed & (distance <= window_size[0])
+    if window_size is None:
+        return allowed
+    return allowed & ((distance <= window_size[0]) | (key_positions < sink_tokens))

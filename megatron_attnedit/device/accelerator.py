@@ -62,6 +62,11 @@ class Accelerator:
         return self.kind == "cuda"
 
     @property
+    def solves(self) -> bool:
+        """Does torch decompose and solve in double precision and complex numbers here?"""
+        return self.kind in ("cpu", "cuda")
+
+    @property
     def random_state(self) -> torch.Tensor | None:
         """State of the device's default generator; None on a CPU, where it is torch's own."""
         if self.kind == "cpu":

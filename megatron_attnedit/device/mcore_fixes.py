@@ -167,8 +167,12 @@ def _own_adam_steps() -> None:
     torch's Adam keeps ``step`` per parameter; the checkpoint carries one per group. As loaded, all
     parameters share one tensor, each update advances it N times, and bias correction runs ahead
     without an error. Transformer Engine's and Apex's Adam keep it per group and are left alone.
+    The hybrid optimizer on the host is made of torch's Adams.
     """
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    torch_s = (torch.optim.Adam, HybridDeviceOptimizer)
 
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     load = DistributedOptimizer.load_state_dict
@@ -179,7 +183,7 @@ def _own_adam_steps() -> None:
         self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         # A fresh torch Adam has no state to load into (an assertion fails without it).
-        if is_loading and isinstance(self.optimizer, torch.optim.Adam) and not self.optimizer.state:
+        if is_loading and isinstance(self.optimizer, torch_s) and not self.optimizer.state:
             self._init_optimizer_states_with_dummy_values()
         return sharded(self, model_state, is_loading, *args, **kwargs)
 
@@ -195,7 +199,7 @@ def _own_adam_steps() -> None:
 
     @functools.wraps(load)
     def load_with_steps(self: Any, state_dict: Any) -> None:
-        if not isinstance(self.optimizer, torch.optim.Adam):
+        if not isinstance(self.optimizer, torch_s):
             load(self, state_dict)
             return
         steps = [g["step"] for g in state_dict["optimizer"]["param_groups"] if "step" in g]
@@ -208,6 +212,36 @@ def _own_adam_steps() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
     DistributedOptimizer.load_state_dict = load_with_steps
     DistributedOptimizer.sharded_state_dict = sharded_with_states
+
+
+def _hybrid_optimizer_without_transformer_engine() -> None:
+    """The settings of a precision-aware optimizer, which the hybrid one is, compare the version of
+    Transformer Engine, and mcore compares None where it is not installed.
+    """
+    from megatron.core.optimizer import optimizer_config
+    from megatron.core.utils import get_te_version
+
+    if get_te_version() is None:
+        optimizer_config.is_te_min_version = lambda *args, **kwargs: False
+
+
+def _plain_groups_of_the_hybrid_optimizer() -> None:
+    """Its parameter groups name the classes of its parts, and a checkpoint of classes is not read
+    without running code. They are the same in every run.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    state_dict = DistributedOptimizer.state_dict
+
+    @functools.wraps(state_dict)
+    def without_classes(self: Any) -> Any:
+        state = state_dict(self)
+        for group in state["optimizer"]["param_groups"]:
+            for name in ("cpu_optimizer_cls", "gpu_optimizer_cls"):
+                group.pop(name, None)
+        return state
+
+    DistributedOptimizer.state_dict = without_classes
 
 
 @functools.cache
@@ -236,3 +270,5 @@ def install(kind: str) -> None:
         _swiglu_of_the_npu()
     _gradient_norm_in_one_pass()
     _own_adam_steps()
+    _hybrid_optimizer_without_transformer_engine()
+    _plain_groups_of_the_hybrid_optimizer()

@@ -8,6 +8,11 @@ activations live at a time, layers do not see each other, and a pipeline needs n
 Loss of layer l (arXiv:2604.05688, stage 1): ``E_l = sum |o_s - o_t|^2 / sum |o_t|^2`` over the
 valid tokens of the *global* batch. Backward runs on the numerator; ``normalise_gradients`` divides
 each layer's gradients by the denominator, which is known only once the batch is through.
+
+With a student, layers may receive the student's own hidden states instead (``student_stream``). A
+layer that received ``x`` where the teacher had ``x_t`` is asked to bring the residual stream back:
+``o_s`` is compared with ``x_t + o_t - x``, and the error divided by ``|o_t|^2`` as before. Where
+``x = x_t`` that is the loss above.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,6 +27,7 @@ from typing_extensions import Self
 
 from megatron_attnedit.device import Recorded, fused
 from megatron_attnedit.distill.masks import local_token_mask
+from megatron_attnedit.distill.student_stream import StudentStream
 from megatron_attnedit.models.teacher import backbone
 
 NORMALISATIONS = ("layer", "token")
@@ -29,7 +35,11 @@ NORMALISATIONS = ("layer", "token")
 
 @fused
 def relative_error(
-    attn_output: Tensor, target: Tensor, mask: Tensor, per_token: bool
+    attn_output: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    per_token: bool,
+    drift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer's error, what it is divided by, and its gradient by the student's output.
 
@@ -38,9 +48,12 @@ def relative_error(
         target: The teacher's, ``[s, b, h]``.
         mask: ``[s, b]``, 1 where a token counts.
         per_token: Divide each token's error by that token's energy.
+        drift: What the layer's input has too much, ``[s, b, h]``, to be made good.
     """
     target = target.float()
     difference = attn_output.float() - target
+    if drift is not None:
+        difference = difference + drift.float()
     energy = target.square().sum(-1)
     weight = mask / energy.clamp_min(1e-12) if per_token else mask
     numerator = (difference.square().sum(-1) * weight).sum()
@@ -62,6 +75,10 @@ def can_be_recorded(config: TransformerConfig) -> bool:
     return max(sizes) == 1 and not config.num_moe_experts
 
 
+class _Compared(Exception):
+    """The last edited layer is through; nothing wants what the teacher would compute after it."""
+
+
 class LayerwiseDistillation(MegatronModule):
     """Teacher and student attentions of this pipeline stage.
 
@@ -71,6 +88,7 @@ class LayerwiseDistillation(MegatronModule):
         normalisation: ``layer`` as above, or ``token``: every token's error is divided by that
             token's own ``|o_t|^2``, and the sum by the number of tokens.
         record: Record a micro-batch and replay it (see ``device.Recorded``).
+        student: Also run the student's own hidden states; ``forward`` then wants draws.
     """
 
     def __init__(
@@ -80,6 +98,7 @@ class LayerwiseDistillation(MegatronModule):
         *,
         normalisation: str = "layer",
         record: bool = False,
+        student: GPTModel | None = None,
     ) -> None:
         super().__init__(config=teacher.config)
         self.model_type = teacher.model_type
@@ -87,12 +106,15 @@ class LayerwiseDistillation(MegatronModule):
         self.attentions = nn.ModuleDict({str(i): module for i, module in attentions.items()})
         self.normalisation = normalisation
         self._mask: Tensor | None = None
+        # Later pipeline stages want the hidden states.
+        self._last = max(attentions, default=None) if teacher.post_process else None
         self._training_run = Recorded(self._run) if record else self._run
         device = next(teacher.parameters()).device
         # Column 0: sum of errors; column 1: what they are divided by.
         self.sums = torch.zeros(self.config.num_layers, 2, device=device)
+        self._stream = StudentStream(teacher, student, self._compare) if student else None
         for layer in teacher.decoder.layers:
-            if layer.layer_number - 1 in attentions:
+            if not student and layer.layer_number - 1 in attentions:
                 layer.self_attention.register_forward_hook(
                     self._hook(layer.layer_number - 1), with_kwargs=True
                 )
@@ -117,8 +139,11 @@ class LayerwiseDistillation(MegatronModule):
         return self.teacher.pre_process
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Called by Megatron's schedules."""
-        self.teacher.set_input_tensor(input_tensor)
+        """Called by Megatron's schedules with what ``forward`` returned, or None at first."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if self._stream and tensor is not None:
+            self._stream.hidden, tensor = tensor.chunk(2, dim=1)
+        self.teacher.set_input_tensor(tensor)
 
     def _hook(self, layer_idx: int) -> Any:
         def compare(
@@ -126,43 +151,70 @@ class LayerwiseDistillation(MegatronModule):
         ) -> None:
             if self._mask is not None:
                 self._compare(layer_idx, args[0], kwargs, output[0])
+                if layer_idx == self._last:
+                    raise _Compared
 
         return compare
 
     def _compare(
-        self, layer_idx: int, attn_input: Tensor, kwargs: dict[str, Any], target: Tensor
-    ) -> None:
-        """One layer's error and its backward; ``attn_input`` and ``target`` ``[s, b, h]``."""
+        self,
+        layer_idx: int,
+        attn_input: Tensor,
+        kwargs: dict[str, Any],
+        target: Tensor,
+        drift: Tensor | None = None,
+    ) -> Tensor:
+        """One layer's error and its backward; tensors ``[s, b, h]``.
+
+        Returns:
+            The student's attention output, without a graph.
+        """
         assert self._mask is not None
         with torch.set_grad_enabled(self.training):
             attn_output, _ = self.attentions[str(layer_idx)](attn_input.detach(), **kwargs)
         numerator, denominator, gradient = relative_error(
-            attn_output.detach(), target.detach(), self._mask, self.normalisation == "token"
+            attn_output.detach(),
+            target.detach(),
+            self._mask,
+            self.normalisation == "token",
+            *([] if drift is None else [drift]),
         )
         if self.training:
             attn_output.backward(gradient)
         self.sums[layer_idx, 0] += numerator
         self.sums[layer_idx, 1] += denominator
+        return attn_output.detach()
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, loss_mask: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, position_ids: Tensor, loss_mask: Tensor, *own: Tensor
+    ) -> Tensor:
         """Run the teacher; each edited layer does its work on the way.
 
         Args:
             tokens: ``[b, s]``.
             position_ids: ``[b, s]``.
             loss_mask: ``[b, s]``, 1 where a token counts.
+            own: With a student, one tensor: see ``StudentStream.start``.
 
         Returns:
-            The teacher's hidden states, for the next pipeline stage.
+            The teacher's hidden states for the next pipeline stage, ``[s, b, h]``; with a student
+            ``[s, 2b, h]``, the student's first. Anything on the last stage.
         """
         run = self._training_run if self.training else self._run
-        return run(tokens, position_ids, loss_mask)
+        return run(tokens, position_ids, loss_mask, *own)
 
-    def _run(self, tokens: Tensor, position_ids: Tensor, loss_mask: Tensor) -> Tensor:
+    def _run(
+        self, tokens: Tensor, position_ids: Tensor, loss_mask: Tensor, *own: Tensor
+    ) -> Tensor:
         self._mask = local_token_mask(loss_mask, self.config)
+        if self._stream:
+            self._stream.start(*own)
         try:
             with torch.no_grad():
-                return backbone(self.teacher, tokens, position_ids)
+                hidden = backbone(self.teacher, tokens, position_ids)
+                return self._stream.stop(hidden) if self._stream else hidden
+        except _Compared:
+            return self.sums
         finally:
             self._mask = None
 
@@ -174,7 +226,12 @@ class LayerwiseDistillation(MegatronModule):
             sums: ``self.sums``, added up over all ranks and micro-batches.
         """
         for layer_idx, attention in self.attentions.items():
-            divisor = sums[int(layer_idx), 1].clamp_min(1e-12)
-            for param in attention.parameters():
-                if param.requires_grad:
-                    param.main_grad.div_(divisor)  # type: ignore[attr-defined]
+            gradients: list[Tensor] = [
+                param.main_grad  # type: ignore[attr-defined]
+                for param in attention.parameters()
+                if param.requires_grad
+            ]
+            if gradients:
+                # One kernel for a layer; a tensor at a time would broadcast the divisor, which
+                # reads and writes a number at a time.
+                torch._foreach_div_(gradients, sums[int(layer_idx), 1].clamp_min(1e-12))

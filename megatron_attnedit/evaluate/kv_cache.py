@@ -19,7 +19,13 @@ def cache_bytes(model: Any, context: int) -> int:
     """
     ids = torch.zeros(1, context, dtype=torch.long, device=model.device)
     cache = model.model(ids[:, :-1], use_cache=True).past_key_values
-    cache = model.model(ids[:, -1:], past_key_values=cache, use_cache=True).past_key_values
+    return held_bytes(
+        model.model(ids[:, -1:], past_key_values=cache, use_cache=True).past_key_values
+    )
+
+
+def held_bytes(cache: Any) -> int:
+    """Memory behind a cache, storages counted once."""
     storages = [t.untyped_storage() for layer in cache.layers for t in _tensors(layer)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -15,6 +15,7 @@ CURVE = ("iteration", "stage", "seconds", "tokens", "loss", "validation_loss")
 SETTINGS: tuple[str, ...] = ("init", "seed", "student_attention", "full_layer_scores", *NAMES)
 SETTINGS += ("lr", "min_lr", "lr_warmup_iters", "train_iters", "global_batch_size", "seq_length")
 SETTINGS += ("trainable", "kl", "temperature", "feature_matching_weight", "normalisation", "bf16")
+SETTINGS += ("lr_decay_style", "lr_wsd_decay_iters")
 SAME = ("data", "dtype")
 
 

@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.evaluate.published import tokens_to_reach
+from megatron_attnedit.evaluate.arms import arms, curve, fits, tokens
 from megatron_attnedit.evaluate.table import BEHAVIOUR_HEADER, behaviour_rows
 
 MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 STAGES = ("stage1", "stage2")
-# A student's name without this is that of the one it is compared with.
-RANDOM = "_random"
 SUMMARY = ["", "perplexity after edit", "after stage 1", "after stage 2", "ratio", "KL (nats)"]
 SUMMARY += ["top-1", "KV bytes per token"]
 COST = ["", "learning rate", "seed", "tokens (M)", "training (min)"]
-TOKENS = ["", "KL of the random start", "its tokens (M)", "tokens to reach it (M)", "share"]
 
 
 def filled(page: str, data: Path) -> str:
@@ -90,29 +87,15 @@ def generation(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["", *BEHAVIOUR_HEADER[1:]], behaviour_rows(report)
 
 
-def tokens(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """How soon the start from the teacher is where the random start ends."""
-    rows = []
-    for name, entry in report["students"].items():
-        random = report["students"].get(name + RANDOM)
-        if random is None:
-            continue
-        last = [line for line in random["metrics"]["stage2"] if "validation_loss" in line][-1]
-        spent = tokens_to_reach(random, last["validation_loss"])
-        needed = tokens_to_reach(entry, last["validation_loss"])
-        assert spent is not None
-        found = "never" if needed is None else f"{needed / 1e6:.2f}"
-        share = "" if needed is None else f"{100 * needed / spent:.1f} %"
-        rows.append([name, f"{last['validation_loss']:.3f}", f"{spent / 1e6:.2f}", found, share])
-    return TOKENS, rows
-
-
 Table = tuple[list[str], list[list[str]]]
 KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "summary": summary,
     "cost": cost,
     "generation": generation,
+    "arms": arms,
     "tokens": tokens,
+    "fits": fits,
+    "curve": curve,
 }
 
 

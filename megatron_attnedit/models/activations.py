@@ -30,11 +30,13 @@ class Workload:
         data_parallel_size: Copies of the model.
         expert_data_parallel_size: Copies of each expert.
         use_distributed_optimizer: Copies share the optimizer states.
+        optimizer_cpu_offload: The optimizer states are the host's.
         moe_grouped_gemm: Experts in one grouped matmul.
         trainable: ``attention`` or ``all``.
         recompute: ``none``, ``selective`` or ``full``.
         feature_matching: Are hidden states of the edited layers compared (stage 2)?
         kl_chunk_tokens: Tokens whose logits live at a time.
+        runs_student: Do the student's own hidden states travel beside the teacher's (stage 1)?
     """
 
     stage: int
@@ -45,11 +47,13 @@ class Workload:
     data_parallel_size: int
     expert_data_parallel_size: int
     use_distributed_optimizer: bool
+    optimizer_cpu_offload: bool = False
     moe_grouped_gemm: bool = False
     trainable: str = "attention"
     recompute: str = "none"
     feature_matching: bool = False
     kl_chunk_tokens: int = 1024
+    runs_student: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,13 @@ def activation_bytes(
     mlp = mlp_forward_bytes(hf, parallel, sizes)
     if work.stage == 1:
         # A layer's input and normed input, the teacher's output, the student's, its gradient.
-        return round(max(sizes.own(5 * hf.hidden_size) + attention, mlp))
+        streams = 5
+        if work.runs_student:
+            # The student's input, what it differs by, and its norm; while its MLP runs, its input
+            # and the teacher's first three.
+            streams = 8
+            mlp += sizes.own(4 * hf.hidden_size)
+        return round(max(sizes.own(streams * hf.hidden_size) + attention, mlp))
     last = stage == parallel.pipeline_model_parallel_size - 1
     flight = microbatches_in_flight(parallel, work, stage)
     kept = kept_by_layers(hf, student, parallel, work, layers, last=last) / len(chunks)

@@ -88,8 +88,10 @@ def _stage(run: _Run, stage: int, chunks: Sequence[range]) -> Traffic:
     for index, layers in enumerate(chunks):
         first = stage == 0 and index == 0
         last = stage == last_stage and index == len(chunks) - 1
-        once = _forward_of_chunk(run, layers, first=first, last=last)
-        if run.work.stage == 2:
+        if run.work.stage == 1:
+            once = _stage_1_of_chunk(run, layers, first=first, last=last)
+        else:
+            once = _forward_of_chunk(run, layers, first=first, last=last)
             once += _backward_of_chunk(run, layers, first=first, last=last)
         for group, size in once.items():
             total[group] += size * run.work.num_microbatches
@@ -102,22 +104,41 @@ def _stage(run: _Run, stage: int, chunks: Sequence[range]) -> Traffic:
     return Traffic(**{name: n for name, n in total.items() if sizes.get(name, 2) > 1})
 
 
+def _stage_1_of_chunk(run: _Run, layers: range, *, first: bool, last: bool) -> Counter[str]:
+    """Of a micro-batch, with the backward that follows each layer."""
+    total: Counter[str] = Counter()
+    runs_student = run.work.runs_student
+    edited = [layer for layer in layers if run.student.edits(layer)]
+    # By itself the teacher stops once its last attention has been imitated.
+    stop = edited[-1] if last and edited and not runs_student else None
+    if first:
+        total["tensor"] += run.hidden
+    for layer in layers:
+        total += _attention_forward(run, layer, edited=False)
+        if layer in edited:
+            total += _attention_forward(run, layer, edited=True)
+            total += _attention_backward(run, layer, input_wants=False)
+        elif runs_student:
+            total += _attention_forward(run, layer, edited=False)
+        if layer == stop:
+            break
+        for _ in range(1 + runs_student):
+            total += _mlp(run)
+    if not last:
+        total["pipeline"] += (1 + runs_student) * _message(run)
+    return total
+
+
 def _forward_of_chunk(run: _Run, layers: range, *, first: bool, last: bool) -> Counter[str]:
-    """Of a micro-batch; of stage 1 with the backward that follows each layer."""
-    models = run.work.stage  # stage 1 runs the teacher alone
+    """Of a micro-batch of stage 2: teacher and student."""
     total: Counter[str] = Counter()
     if first:
-        total["tensor"] += models * run.hidden
+        total["tensor"] += 2 * run.hidden
     for layer in layers:
-        total += _forward(run, layer, edited=False)
-        if run.work.stage == 2:
-            total += _forward(run, layer, edited=True)
-        elif run.student.edits(layer):
-            total += _attention_forward(run, layer, edited=True, input_wants=False)
-            total += _attention_backward(run, layer, input_wants=False)
+        total += _forward(run, layer, edited=False) + _forward(run, layer, edited=True)
     if not last:
-        total["pipeline"] += models * _message(run)
-    elif run.work.stage == 2:
+        total["pipeline"] += 2 * _message(run)
+    else:
         if run.parallel.sequence_parallel:
             total["tensor"] += 2 * run.hidden
         total["tensor"] += run.sizes.tokens * KL_SUMS * FLOAT32
@@ -152,12 +173,10 @@ def _backward_of_chunk(run: _Run, layers: range, *, first: bool, last: bool) -> 
 
 
 def _forward(run: _Run, layer: int, *, edited: bool) -> Counter[str]:
-    return _attention_forward(run, layer, edited=edited, input_wants=True) + _mlp(run)
+    return _attention_forward(run, layer, edited=edited) + _mlp(run)
 
 
-def _attention_forward(
-    run: _Run, layer: int, *, edited: bool, input_wants: bool
-) -> Counter[str]:
+def _attention_forward(run: _Run, layer: int, *, edited: bool) -> Counter[str]:
     attention = run.attention(layer, edited=edited)
     total = _keys(run, layer, edited=edited)
     total["tensor"] += run.hidden + _shared_groups(run, attention)

@@ -22,10 +22,16 @@ def mlp_flops(hf: HFConfig) -> float:
     return 6 * hf.hidden_size * hf.intermediate_size
 
 
-def stage1_flops(hf: HFConfig, seq_length: int) -> float:
-    """Per token: the teacher forward without its head, the student's attentions both ways."""
+def stage1_flops(hf: HFConfig, seq_length: int, *, runs_student: bool = False) -> float:
+    """Per token: the teacher forward without its head, the student's attentions both ways.
+
+    Args:
+        hf: The teacher.
+        seq_length: Tokens of a sample.
+        runs_student: The student's hidden states pass through the MLPs, too.
+    """
     attention = attention_flops(hf, seq_length)
-    return hf.num_hidden_layers * (mlp_flops(hf) + 4 * attention)
+    return hf.num_hidden_layers * ((1 + runs_student) * mlp_flops(hf) + 4 * attention)
 
 
 def stage2_flops(hf: HFConfig, seq_length: int) -> float:

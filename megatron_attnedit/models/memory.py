@@ -36,12 +36,15 @@ class RankMemory:
         gradients: Float32 main gradients.
         optimizer: Float32 master weights (bfloat16 runs) and AdamW's moments.
         activations: The most that is held beyond the rest, in an iteration.
+        host: Of the host's memory: with ``optimizer_cpu_offload`` master weights, moments and a
+            copy of the gradients; not counted in the total.
     """
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -60,13 +63,16 @@ def memory_of_stages(
         parallel: A grid that ``check_model`` accepts.
         work: The run.
     """
-    return [
-        RankMemory(
-            *_states(hf, student, parallel, work, chunks, stage),
-            activation_bytes(hf, student, parallel, work, chunks, stage),
-        )
-        for stage, chunks in enumerate(parallel.layers_by_chunk(hf.num_hidden_layers))
-    ]
+    found = []
+    for stage, chunks in enumerate(parallel.layers_by_chunk(hf.num_hidden_layers)):
+        parameters, gradients, optimizer = _states(hf, student, parallel, work, chunks, stage)
+        activations = activation_bytes(hf, student, parallel, work, chunks, stage)
+        host = 0
+        if work.optimizer_cpu_offload:
+            # Masters and moments, and the gradients that they are updated with.
+            host, optimizer = optimizer * 4 // 3, 0
+        found.append(RankMemory(parameters, gradients, optimizer, activations, host))
+    return found
 
 
 def _states(

@@ -15,7 +15,7 @@ from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
+def shallow_copy(module: nn.Module) -> nn.Module:
     """A second module over the same submodules and tensors, with registries of its own."""
     clone = copy.copy(module)
     for name, value in module.__dict__.items():
@@ -37,13 +37,13 @@ def build_student(
         student_attention: What replaces its attention, and in which layers.
         attention_backend: See ``attention.backends``.
     """
-    student = _shallow_copy(teacher)
-    student.decoder = _shallow_copy(teacher.decoder)
+    student = shallow_copy(teacher)
+    student.decoder = shallow_copy(teacher.decoder)
     spec = student_attention.spec(teacher.config, attention_backend=attention_backend)
     layers = []
     for layer in teacher.decoder.layers:
         if student_attention.edits(layer.layer_number - 1):
-            layer = _shallow_copy(layer)
+            layer = shallow_copy(layer)
             layer.self_attention = build_module(
                 spec, config=teacher.config, layer_number=layer.layer_number
             )

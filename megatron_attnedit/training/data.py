@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_attnedit.training.data_files import (
     drop_bad_indices,
 )
 
+TENSORS = ("tokens", "labels", "loss_mask", "position_ids")  # of a batch
 # A model's vocabulary is its tokenizer's, rounded up; a larger gap is another tokenizer.
 LARGEST_PADDING = 1024
 
@@ -55,17 +56,25 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch; ``labels`` are ``tokens`` one position later. All ``[b, s]``."""
+    """A micro-batch; ``labels`` are ``tokens`` one position later. Tensors are ``[b, s]``.
+
+    Attributes:
+        sample_ids: ``[b]``, the samples' numbers in the order of the run.
+    """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
     position_ids: Tensor
+    sample_ids: Sequence[int] = ()
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch of what a function makes of every tensor."""
+        return replace(self, **{name: function(getattr(self, name)) for name in TENSORS})
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        moved = (getattr(self, item.name).to(device, non_blocking=True) for item in fields(self))
-        return Batch(*moved)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -189,8 +198,7 @@ def build_datasets(
 
 
 def _stack(samples: list[dict[str, Tensor]]) -> Batch:
-    names = (item.name for item in fields(Batch))
-    return Batch(*(torch.stack([torch.as_tensor(s[name]) for s in samples]) for name in names))
+    return Batch(*(torch.stack([torch.as_tensor(s[name]) for s in samples]) for name in TENSORS))
 
 
 def batches(
@@ -219,15 +227,17 @@ def batches(
     stride = micro_batch_size * data_parallel_size
     first = consumed_samples + data_parallel_rank * micro_batch_size
     last = len(dataset) - (data_parallel_size - data_parallel_rank) * micro_batch_size
-    indices = (range(i, i + micro_batch_size) for i in range(first, last + 1, stride))
+
+    def indices() -> Iterator[range]:
+        return (range(i, i + micro_batch_size) for i in range(first, last + 1, stride))
+
     # Without a generator of its own the loader would draw from the global one, and a resumed run
     # would see other random numbers than one that never stopped.
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=indices,  # type: ignore[arg-type]
-            num_workers=num_workers,
-            collate_fn=_stack,
-            generator=torch.Generator(),
-        )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=indices(),  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=_stack,
+        generator=torch.Generator(),
     )
+    return (replace(batch, sample_ids=ids) for ids, batch in zip(indices(), loader, strict=True))

@@ -20,12 +20,8 @@ from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.memory import RESERVE_BYTES, RankMemory, memory_of_stages
 from megatron_attnedit.training.data_files import check_amount, describe
-from megatron_attnedit.training.recipe import (
-    Recipe,
-    Stage2Recipe,
-    parser_for,
-    read_recipe_file,
-)
+from megatron_attnedit.training.recipe import Recipe, Stage2Recipe
+from megatron_attnedit.training.recipe_files import parser_for, read_recipe_file
 from megatron_attnedit.training.setup import teacher_hf_dir
 from megatron_attnedit.training.student import find_student
 
@@ -164,11 +160,13 @@ def check_run(
         data_parallel_size=parallel.data_parallel_size(world_size),
         expert_data_parallel_size=parallel.expert_data_parallel_size(world_size),
         use_distributed_optimizer=recipe.use_distributed_optimizer,
+        optimizer_cpu_offload=recipe.optimizer_cpu_offload,
         moe_grouped_gemm=recipe.moe_grouped_gemm,
         trainable=getattr(recipe, "trainable", "attention"),
         recompute=recompute,
         feature_matching=getattr(recipe, "feature_matching_weight", 0.0) > 0,
         kl_chunk_tokens=getattr(recipe, "kl_chunk_tokens", 1),
+        runs_student=getattr(recipe, "runs_student", False),
     )
 
 
@@ -234,13 +232,16 @@ def _data_line(recipe: Recipe, needed: int) -> str:
 
 
 def _memory_lines(found: DryRun) -> list[str]:
-    names = [item.name for item in dataclasses.fields(RankMemory)]
+    names = [item.name for item in dataclasses.fields(RankMemory) if item.name != "host"]
     head = "".join(f"{name:>13}" for name in [*names, "together"])
     lines = [f"memory     GiB on a process{head}"]
     for stage, memory in enumerate(found.memory):
         figures = [*(getattr(memory, name) for name in names), memory.total]
         row = "".join(f"{figure / GIB:13.2f}" for figure in figures)
         lines.append(f"           pipeline stage {stage:<2}{row}")
+    if found.work.optimizer_cpu_offload:
+        most = max(memory.host for memory in found.memory)
+        lines.append(f"           and {most / GIB:.1f} GiB of the host's, for each process")
     return lines
 
 

@@ -88,7 +88,13 @@ def edit(config: EditConfig) -> Path:
         attentions = edited_attentions(student, student_attention)
         fill_attentions(
             attentions,
-            _weights(config, student_attention, teacher, sorted(attentions)),
+            _weights(
+                config,
+                student_attention,
+                teacher,
+                sorted(attentions),
+                accelerator.device if accelerator.solves else torch.device("cpu"),
+            ),
             {row.megatron_param: row for row in student_rows(hf, student_attention)},
             tp_rank=0,
             tp_size=1,
@@ -105,9 +111,13 @@ def edit(config: EditConfig) -> Path:
 
 
 def _weights(
-    config: EditConfig, student_attention: StudentAttention, teacher: Teacher, layers: list[int]
+    config: EditConfig,
+    student_attention: StudentAttention,
+    teacher: Teacher,
+    layers: list[int],
+    device: torch.device,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Layer index and initial weights, one layer at a time."""
+    """Layer index and initial weights, one layer at a time; what is fitted is so on ``device``."""
     generator = torch.Generator().manual_seed(config.seed)
     inputs = _calibration_inputs(config, teacher) if config.init == "teacher" else {}
     for layer_idx in tqdm(layers, "edit", unit="layer"):
@@ -115,7 +125,8 @@ def _weights(
         if config.init == "random":
             yield layer_idx, student_attention.init_random(weights, teacher.hf, generator)
         else:
-            sample = inputs.pop(layer_idx)
+            weights = {name: weight.to(device) for name, weight in weights.items()}
+            sample = inputs.pop(layer_idx).to(device)
             yield layer_idx, student_attention.init_from_teacher(weights, teacher.hf, sample)
 
 

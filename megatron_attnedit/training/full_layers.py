@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from megatron_attnedit.attention.core import CoreAttention
@@ -36,6 +36,7 @@ def measured_full_layers(
     teacher: str,
     save: str,
     sliding_window: int | None,
+    sink_tokens: int | None,
     calibration_data_path: list[str],
     calibration_tokens: int,
     seq_length: int,
@@ -47,9 +48,10 @@ def measured_full_layers(
         teacher: Hugging Face directory or imported checkpoint.
         save: Folder of the student; holds the data cache.
         sliding_window: Tokens a sliding layer sees; None for the default of 128.
+        sink_tokens: First tokens that it sees besides; None for none.
         calibration_data_path: Data prefix.
         calibration_tokens: How many to measure on.
-        seq_length: Tokens of a sample, more than the window.
+        seq_length: Tokens of a sample, more than the window and the sink tokens.
         seed: Of the order of samples.
 
     Returns:
@@ -58,12 +60,13 @@ def measured_full_layers(
     Raises:
         UserError: no data, or samples that a window holds whole.
     """
-    window = sliding_window or 128
+    window, sinks = sliding_window or 128, sink_tokens or 0
     if not calibration_data_path:
         raise UserError("--full-layers auto needs --calibration-data-path")
-    if seq_length <= window:
+    if seq_length <= window + sinks:
         raise UserError(
             f"--seq-length {seq_length}: --full-layers auto needs more than the window {window}"
+            + (f" and {sinks} sink tokens" if sinks else "")
         )
     hf = read_hf_config(teacher_hf_dir(teacher))
     accelerator = start_processes(ParallelConfig(), seed)
@@ -83,7 +86,9 @@ def measured_full_layers(
             .to(accelerator.device)
             for name in ("tokens", "labels")
         )
-        rises = nll_rises(model, tokens, labels, window, hf.vocab_size)
+        rises = nll_rises(
+            model, tokens, labels, window, hf.vocab_size, sink_tokens=sinks
+        )
     finally:
         stop_processes()
     layers = largest(rises, len(uniform_full_layers(hf.num_hidden_layers)))
@@ -105,6 +110,7 @@ def nll_rises(
     sliding_window: int,
     vocab_size: int,
     *,
+    sink_tokens: int = 0,
     batch_size: int = 4,
 ) -> list[float]:
     """How much the mean loss per token rises, in nats, when one layer alone slides.
@@ -117,30 +123,68 @@ def nll_rises(
         labels: ``[n, s]``, the tokens that follow.
         sliding_window: Tokens a sliding layer sees, itself counted.
         vocab_size: Without padding.
+        sink_tokens: First tokens that it sees besides.
         batch_size: Samples at a time.
 
     Returns:
         By 0-based layer index.
     """
+    losses = [0.0] * (1 + len(teacher.decoder.layers))
     batches = list(zip(tokens.split(batch_size), labels.split(batch_size), strict=True))
+    with tqdm(total=len(batches) * len(losses), desc="measure layers", disable=None) as bar:
+        for batch in batches:
+            sums = _losses(teacher, *batch, sliding_window, sink_tokens, vocab_size)
+            for i, loss in enumerate(sums):
+                losses[i] += loss
+                bar.update()
+    whole, *sliding = (loss / labels.numel() for loss in losses)
+    return [loss - whole for loss in sliding]
 
-    def nll() -> float:
-        return sum(_loss(teacher, *batch, vocab_size) for batch in batches) / labels.numel()
 
-    whole = nll()
-    rises = []
-    for layer in tqdm(teacher.decoder.layers, "measure layers", unit="layer", disable=None):
-        with _sliding(layer, sliding_window):
-            rises.append(nll() - whole)
-    return rises
+@torch.no_grad()
+def _losses(
+    teacher: GPTModel,
+    tokens: Tensor,
+    labels: Tensor,
+    sliding_window: int,
+    sink_tokens: int,
+    vocab_size: int,
+) -> Iterator[float]:
+    """Sums over tokens of the cross entropy: of the teacher, then with each layer sliding alone.
+
+    What enters a layer does not depend on the layers after it, so each pass begins at the layer
+    that slides, with what the teacher's own pass left there: half of the layers on average.
+    """
+    layers, given = teacher.decoder.layers, {}
+
+    def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given[layer] = kwargs
+
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    try:
+        position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        hidden = backbone(teacher, tokens, position_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    yield _loss(teacher, hidden, labels, vocab_size)
+    for i, layer in enumerate(layers):
+        hidden = given[layer]["hidden_states"]
+        with _sliding(layer, sliding_window, sink_tokens):
+            for later in layers[i:]:
+                hidden, _ = later(**{**given[later], "hidden_states": hidden})
+        yield _loss(teacher, teacher.decoder.final_layernorm(hidden), labels, vocab_size)
 
 
 @contextlib.contextmanager
-def _sliding(layer: Any, sliding_window: int) -> Iterator[None]:
+def _sliding(layer: Any, sliding_window: int, sink_tokens: int) -> Iterator[None]:
     attention = layer.self_attention
     full = attention.core_attention
     attention.core_attention = CoreAttention(
-        full.config, window_size=to_window_size(sliding_window), softmax_scale=full.softmax_scale
+        full.config,
+        window_size=to_window_size(sliding_window),
+        sink_tokens=sink_tokens,
+        softmax_scale=full.softmax_scale,
     )
     try:
         yield
@@ -148,11 +192,8 @@ def _sliding(layer: Any, sliding_window: int) -> Iterator[None]:
         attention.core_attention = full
 
 
-@torch.no_grad()
-def _loss(model: GPTModel, tokens: Tensor, labels: Tensor, vocab_size: int) -> float:
-    """Sum over tokens of the next-token cross entropy, in nats."""
-    position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    hidden = backbone(model, tokens, position_ids)
+def _loss(model: GPTModel, hidden: Tensor, labels: Tensor, vocab_size: int) -> float:
+    """Sum over tokens of the next-token cross entropy, nats; ``hidden`` ``[s, b, h]``, normed."""
     loss = chunked_lm_loss(
         hidden.flatten(0, 1),
         output_weight(model),

@@ -14,8 +14,18 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_attnedit.device import bootstrap, recording_stream
+from megatron_attnedit.errors import UserError
 from megatron_attnedit.training.overlap import wait_before_use
 from megatron_attnedit.training.recipe import Recipe
+
+# All of it: where mcore's hybrid optimizer offloads a part, it loads the rest to the wrong device
+# unless Transformer Engine is there. Precision-aware: no second copy of masters on the device.
+OFFLOAD: dict[str, Any] = {
+    "optimizer_cpu_offload": True,
+    "optimizer_offload_fraction": 1.0,
+    "overlap_cpu_optimizer_d2h_h2d": True,
+    "use_precision_aware_optimizer": True,
+}
 
 
 def wrap(
@@ -52,11 +62,18 @@ def wrap(
         end_wd=recipe.weight_decay,
         wd_incr_steps=recipe.train_iters,
         wd_incr_style="constant",
+        wsd_decay_steps=recipe.lr_wsd_decay_iters,
+        lr_wsd_decay_style=recipe.lr_wsd_decay_style,
+        # A run that goes on follows its recipe, which may have become longer.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
     )
     return models, optimizer, schedule
 
 
 def _optimizer(models: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
+    if recipe.optimizer_cpu_offload and bootstrap().kind == "cpu":
+        raise UserError("--optimizer-cpu-offload: this machine has no accelerator to unload")
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -71,6 +88,7 @@ def _optimizer(models: list[DistributedDataParallel], recipe: Recipe) -> Megatro
             params_dtype=models[0].config.params_dtype,
             use_distributed_optimizer=recipe.use_distributed_optimizer,
             overlap_param_gather=recipe.overlap_param_gather,
+            **(OFFLOAD if recipe.optimizer_cpu_offload else {}),
         ),
         models,
     )
@@ -106,6 +124,9 @@ def optimizer_state(
     gets them from a stage that does.
     """
     own: dict[str, Any] = {}
+    if optimizer.config.optimizer_cpu_offload:
+        # By way of the host: the states may not fit the device at all.
+        metadata = {**metadata, "distrib_optim_fully_reshardable_mem_efficient": True}
     if trains_anything(models):
         own = optimizer.sharded_state_dict(
             student_state, is_loading=is_loading, metadata=metadata

@@ -10,7 +10,7 @@ from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.metrics import MetricsLog, Sink
 from megatron_attnedit.training.optimizer import trains_anything
 from megatron_attnedit.training.random_state import set_own_state
-from megatron_attnedit.training.recipe import to_yaml
+from megatron_attnedit.training.recipe_files import to_yaml
 from megatron_attnedit.training.run_state import Run
 from megatron_attnedit.training.weights_and_biases import WeightsAndBiases
 
@@ -58,6 +58,8 @@ def _load(run: Run) -> None:
     loaded = checkpoint.load(found, run.sharded_state(is_loading=True))
     if trains_anything(run.stage.models):
         run.optimizer.load_state_dict(loaded["optimizer"])
+        for group in run.optimizer.param_groups:  # mcore keeps them there, too
+            group["max_lr"], group["min_lr"] = run.recipe.lr, run.recipe.min_lr
     run.schedule.load_state_dict(loaded["schedule"])
     run.health.load(loaded["health"])
     run.iteration = loaded["iteration"]

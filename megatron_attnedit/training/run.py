@@ -37,6 +37,7 @@ from megatron_attnedit.training.setup import (
 from megatron_attnedit.training.stages import Stage, Stage1, Stage2
 from megatron_attnedit.training.stopping import Stopping
 from megatron_attnedit.training.student import Student, find_student
+from megatron_attnedit.training.student_inputs import StudentInputs
 from megatron_attnedit.training.writing import CheckpointWriter
 
 
@@ -175,11 +176,18 @@ def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> Parts:
             edited_attentions(mine, student.attention),
             normalisation=recipe.normalisation,
             record=recipe.record and bootstrap().records and can_be_recorded(chunk.config),
+            student=mine if recipe.runs_student else None,
         )
         for chunk, mine in zip(teacher.chunks, student.chunks, strict=True)
     ]
-    stage_of = functools.partial(Stage1, modules, edited=_edited(teacher, student))
-    return modules, stage_of, stage1_flops(teacher.hf, recipe.seq_length)
+    stage_of = functools.partial(
+        Stage1,
+        modules,
+        edited=_edited(teacher, student),
+        student_inputs=StudentInputs.of(recipe, teacher.hf.num_hidden_layers),
+    )
+    flops = stage1_flops(teacher.hf, recipe.seq_length, runs_student=recipe.runs_student)
+    return modules, stage_of, flops
 
 
 def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> Parts:

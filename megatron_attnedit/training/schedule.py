@@ -56,12 +56,7 @@ def _share(batch: Batch) -> Batch:
     if size == 1:
         return batch
     rank = parallel_state.get_context_parallel_rank()
-    return Batch(
-        **{
-            name: pieces_of_rank(value, dim=1, rank=rank, size=size)
-            for name, value in vars(batch).items()
-        }
-    )
+    return batch.each(lambda tensor: pieces_of_rank(tensor, dim=1, rank=rank, size=size))
 
 
 def sum_of_reports(reports: list[Tensor], like: Tensor) -> Tensor:

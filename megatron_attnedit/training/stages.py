@@ -8,7 +8,7 @@ and divided once.
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelDistillation, nonfinite_layers
 from megatron_attnedit.training.data import Batch
 from megatron_attnedit.training.schedule import run_schedule, sum_of_reports, sum_over_ranks
+from megatron_attnedit.training.student_inputs import StudentInputs
 
 Metrics = dict[str, Any]
 
@@ -41,22 +42,34 @@ class Stage(Protocol):
         """Where a loss that is not finite comes from."""
 
 
-def _forward(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+# Samples' numbers in the run to ``[layers, b]``: which layers receive the student's hidden states.
+Draw = Callable[[Sequence[int]], Tensor]
+
+
+def _forward(
+    iterator: Iterator[Batch], model: Any, draw: Draw | None = None
+) -> tuple[Tensor, Any]:
     """A step of the schedule that reports no loss."""
     batch = next(iterator)
-    hidden = model(batch.tokens, batch.position_ids, batch.loss_mask)
+    device = batch.tokens.device
+    own = [draw(batch.sample_ids).to(device, non_blocking=True)] if draw else []
+    hidden = model(batch.tokens, batch.position_ids, batch.loss_mask, *own)
     return hidden, lambda out: (out.new_zeros(()), {})
 
 
-def _forward_and_backward(num_microbatches: int) -> Any:
-    """The same for a model whose forward is all: gradients are whole after the last one."""
+def _forward_and_backward(num_microbatches: int, draw: Draw | None) -> Any:
+    """The same for a model whose forward is all: gradients are whole after the last one.
+
+    mcore reduces a bucket once its gradients are there, so it must know which micro-batch is a
+    model's last. Every piece of the model on this process counts its own.
+    """
     seen: Counter[Any] = Counter()
 
     def step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
         seen[model] += 1
         last = seen[model] == num_microbatches
         with contextlib.nullcontext() if last else model.no_sync():
-            return _forward(iterator, model)
+            return _forward(iterator, model, draw)
 
     return step
 
@@ -68,6 +81,8 @@ class Stage1:
         modules: This rank's pieces.
         models: The same, wrapped for data parallelism.
         edited: 0-based indices of all edited layers of the whole model.
+        student_inputs: Which layers receive the student's own hidden states in training; in
+            validation all do. None: none do, ever.
     """
 
     number = 1
@@ -77,10 +92,12 @@ class Stage1:
         modules: Sequence[LayerwiseDistillation],
         models: Sequence[DistributedDataParallel],
         edited: Sequence[int],
+        student_inputs: StudentInputs | None = None,
     ) -> None:
         self.modules = modules
         self.models = models
         self.edited = edited
+        self.student_inputs = student_inputs
         self._layer_losses: dict[str, float] = {}
 
     def _run(
@@ -91,8 +108,16 @@ class Stage1:
             module.train(training)
             module.sums.zero_()
 
-        step = _forward_and_backward(num_microbatches)
-        run_schedule(self.models, batches, step, num_microbatches, forward_only=True)
+        inputs = self.student_inputs
+        draw = (inputs.draw if training else inputs.always) if inputs else None
+        run_schedule(
+            self.models,
+            batches,
+            _forward_and_backward(num_microbatches, draw),
+            num_microbatches,
+            streams=2 if inputs else 1,
+            forward_only=True,
+        )
         config = self.modules[0].config
         sums = torch.stack([module.sums for module in self.modules]).sum(0)
         return sum_over_ranks(sums, token_shards=config.sequence_parallel)

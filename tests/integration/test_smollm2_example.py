@@ -1,6 +1,7 @@
 """The SmolLM2 example: its parts on small input, its commands on the embedded teacher."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe, read_recipe_file
+from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
+from megatron_attnedit.training.recipe_files import read_recipe_file
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "smollm2_135m"
@@ -47,6 +49,33 @@ def test_bad_commands(tmp_path):
     ):
         done = run("--work", tmp_path, *flags)
         assert done.returncode == 2 and message in done.stderr
+
+
+def steps(*flags):
+    command = ["bash", EXAMPLE / "arms.sh", "--list", *flags]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [line.split("\t") for line in listed.splitlines()]
+
+
+def test_arms_have_the_same_tokens_and_three_learning_rates():
+    found = steps("--work", "w", "--iterations", "100", "--stage", "--seq-length 64")
+    seen, rates, iterations = {"-"}, {}, {}
+    for name, kind, needs, command in found:
+        assert needs in seen, f"{name} comes before {needs}"
+        seen.add(name)
+        if kind == "train":
+            words = shlex.split(command)
+            flags = words[words.index("--stage1" if "stage1" in name else "--stage2") + 1].split()
+            own = int(flags[flags.index("--train-iters") + 1])
+            before = iterations[needs] if "_both_" in name else 0
+            iterations[name] = own + before
+            assert flags[-2:] == ["--seq-length", "64"]
+            rates.setdefault(name.rpartition("_")[0], set()).add(name.rpartition("_")[2])
+    assert {n for name, n in iterations.items() if "stage1" not in name} == {100}
+    starts = [f"{a}_{i}" for a in ("mla", "gate_swa") for i in ("teacher", "random")]
+    for arm in [f"{start}_{path}" for start in starts for path in ("both", "alone")]:
+        assert len(rates[arm]) == 3, arm
+    assert len(rates["gate_swa_auto_both"]) == len(rates["mla_teacher_both_all"]) == 2
 
 
 PAGE = b"""<html><body><h1>A title of a page of words</h1>
@@ -121,6 +150,21 @@ def test_an_experiment_from_edit_to_report(tmp_path):
     assert list(entry["perplexity"]) == ["after_edit", "after_stage1", "after_stage2"]
     assert len(entry["runs"]["edit"]["full_layer_scores"]) == 6
     assert entry["runs"]["stage2"]["train_iters"] == 2 and entry["recall"]["nll"] > 0
-    done = run(*common, "--from", tmp_path / "first" / "stage2", "--name", "more", "gate_swa")
+    wsd = SHORT.replace("--train-iters 2", "--train-iters 4")
+    wsd += " --lr-decay-style WSD --lr-wsd-decay-iters 1"
+    done = run(
+        *common, "--name", "stable", "--stage1-of", "first", "--no-evaluate",
+        "--stage2", wsd + " --save-interval 3", "gate_swa",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    longer = wsd.replace("--train-iters 4", "--train-iters 5")
+    done = run(*common, "--longer", "stable", "--stage2", longer, "--name", "more", "gate_swa")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "more" / "report" / "report.json").read_text())
+    entry = report["students"]["more"]
+    lines = [line for line in entry["metrics"]["stage2"] if "lr" in line]
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5]
+    # What an iteration logs is the rate before it: the only decayed one comes after the last.
+    assert [line["lr"] for line in lines] == pytest.approx([3e-4] * 5)
+    assert entry["runs"]["stage1"]["train_iters"] == 2 and entry["perplexity"]["after_edit"] > 1
     assert (tmp_path / "more" / "hf" / "config.json").is_file()

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.evaluate.kv_cache import cache_bytes
 from megatron_attnedit.export.conversion import ConversionConfig, convert
 from megatron_attnedit.export.hf import register
 from megatron_attnedit.models.grid import ParallelConfig
@@ -24,6 +25,7 @@ STUDENTS = {
     "mla": ("mla", {}),
     "mla small rotary part": ("mla", {"qk_head_dim": 24, "qk_pos_emb_head_dim": 8}),
     "gate_swa": ("gate_swa", {"sliding_window": 8, "full_layers": "1"}),
+    "gate_swa sinks": ("gate_swa", {"sliding_window": 8, "sink_tokens": 3, "full_layers": "1"}),
     "gate_swa headwise": (
         "gate_swa",
         {"sliding_window": 8, "full_layers": "none", "output_gate": "headwise"},
@@ -88,6 +90,32 @@ def test_exported_student(tmp_path, case, teacher):
     assert type(model.model.layers[0].mlp).__name__.startswith(
         "Qwen3MoeSparse" if teacher == "qwen3_moe" else ("DeepseekV3MLP", "Qwen3MLP")
     )
+
+
+def test_an_exported_cache_keeps_window_and_sinks(tmp_path):
+    """Loaded from the written directory alone, bytes counted on a filled cache."""
+    hf_dir = tiny_hf_dir(tmp_path / "hf")
+    folder = random_student(tmp_path / "student", hf_dir, "gate_swa sinks")
+    convert(
+        ConversionConfig(source=folder, output=tmp_path / "out", format="hf", dtype="float32")
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code"))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert "transformers_modules" in type(model).__module__
+    hf = read_hf_config(hf_dir)
+    token = 2 * hf.num_key_value_heads * hf.head_dim * 4
+    assert cache_bytes(model, 64) == (64 + 2 * (8 + 3 - 1)) * token
+    ids = tokens(length=64)
+    with torch.no_grad():
+        first = model(ids[:, :40], use_cache=True)
+        steps = [first.logits]
+        for position in range(40, 64):
+            one = ids[:, position : position + 1]
+            step = model(one, past_key_values=first.past_key_values, use_cache=True)
+            steps.append(step.logits)
+        whole = model(ids).logits
+    assert (torch.cat(steps, 1) - whole).abs().max() <= TOLERANCE
 
 
 def test_all_processes_left(tmp_path):

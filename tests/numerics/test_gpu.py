@@ -8,9 +8,11 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_attnedit.attention.backends import attention_backend
 from megatron_attnedit.attention.gate_swa.module import gated
@@ -19,9 +21,9 @@ from megatron_attnedit.attention.rotary import normed_and_rotated
 from megatron_attnedit.attention.windows import to_window_size
 from megatron_attnedit.device import add_weight_gradient
 from megatron_attnedit.distill.divergences import divergence_and_gradient
-from megatron_attnedit.distill.layerwise import relative_error
+from megatron_attnedit.distill.layerwise import LayerwiseDistillation, relative_error
 from megatron_attnedit.training.loop import train
-from megatron_attnedit.training.recipe import Stage1Recipe
+from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from megatron_attnedit.training.run_folder import damage
 from megatron_attnedit.training.setup import stop_processes
@@ -29,6 +31,7 @@ from megatron_attnedit.training.writing import CheckpointWriter
 from tests.attempts import contents, differences
 from tests.numerics.inputs import make_inputs
 from tests.numerics.inputs import recipe as small_recipe
+from tests.numerics.test_optimizer_on_the_host import cut_off, logged
 
 pytestmark = pytest.mark.gpu
 
@@ -55,16 +58,37 @@ def test_kernels(backend, heads, length, window, dtype):
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(2, n, length, d), (2, g, length, d), (2, g, length, dv)]
     qkv = [torch.randn(s, device="cuda", generator=generator).to(dtype) for s in shapes]
+    compare_with_reference(backend, qkv, window, dtype)
+
+
+def compare_with_reference(backend, qkv, window, dtype, sinks=0):
     size = None if window is None else to_window_size(window)
     results = []
     for name in (backend, "reference"):
         kind = dtype if name == backend else torch.float32
         inputs = [t.detach().to(kind).requires_grad_() for t in qkv]
-        out = attention_backend(name)(*inputs, size, d**-0.5)
+        attend = attention_backend(name, size, kind, sinks)
+        out = attend(*inputs, size, inputs[0].shape[-1] ** -0.5)
         out.float().sin().sum().backward()
         results.append([out.float(), *(t.grad.float() for t in inputs)])
     for actual, expected in zip(*results, strict=True):
         assert (actual - expected).norm() <= TOLERANCES[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    "backend, queries, window, sinks",
+    [
+        *itertools.product(["sdpa"], [1000, 300], [2, 128], [4, 200]),
+        *itertools.product(["flex"], [1000], [128], [4, 200]),
+        ("flex", 300, 128, 4),
+    ],
+)
+def test_sinks(backend, queries, window, sinks, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(2, 8, queries, 64), (2, 2, 1000, 64), (2, 2, 1000, 64)]
+    qkv = [torch.randn(s, device="cuda", generator=generator).to(dtype) for s in shapes]
+    compare_with_reference(backend, qkv, window, dtype, sinks)
 
 
 @pytest.mark.parametrize("window", [None, 128])
@@ -104,6 +128,18 @@ def fused_cases():
         "error of a layer": (relative_error, [draw(s, b, 70)], [draw(s, b, 70), mask, False]),
         "error of a token": (relative_error, [draw(s, b, 70)], [draw(s, b, 70), mask, True]),
     }
+
+
+def test_each_layer_s_gradients_are_divided_by_its_energy():
+    attentions = torch.nn.ModuleDict({str(i): torch.nn.Linear(70, 30) for i in range(3)}).cuda()
+    sums = torch.tensor([[9.0, 3.0], [9.0, 7.0], [9.0, 1e-3]], device="cuda")
+    expected = []
+    for name, param in attentions.named_parameters():
+        param.main_grad = torch.randn(param.shape, device="cuda")
+        expected.append(param.main_grad / sums[int(name[0]), 1])
+    LayerwiseDistillation.normalise_gradients(SimpleNamespace(attentions=attentions), sums)
+    for param, gradient in zip(attentions.parameters(), expected, strict=True):
+        torch.testing.assert_close(param.main_grad, gradient)
 
 
 def value_and_gradients(function, wanted, rest, dtype):
@@ -239,3 +275,34 @@ def test_a_checkpoint_behind_the_training_holds_what_one_before_it_does(tmp_path
     assert differences(one, other) == []
     for iteration in (2, 4, 6):
         assert damage(tmp_path / "run" / f"iter_000000{iteration}") == ""
+
+
+def test_an_optimizer_on_the_host_trains_and_continues_as_one_on_the_device(tmp_path):
+    inputs = make_inputs(tmp_path / "inputs")
+    saves = {offload: tmp_path / str(offload) for offload in (False, True)}
+
+    def attempt(offload):
+        recipe = small_recipe(
+            Stage2Recipe, inputs, "mla", saves[offload], bf16=True, trainable="all",
+            save_interval=2, log_interval=1, use_distributed_optimizer=True,
+            optimizer_cpu_offload=offload,
+        )
+        try:
+            run = prepare(recipe)
+            train(run)
+        finally:
+            stop_processes()
+        return [part.optimizer for part in run.optimizer.chained_optimizers]
+
+    attempt(False)
+    for optimizer in attempt(True):
+        assert isinstance(optimizer, HybridDeviceOptimizer)
+        held = [t for state in optimizer.state.values() for t in state.values()]
+        assert {t.device.type for t in held} == {"cpu"}
+    before = logged(saves[True])
+    for (_, loss, norm), (_, other, other_norm) in zip(logged(saves[False]), before, strict=True):
+        assert (other, other_norm) == pytest.approx((loss, norm), rel=5e-3)
+    cut_off(saves[True])
+    attempt(True)
+    for (_, loss, norm), (_, other, other_norm) in zip(before, logged(saves[True]), strict=True):
+        assert (other, other_norm) == pytest.approx((loss, norm), rel=5e-3)

@@ -126,6 +126,23 @@ def test_continues_bit_for_bit(inputs, tmp_path, stage, grid):
         assert second == first[len(first) // 2 :] and len(set(first)) == len(first)
 
 
+@pytest.mark.parametrize(
+    "grid",
+    [pytest.param(grid, marks=[] if grid == "PP2" else pytest.mark.full) for grid in GRIDS],
+)
+def test_own_inputs_continue_bit_for_bit(inputs, tmp_path, grid):
+    """Which layers get the student's hidden states is drawn as if nothing had happened."""
+    world_size, fields = GRIDS[grid]
+    save = tmp_path / "run"
+    fields = {**fields, "student_input_start": 0.2, "student_input_end": 0.9}
+    whole = processes.run(world_size, train_to_the_end, "stage 1", inputs, save, fields)
+    logged = metrics(save)
+    cut_off(save, 2)
+    resumed = processes.run(world_size, train_to_the_end, "stage 1", inputs, save, fields)
+    assert metrics(save) == logged
+    assert_equal(whole, resumed)
+
+
 def assert_equal(whole, resumed):
     for before, after in zip(whole, resumed, strict=True):
         assert before.keys() == after.keys()

@@ -28,6 +28,11 @@ STUDENTS = {
         {"sliding_window": 8, "full_layers": "none", "output_gate": "headwise"},
     ),
     "gate_swa window 2": ("gate_swa", {"sliding_window": 2, "full_layers": "none"}),
+    "gate_swa sinks": ("gate_swa", {"sliding_window": 8, "sink_tokens": 3, "full_layers": "none"}),
+    "gate_swa more sinks than window": (
+        "gate_swa",
+        {"sliding_window": 4, "sink_tokens": 9, "full_layers": "none", "output_gate": "headwise"},
+    ),
     "gate_swa window over sequence": ("gate_swa", {"sliding_window": 500, "full_layers": "none"}),
 }
 TEACHERS = {
@@ -66,6 +71,7 @@ def reference(case, hf, length):
         out = gate_swa_reference(
             weights, x, hf,
             sliding_window=student.sliding_window, output_gate=student.output_gate,
+            sink_tokens=student.sink_tokens,
         )
     out.backward(direction(out))
     return out.detach(), x.grad, {k: v.grad for k, v in weights.items()}

@@ -3,7 +3,8 @@
 Shapes: ``q [b, n, s, d]``, ``k [b, g, s, d]``, ``v [b, g, s, dv]``, output ``[b, n, s, dv]``;
 n query heads are shared out over g key heads, n a multiple of g. Attention is causal, the last
 query at the last key (there may be fewer queries than keys);
-``window_size`` is Megatron's ``(left, 0)`` or None.
+``window_size`` is Megatron's ``(left, 0)`` or None. Those of ``WITH_SINKS`` also take
+``sink_tokens``, how many of the first keys stay visible outside the window.
 """
 
 import functools
@@ -27,9 +28,12 @@ logger = logging.getLogger(__name__)
 # (one H200, 16,384 tokens: alike at 128, 3.6 against 4.2 ms at 1024).
 FLEX_PAYS = 512
 
+# The others' kernels know a band and nothing beside it.
+WITH_SINKS = ("reference", "sdpa", "flex")
+
 AttentionBackend = Callable[[Tensor, Tensor, Tensor, tuple[int, int] | None, float], Tensor]
 
-ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
+ATTENTION_BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": reference_attention,
     "sdpa": sdpa_attention,
     "flash": flash.flash_attention,
@@ -43,14 +47,21 @@ def attention_backend(
     name: str,
     window_size: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
+    sink_tokens: int = 0,
 ) -> AttentionBackend:
     """The backend of that name; ``auto`` takes the fastest that this machine has.
 
+    Args:
+        name: Of ``ATTENTION_BACKENDS``, or ``auto``.
+        window_size: Megatron's ``(left, 0)``, or None for full attention.
+        dtype: Of queries, keys and values.
+        sink_tokens: First tokens that stay visible outside the window; told to the backend.
+
     Raises:
-        UserError: unknown name, or a backend that is not installed.
+        UserError: unknown name, a backend that is not installed, or one without sink tokens.
     """
     if name == "auto":
-        name = _fastest(window_size and window_size[0] + 1, dtype)
+        name = _fastest(window_size and window_size[0] + 1, dtype, with_sinks=sink_tokens > 0)
     if name not in ATTENTION_BACKENDS:
         raise UserError(
             f"--attention-backend {name}: expected auto or one of {', '.join(ATTENTION_BACKENDS)}"
@@ -61,20 +72,28 @@ def attention_backend(
         raise UserError("--attention-backend flash: this torch is too old; 2.11 has it")
     if name == "npu_fusion" and not bootstrap().has_fusion_attention:
         raise UserError("--attention-backend npu_fusion: this machine has no Ascend NPU")
-    return ATTENTION_BACKENDS[name]
+    if not sink_tokens:
+        return ATTENTION_BACKENDS[name]
+    if name not in WITH_SINKS:
+        raise UserError(
+            f"--attention-backend {name}: its windows have no room for --sink-tokens {sink_tokens};"
+            f" expected auto or one of {', '.join(WITH_SINKS)}"
+        )
+    return functools.partial(ATTENTION_BACKENDS[name], sink_tokens=sink_tokens)
 
 
 @functools.cache
-def _fastest(window: int | None, dtype: torch.dtype) -> str:
+def _fastest(window: int | None, dtype: torch.dtype, *, with_sinks: bool) -> str:
     """Chosen once, and said once."""
-    if bootstrap().has_fusion_attention:
+    if bootstrap().has_fusion_attention and not with_sinks:
         name, reason = "npu_fusion", "the NPU's own, which skips what is not seen"
     elif window is None or not bootstrap().compiles:
         name, reason = "sdpa", "torch's fused kernels"
-    elif window < FLEX_PAYS and dtype in flash.HALF and flash.has_windows():
+    elif window < FLEX_PAYS and not with_sinks and dtype in flash.HALF and flash.has_windows():
         name, reason = "flash", "skips what is outside the window"
     else:
         name, reason = "flex", "skips blocks outside the window"
     kind = "full layers" if window is None else f"layers with a window of {window}"
+    kind += " and sink tokens" if with_sinks else ""
     logger.info("attention backend of %s: %s (%s)", kind, name, reason)
     return name

@@ -18,7 +18,7 @@ def _compiled() -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=32)
 def _block_mask(
-    num_queries: int, num_keys: int, left: int | None, device: torch.device
+    num_queries: int, num_keys: int, left: int | None, device: torch.device, sink_tokens: int = 0
 ) -> BlockMask:
     """Which blocks of keys a block of queries sees, in part or whole; last query at last key.
 
@@ -29,13 +29,17 @@ def _block_mask(
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = query + offset - key
-        return (distance >= 0) & (distance <= reach)
+        near = distance <= reach
+        if sink_tokens:
+            near = near | (key < sink_tokens)
+        return (distance >= 0) & near
 
     first_query = torch.arange(0, num_queries, BLOCK, device=device)[:, None] + offset
     first_key = torch.arange(0, num_keys, BLOCK, device=device)[None, :]
     last_query, last_key = first_query + BLOCK - 1, first_key + BLOCK - 1
-    some = (first_key <= last_query) & (last_key >= first_query - reach)
-    every = (last_key <= first_query) & (first_key >= last_query - reach)
+    some = (last_key >= first_query - reach) | (first_key < sink_tokens)
+    every = (first_key >= last_query - reach) | (last_key < sink_tokens)
+    some, every = some & (first_key <= last_query), every & (last_key <= first_query)
 
     def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
         blocks = blocks[None, None].int()  # [batch, head, query blocks, key blocks]
@@ -52,7 +56,12 @@ def _block_mask(
 
 
 def flex_attention_backend(
-    q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int] | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int] | None,
+    scale: float,
+    sink_tokens: int = 0,
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
     left = None if window_size is None else window_size[0]
@@ -62,7 +71,7 @@ def flex_attention_backend(
         q,
         k,
         v,
-        block_mask=_block_mask(q.shape[2], k.shape[2], left, q.device),
+        block_mask=_block_mask(q.shape[2], k.shape[2], left, q.device, sink_tokens),
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
         kernel_options=options,

@@ -7,13 +7,18 @@ from megatron_attnedit.attention.windows import causal_window_mask
 
 
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int] | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int] | None,
+    scale: float,
+    sink_tokens: int = 0,
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
     heads_per_group = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(heads_per_group, dim=1).float()
     v_per_head = v.repeat_interleave(heads_per_group, dim=1).float()
     scores = torch.einsum("bnqd,bnkd->bnqk", q.float(), k) * scale
-    mask = causal_window_mask(q.shape[2], k.shape[2], window_size, q.device)
+    mask = causal_window_mask(q.shape[2], k.shape[2], window_size, q.device, sink_tokens)
     probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return torch.einsum("bnqk,bnkd->bnqd", probabilities, v_per_head).to(v.dtype)

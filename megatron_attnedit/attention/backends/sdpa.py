@@ -18,14 +18,19 @@ KERNELS = [
 
 
 def sdpa_attention(
-    q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int] | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int] | None,
+    scale: float,
+    sink_tokens: int = 0,
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
     if q.shape[2] != k.shape[2]:
-        mask = causal_window_mask(q.shape[2], k.shape[2], window_size, q.device)
+        mask = causal_window_mask(q.shape[2], k.shape[2], window_size, q.device, sink_tokens)
         return _fused(q, k, v, scale, mask)
-    if window_size is not None and window_size[0] + 1 < k.shape[2]:
-        return _windowed(q, k, v, window_size[0] + 1, scale)
+    if window_size is not None and window_size[0] + 1 + sink_tokens < k.shape[2]:
+        return _windowed(q, k, v, window_size[0] + 1, scale, sink_tokens)
     return _fused(q, k, v, scale, mask=None)
 
 
@@ -44,10 +49,13 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
     return out[..., :value_dim]
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+def _windowed(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, sink_tokens: int
+) -> Tensor:
     """Sliding window in blocks of ``window`` queries, each of which sees two blocks of keys.
 
-    Costs ``2 s window`` scores instead of ``s^2``.
+    In front of each two blocks go the sink tokens, for queries whose window does not reach them.
+    Costs ``s (2 window + sink_tokens)`` scores instead of ``s^2``.
     """
     b, n, s, _ = q.shape
     blocks = -(-s // window)
@@ -58,20 +66,26 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Ten
         return x.transpose(1, 2).flatten(0, 1)
 
     def key_blocks(x: Tensor) -> Tensor:
+        sinks = x[:, None, :, :sink_tokens].expand(-1, blocks, -1, -1, -1)
         x = F.pad(x, (0, 0, window, tail)).unfold(2, 2 * window, window)
-        return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
+        x = x.permute(0, 2, 1, 4, 3)
+        return (torch.cat([sinks, x], 3) if sink_tokens else x).flatten(0, 1)
 
     out = _fused(
         query_blocks(q), key_blocks(k), key_blocks(v), scale,
-        mask=_block_mask(blocks, window, q.device).repeat(b, 1, 1, 1),
+        mask=_block_mask(blocks, window, q.device, sink_tokens).repeat(b, 1, 1, 1),
     )
     return out.unflatten(0, (b, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :s]
 
 
-def _block_mask(blocks: int, window: int, device: torch.device) -> Tensor:
-    """``[blocks, 1, window, 2 window]``; the first block has no block before it."""
+def _block_mask(blocks: int, window: int, device: torch.device, sink_tokens: int) -> Tensor:
+    """``[blocks, 1, window, sinks + 2 window]``; the first block has no block before it."""
     queries = torch.arange(window, 2 * window, device=device)
     distance = queries[:, None] - torch.arange(2 * window, device=device)[None, :]
     mask = ((distance >= 0) & (distance < window)).repeat(blocks, 1, 1, 1)
     mask[0, :, :, :window] = False
-    return mask
+    if not sink_tokens:
+        return mask
+    positions = torch.arange(blocks * window, device=device).view(blocks, 1, window, 1)
+    outside = positions - torch.arange(sink_tokens, device=device) >= window
+    return torch.cat([outside, mask], -1)

@@ -31,6 +31,7 @@ class GateSWA(StudentAttention):
         num_layers: Of the teacher.
         sliding_window: Tokens a sliding layer sees, the token itself counted.
         full_layers: 0-based indices.
+        sink_tokens: First tokens of the sequence that a sliding layer sees beside its window.
         output_gate: ``elementwise`` (one gate per output dimension) or ``headwise``.
     """
 
@@ -39,10 +40,13 @@ class GateSWA(StudentAttention):
     sliding_window: int
     full_layers: tuple[int, ...]
     output_gate: str = "elementwise"
+    sink_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.sliding_window < 2:
             raise UserError(f"--sliding-window {self.sliding_window}: expected at least 2 tokens")
+        if self.sink_tokens < 0:
+            raise UserError(f"--sink-tokens {self.sink_tokens}: expected 0 or more tokens")
         if self.output_gate not in OUTPUT_GATES:
             raise UserError(
                 f"--output-gate {self.output_gate}: expected one of {', '.join(OUTPUT_GATES)}"
@@ -63,7 +67,13 @@ class GateSWA(StudentAttention):
             sliding_window=flags.get("sliding_window") or 128,
             full_layers=full_layers,
             output_gate=flags.get("output_gate") or "elementwise",
+            sink_tokens=flags.get("sink_tokens") or 0,
         )
+
+    @property
+    def visible_tokens(self) -> int:
+        """Most tokens that a sliding layer sees and a server caches."""
+        return self.sliding_window + self.sink_tokens
 
     def edits(self, layer_idx: int) -> bool:
         return layer_idx not in self.full_layers
@@ -71,6 +81,7 @@ class GateSWA(StudentAttention):
     def spec(self, config: TransformerConfig, *, attention_backend: str) -> ModuleSpec:
         return gate_swa_spec(
             sliding_window=self.sliding_window,
+            sink_tokens=self.sink_tokens,
             output_gate=self.output_gate,
             qk_layernorm=config.qk_layernorm,
             attention_backend=attention_backend,
@@ -91,16 +102,19 @@ class GateSWA(StudentAttention):
 
     def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
         layer_types = [SLIDING if self.edits(i) else FULL for i in range(self.num_layers)]
-        return rows.gate_swa_config(teacher, layer_types, self.sliding_window, self.output_gate)
+        added = {"sliding_window": self.sliding_window, "output_gate": self.output_gate}
+        if self.sink_tokens:
+            added["sink_tokens"] = self.sink_tokens
+        return rows.gate_swa_config(teacher, layer_types, added)
 
     def hf_modeling_files(self, teacher: HFConfig) -> Sequence[str]:
-        return ("configuration_gate_swa.py", "modeling_gate_swa.py")
+        return ("configuration_gate_swa.py", "modeling_gate_swa.py", "sinks_gate_swa.py")
 
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
         per_layer = 2 * teacher.num_key_value_heads * teacher.head_dim
         sliding = self.num_layers - len(self.full_layers)
-        window = min(1.0, self.sliding_window / context)
-        return per_layer * (len(self.full_layers) + sliding * window)
+        kept = min(1.0, self.visible_tokens / context)
+        return per_layer * (len(self.full_layers) + sliding * kept)
 
     def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
         kept = kept_by_teacher(teacher)
@@ -115,8 +129,17 @@ class GateSWA(StudentAttention):
         return dataclasses.replace(traffic_of_teacher(teacher), input_projections=2)
 
     def check(self, *, tp_size: int, seq_length: int) -> None:
-        if self.sliding_window >= seq_length:
+        if self.visible_tokens >= seq_length:
+            sinks = f" and its {self.sink_tokens} sink tokens" if self.sink_tokens else ""
             raise UserError(
                 f"--seq-length {seq_length} is not longer than the student's sliding window "
-                f"{self.sliding_window}: sliding would equal full attention and nothing be learned"
+                f"{self.sliding_window}{sinks}: "
+                "sliding would equal full attention and nothing be learned"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without ``sink_tokens`` where there are none, as before there could be any."""
+        fields = super().to_dict()
+        if not self.sink_tokens:
+            del fields["sink_tokens"]
+        return fields

@@ -18,10 +18,11 @@ def copy_of_teacher(
 ) -> dict[str, Tensor]:
     """Everything copied, the gate nearly open whatever the input."""
     gates = gate_dim(teacher, output_gate)
+    device = teacher_weights["linear_proj.weight"].device
     return {
         **{name: tensor.clone() for name, tensor in teacher_weights.items()},
-        "linear_gate.weight": torch.zeros(gates, teacher.hidden_size),
-        "linear_gate.bias": torch.full((gates,), OPEN_BIAS),
+        "linear_gate.weight": torch.zeros(gates, teacher.hidden_size, device=device),
+        "linear_gate.bias": torch.full((gates,), OPEN_BIAS, device=device),
     }
 
 

@@ -17,6 +17,7 @@ def gate_swa_reference(
     *,
     sliding_window: int,
     output_gate: str,
+    sink_tokens: int = 0,
 ) -> Tensor:
     """The attention's output for input ``x`` ``[s, b, h]``, before the residual.
 
@@ -31,7 +32,8 @@ def gate_swa_reference(
     scores = torch.einsum("sbnd,tbnd->bnst", q, k) * teacher.head_dim**-0.5
     for query in range(s):
         for key in range(s):
-            if not 0 <= query - key < sliding_window:
+            near = query - key < sliding_window or key < sink_tokens
+            if key > query or not near:
                 scores[:, :, query, key] = float("-inf")
     out = torch.einsum("bnst,tbnd->sbnd", scores.softmax(-1), v)
 

@@ -31,9 +31,9 @@ def gate_swa_rows(teacher: HFConfig, output_gate: str, layer_idx: int) -> list[P
 
 
 def gate_swa_config(
-    teacher: HFConfig, layer_types: list[str], sliding_window: int, output_gate: str
+    teacher: HFConfig, layer_types: list[str], added: dict[str, Any]
 ) -> dict[str, Any]:
-    """``config.json``: the teacher's, and what is new.
+    """``config.json``: the teacher's, and what is ``added``.
 
     Not the teacher's own model class: servers ignore ``layer_types`` there, and would serve full
     attention without an error.
@@ -54,6 +54,5 @@ def gate_swa_config(
         "attention_bias": teacher.qkv_bias,
         "use_sliding_window": True,
         "layer_types": layer_types,
-        "sliding_window": sliding_window,
-        "output_gate": output_gate,
+        **added,
     }

@@ -14,7 +14,12 @@ from megatron_attnedit.attention.windows import to_window_size
 
 
 def gate_swa_spec(
-    *, sliding_window: int, output_gate: str, qk_layernorm: bool, attention_backend: str
+    *,
+    sliding_window: int,
+    sink_tokens: int,
+    output_gate: str,
+    qk_layernorm: bool,
+    attention_backend: str,
 ) -> ModuleSpec:
     """Spec of ``self_attention`` in a sliding layer; build it with mcore's ``build_module``."""
     provider = LocalSpecProvider()
@@ -28,6 +33,7 @@ def gate_swa_spec(
                 CoreAttention,
                 backend=attention_backend,
                 window_size=to_window_size(sliding_window),
+                sink_tokens=sink_tokens,
             ),
             linear_proj=provider.row_parallel_linear(),
             q_layernorm=qk_norm,

@@ -96,7 +96,7 @@ def fit_to_teacher(
         dims: The student's sizes.
         teacher_weights: The teacher's attention of this layer.
         teacher: Its configuration.
-        inputs: ``[s, c, h]``, s * c well above h.
+        inputs: ``[s, c, h]``, s * c well above h; on the device of the weights.
         fit: What to look at.
     """
     inputs = inputs.float() if fit.text else _noise_like(inputs)
@@ -106,7 +106,7 @@ def fit_to_teacher(
     if fit.attention:
         rotation = _measured_rotation(q, k, teacher, len(inputs))
     else:  # the student's rotary pairs turn, the others stand still
-        rotation = torch.ones(q.shape[1], q.shape[2] // 2)
+        rotation = q.new_ones(q.shape[1], q.shape[2] // 2)
         rotation[:, : dims.qk_pos_emb_head_dim // 2] = 0
     q_content, k_content = _content(dims, as_pairs(q) * rotation, k_missed)
     # Where there is room for more, keys start at zero; queries do not, so that keys get a gradient.
@@ -118,7 +118,7 @@ def fit_to_teacher(
         "linear_q_proj.weight": regress(
             flat, torch.cat([q_no_pe, q_rotary], dim=-1).flatten(1) * rescale
         ),
-        "kv_layernorm.weight": torch.ones(dims.kv_lora_rank),
+        "kv_layernorm.weight": q.new_ones(dims.kv_lora_rank),
         "linear_proj.weight": inherited.clone(),
     }
     key_metric, value_metric = _metrics(q_content, v, inherited, fit)
@@ -160,7 +160,7 @@ def _rotary_part(
 
 def _measured_rotation(q: Tensor, k: Tensor, teacher: HFConfig, length: int) -> Tensor:
     q, k = (t.unflatten(0, (length, -1))[:, :FEW] for t in (q, k))
-    return mean_rotation(q, k, teacher_angles(teacher, length)[:, 0, 0, : teacher.head_dim // 2])
+    return mean_rotation(q, k, teacher_angles(teacher, q)[:, 0, 0, : teacher.head_dim // 2])
 
 
 def _to_all_heads(dims: MLADims, up: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def _to_all_heads(dims: MLADims, up: Tensor) -> Tensor:
 
 def _noise_like(inputs: Tensor) -> Tensor:
     noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
-    return noise * inputs.float().square().mean().sqrt()
+    return noise.to(inputs.device) * inputs.float().square().mean().sqrt()
 
 
 def _content(dims: MLADims, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,8 +196,8 @@ def _metrics(q: Tensor, v: Tensor, linear_proj: Tensor, fit: Fit) -> tuple[Tenso
     if not fit.metrics:
         key_dim = q.shape[-1]
         return (
-            torch.eye(key_dim).expand(groups, key_dim, key_dim),
-            torch.eye(value_dim).expand(groups, value_dim, value_dim),
+            torch.eye(key_dim, device=q.device).expand(groups, key_dim, key_dim),
+            torch.eye(value_dim, device=q.device).expand(groups, value_dim, value_dim),
         )
     q = q.unflatten(1, (groups, -1))
     out = linear_proj.unflatten(1, (groups, -1, value_dim))

@@ -31,7 +31,7 @@ def mla_heads(weights: Mapping[str, Tensor], inputs: Tensor, dims: MLADims) -> T
         -1, (-1, dims.qk_head_dim + dims.v_head_dim)
     )
     angles = rotary_angles(
-        dims.qk_pos_emb_head_dim, dims.rotary_base, dims.rope_scaling_factor, len(inputs)
+        dims.qk_pos_emb_head_dim, dims.rotary_base, dims.rope_scaling_factor, inputs
     )
     q_pos_emb, k_pos_emb = (
         rotate(t, angles.cos(), angles.sin())

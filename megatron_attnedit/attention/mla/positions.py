@@ -61,9 +61,9 @@ def mean_rotation(q: Tensor, k: Tensor, angles: Tensor) -> Tensor:
     length, groups = len(turn), k.shape[2]
     queries, keys = (as_reals(as_pairs(t) * turn[:, None, None]) for t in (q, k))
     queries = queries.unflatten(2, (groups, -1))
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
     reals = as_reals(turn)
-    total = torch.zeros(groups, queries.shape[3], turn.shape[1], dtype=turn.dtype)
+    total = turn.new_zeros(groups, queries.shape[3], turn.shape[1])
     for sample in range(q.shape[1]):
         for group in range(groups):
             scores = torch.einsum("sid,td->ist", queries[:, sample, group], keys[:, sample, group])

@@ -36,7 +36,7 @@ def _student_scores(student: StudentAttention, hf: HFConfig, seq_length: int) ->
     if isinstance(student, MLA):
         width = student.qk_head_dim + student.qk_pos_emb_head_dim + student.v_head_dim
         return 2 * hf.num_attention_heads * width * visible_keys(seq_length, None)
-    window = getattr(student, "sliding_window", None)
+    window = getattr(student, "visible_tokens", None)
     return 4 * hf.num_attention_heads * hf.head_dim * visible_keys(seq_length, window)
 
 
@@ -47,7 +47,12 @@ def _teacher_attention(hf: HFConfig, seq_length: int) -> float:
 
 
 def stage_floor(
-    hf: HFConfig, student: StudentAttention, *, seq_length: int, stage: int
+    hf: HFConfig,
+    student: StudentAttention,
+    *,
+    seq_length: int,
+    stage: int,
+    runs_student: bool = False,
 ) -> float:
     """Per token, of the whole model.
 
@@ -56,17 +61,23 @@ def stage_floor(
         student: Its student; the edited attentions train.
         seq_length: Tokens of a sample.
         stage: 1, or 2 with frozen MLPs and a frozen head.
+        runs_student: Stage 1 on the student's own hidden states: its layers run forward, too.
     """
     scores = _student_scores(student, hf, seq_length)
     teacher = _teacher_attention(hf, seq_length)
     total = hf.num_hidden_layers * (teacher + mlp_flops(hf))
     edited = [i for i in range(hf.num_hidden_layers) if student.edits(i)]
+    if stage == 1:  # nothing wants what comes after the last edited attention
+        after = hf.num_hidden_layers - 1 - max(edited)
+        total -= after * (teacher + mlp_flops(hf)) + mlp_flops(hf)
     for layer_idx in edited:
         matrices, on_input = _matrices(student.rows(hf, layer_idx))
         backward_of_input = matrices - on_input if stage == 1 else matrices
         total += 2 * (2 * matrices + backward_of_input) + 3 * scores
+    kept = hf.num_hidden_layers - len(edited)
+    if runs_student:
+        total += hf.num_hidden_layers * mlp_flops(hf) + kept * teacher
     if stage == 2:
-        kept = hf.num_hidden_layers - len(edited)
         total += hf.num_hidden_layers * 2 * mlp_flops(hf) + kept * 3 * teacher
         total += 3 * 2 * hf.hidden_size * hf.vocab_size
     return total

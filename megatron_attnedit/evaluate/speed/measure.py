@@ -53,6 +53,14 @@ def matmul_rate(dtype: torch.dtype = torch.bfloat16, size: int = 8192) -> float:
     return 2 * size**3 / (measure(lambda: a @ b, warmup=5, repeats=15).ms / 1e3)
 
 
+def copy_rate(size: int = 2**31) -> float:
+    """Bytes per second that a copy of memory reads and writes."""
+    device = bootstrap().device
+    size = size if device.type != "cpu" else 2**24
+    source, target = (torch.zeros(size, device=device, dtype=torch.uint8) for _ in range(2))
+    return 2 * size / (measure(lambda: target.copy_(source), warmup=5, repeats=15).ms / 1e3)
+
+
 def side(figures: Figures, *, tokens: int = 0, flops: float = 0.0, rate: float) -> dict[str, Any]:
     """One side of a row.
 
@@ -81,7 +89,7 @@ def row(
 ) -> dict[str, Any]:
     """One row of the results; ``ratio`` above 1: ours is faster."""
     found: dict[str, Any] = {"suite": suite, "case": case, "ours": ours, "baseline": baseline}
-    if baseline and "ms" in baseline:
+    if baseline and "ms" in baseline and "ms" in ours:
         found["ratio"] = round(baseline["ms"] / ours["ms"], 3)
     if "utilisation" in ours:
         found["floor_fraction"] = ours["utilisation"]

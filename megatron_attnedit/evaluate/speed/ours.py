@@ -25,6 +25,7 @@ from megatron_attnedit.training.optimizer import wrap
 from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.setup import start_processes
 from megatron_attnedit.training.stages import Stage, Stage1, Stage2
+from megatron_attnedit.training.student_inputs import StudentInputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class Workload:
         use_distributed_optimizer: See the recipe.
         overlap_grad_reduce: See the recipe.
         overlap_param_gather: See the recipe.
+        optimizer_cpu_offload: See the recipe.
+        runs_student: All layers receive the student's own hidden states (stage 1).
     """
 
     hf: HFConfig
@@ -58,6 +61,8 @@ class Workload:
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    optimizer_cpu_offload: bool = False
+    runs_student: bool = False
 
     @property
     def tokens(self) -> int:
@@ -79,14 +84,14 @@ def random_batches(hf: HFConfig, seq_length: int, count: int) -> list[Batch]:
     """Micro-batches of one sample each, the same on all processes of a copy of the model."""
     device = bootstrap().device
     generator = torch.Generator(device).manual_seed(parallel_state.get_data_parallel_rank())
-    batches = []
+    batches: list[Batch] = []
     for _ in range(count):
         ids = torch.randint(
             hf.vocab_size, (1, seq_length + 1), device=device, generator=generator
         )
         mask = torch.ones(1, seq_length, device=device)
         positions = torch.arange(seq_length, device=device)[None]
-        batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, positions))
+        batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, positions, [len(batches)]))
     return batches
 
 
@@ -101,9 +106,11 @@ def _recipe(work: Workload) -> Recipe:
         "use_distributed_optimizer": work.use_distributed_optimizer,
         "overlap_grad_reduce": work.overlap_grad_reduce,
         "overlap_param_gather": work.overlap_param_gather,
+        "optimizer_cpu_offload": work.optimizer_cpu_offload,
     }
     if work.stage == 1:
-        return Stage1Recipe(**common)
+        share = float(work.runs_student)
+        return Stage1Recipe(**common, student_input_start=share, student_input_end=share)
     return Stage2Recipe(**common, recompute=work.recompute, trainable=work.trainable)
 
 
@@ -147,27 +154,42 @@ def build_training(work: Workload, *, attention_backend: str = "auto") -> Traini
     for part in (module for parts in trained for module in parts):
         part.requires_grad_(True)
     edited = [i for i in range(work.hf.num_hidden_layers) if work.student.edits(i)]
-    modules: list[Any]
-    if work.stage == 1:
-        overlap = work.overlap_grad_reduce
-        record = bootstrap().records and can_be_recorded(config) and not overlap
-        modules = [
-            LayerwiseDistillation(teacher, mine, record=record)
-            for teacher, mine in zip(teachers, attentions, strict=True)
-        ]
+    stage: Stage
+    if isinstance(recipe, Stage1Recipe):
+        layerwise = _layerwise(work, config, teachers, students, attentions)
+        models, optimizer, _ = wrap(layerwise, recipe)
+        inputs = StudentInputs.of(recipe, work.hf.num_hidden_layers)
+        stage = Stage1(layerwise, models, edited, student_inputs=inputs)
     else:
-        modules = [
+        model_level = [
             ModelLevelDistillation(
                 *parts, config=ModelLevelConfig(),
                 vocab_size=work.hf.vocab_size, num_edited=len(edited),
             )
             for parts in zip(teachers, students, trained, strict=True)
         ]
-    models, optimizer, _ = wrap(modules, recipe)
-    stage = Stage1(modules, models, edited) if work.stage == 1 else Stage2(modules, models)
+        models, optimizer, _ = wrap(model_level, recipe)
+        stage = Stage2(model_level, models)
     step = _step(work, stage, optimizer)
     everywhere = {i: module for mine in attentions for i, module in mine.items()}
     return Training(step, everywhere, models, optimizer)
+
+
+def _layerwise(
+    work: Workload,
+    config: TransformerConfig,
+    teachers: list[Any],
+    students: list[Any],
+    attentions: list[dict[int, Any]],
+) -> list[LayerwiseDistillation]:
+    """Stage 1 of each piece, recorded where that is possible."""
+    record = bootstrap().records and can_be_recorded(config) and not work.overlap_grad_reduce
+    return [
+        LayerwiseDistillation(
+            teacher, mine, record=record, student=student if work.runs_student else None
+        )
+        for teacher, student, mine in zip(teachers, students, attentions, strict=True)
+    ]
 
 
 def _config(work: Workload) -> TransformerConfig:

@@ -49,6 +49,7 @@ SUITES = {
     "stage2": "Stage 2",
     "kl": "KL loss",
     "attention": "Attention kernels",
+    "decode": "Decoding in transformers",
 }
 SCALING_COLUMNS = (
     ("ms", "ms", "{:,.1f}"),
@@ -64,6 +65,17 @@ COLUMNS = (
     ("beyond_gb", "GB beyond", "{:.2f}"),
     ("utilisation", "utilisation", "{:.1%}"),
 )
+DECODE_COLUMNS = (
+    ("ms", "ms per token", "{:,.1f}"),
+    ("tokens_per_s", "tokens/s", "{:,}"),
+    ("kv_gb", "GB of cache", "{:.2f}"),
+    ("peak_gb", "GB in all", "{:.1f}"),
+    ("utilisation", "of memory's rate", "{:.1%}"),
+)
+
+
+def _columns(suite: str) -> tuple[tuple[str, str, str], ...]:
+    return DECODE_COLUMNS if suite == "decode" else COLUMNS
 
 
 def write_page(file: Path, page: Path) -> None:
@@ -82,7 +94,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
             versions = ", ".join(f"{k} {v}" for k, v in mine[0]["versions"].items())
             dates = " and ".join(dict.fromkeys(r["date"] for r in mine))
             parts.append(f"### {title}: {device}, {dates}, {versions}\n")
-            heads = [f"{who} {name}" for who in ("ours", "baseline") for _, name, _ in COLUMNS]
+            names = [name for _, name, _ in _columns(suite)]
+            heads = [f"{who} {name}" for who in ("ours", "baseline") for name in names]
             parts.append("| case | " + " | ".join([*heads, "ratio"]) + " |")
             parts.append("|---" * (len(heads) + 2) + "|")
             parts += [_line(entry) for entry in mine]
@@ -110,9 +123,10 @@ def _scaling_tables(rows: list[dict[str, Any]]) -> list[str]:
 
 def _line(entry: dict[str, Any]) -> str:
     cells = [entry["case"] + (f" ({entry['note']})" if "note" in entry else "")]
+    columns = _columns(entry["suite"])
     for side in (entry["ours"], entry["baseline"] or {}):
         if "error" in side:
-            cells += [side["error"], *[""] * (len(COLUMNS) - 1)]
+            cells += [side["error"], *[""] * (len(columns) - 1)]
             continue
-        cells += [form.format(side[key]) if key in side else "" for key, _, form in COLUMNS]
+        cells += [form.format(side[key]) if key in side else "" for key, _, form in columns]
     return "| " + " | ".join([*cells, str(entry.get("ratio", ""))]) + " |"

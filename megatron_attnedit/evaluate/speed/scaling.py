@@ -57,7 +57,10 @@ def _row(
     worst = Figures(*(max(getattr(f, item.name) for f in figures)
                       for item in dataclasses.fields(Figures)))
     rate = statistics.mean(rates)
-    floor = stage_floor(work.hf, work.student, seq_length=work.seq_length, stage=work.stage)
+    floor = stage_floor(
+        work.hf, work.student,
+        seq_length=work.seq_length, stage=work.stage, runs_student=work.runs_student,
+    )
     ours = side(worst, tokens=work.tokens, flops=floor * work.tokens, rate=rate)
     if None not in shares:
         for name in ("busy", "exposed"):

@@ -34,10 +34,13 @@ def _measured(
 def compare(work: Workload, *, with_baseline: bool = True) -> dict[str, Any]:
     """One row."""
     rate = matmul_rate()
-    floor = stage_floor(work.hf, work.student, seq_length=work.seq_length, stage=work.stage)
+    floor = stage_floor(
+        work.hf, work.student,
+        seq_length=work.seq_length, stage=work.stage, runs_student=work.runs_student,
+    )
     our_figures = _measured(lambda: ours.build_training(work).step, work.tokens, floor, rate)
     their_figures = None
-    if with_baseline:
+    if with_baseline and not work.runs_student:
         their_figures = _measured(lambda: baseline.training_step(work), work.tokens, floor, rate)
     found = row(f"stage{work.stage}", describe(work), our_figures, their_figures)
     found["matmul_tflops"] = round(rate / 1e12, 1)
@@ -56,25 +59,32 @@ def predicted_peak_gb(work: Workload) -> float:
         data_parallel_size=1,
         expert_data_parallel_size=1,
         use_distributed_optimizer=True,
+        optimizer_cpu_offload=work.optimizer_cpu_offload,
         moe_grouped_gemm=work.moe_grouped_gemm,
         trainable=work.trainable if work.stage == 2 else "attention",
         recompute=work.recompute,
+        runs_student=work.runs_student,
     )
     (held,) = memory.memory_of_stages(work.hf, work.student, ParallelConfig(), shape)
     return held.total / 1e9
 
 
-def describe(work: Workload) -> str:
-    """A row's name."""
+def model_and_student(work: Workload) -> str:
+    """Of a row's name."""
     student = dataclasses.asdict(work.student)
     if "sliding_window" in student:
         name = f"GateSWA window {student['sliding_window']}"
+        name += f" and {sinks} sinks" if (sinks := student["sink_tokens"]) else ""
     else:
         name = f"MLA {student['kv_lora_rank']}+{student['qk_pos_emb_head_dim']}"
+    hf = work.hf
+    return f"{hf.model_type} hidden {hf.hidden_size}, {hf.num_hidden_layers} layers, {name}"
+
+
+def describe(work: Workload) -> str:
+    """A row's name."""
     parts = [
-        f"{work.hf.model_type} hidden {work.hf.hidden_size}",
-        f"{work.hf.num_hidden_layers} layers",
-        name,
+        model_and_student(work),
         f"sequence {work.seq_length}",
         f"{work.micro_batches} micro-batches per step",
     ]
@@ -82,6 +92,10 @@ def describe(work: Workload) -> str:
         parts.append("grouped experts" if work.moe_grouped_gemm else "sequential experts")
     if work.stage == 2 and work.trainable == "all":
         parts.append("everything trained")
+    if work.runs_student:
+        parts.append("on the student's own hidden states")
     if work.recompute != "none":
         parts.append(f"recompute {work.recompute}")
+    if work.optimizer_cpu_offload:
+        parts.append("optimizer on the host")
     return ", ".join(parts)

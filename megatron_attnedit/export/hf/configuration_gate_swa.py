@@ -21,6 +21,7 @@ class GateSWAConfig(Qwen3Config):
         qk_norm: RMSNorm of queries and keys (Qwen3 yes, Llama no).
         output_gate: ``elementwise`` or ``headwise``; sliding layers have it, full layers do not.
         sliding_window: Tokens that a sliding layer sees, the token itself counted; at least 2.
+        sink_tokens: First tokens of the sequence that a sliding layer sees beside its window.
         attention_bias: Bias of the query, key and value projections.
         attention_output_bias: Bias of the output projection.
         num_experts: Experts of every layer (Qwen3-MoE); 0 is a dense MLP.
@@ -44,6 +45,7 @@ class GateSWAConfig(Qwen3Config):
     use_sliding_window: bool = True
     qk_norm: bool = True
     output_gate: str = "elementwise"
+    sink_tokens: int = 0
     attention_output_bias: bool = False
     num_experts: int = 0
     num_experts_per_tok: int = 8
@@ -66,6 +68,8 @@ class GateSWAConfig(Qwen3Config):
         # transformers' sliding cache keeps W-1 tokens, and with W=1 its slice keeps all of them.
         if self.sliding_window is None or self.sliding_window < 2:
             raise ValueError(f"sliding_window must be at least 2, not {self.sliding_window}")
+        if self.sink_tokens < 0:
+            raise ValueError(f"sink_tokens must be 0 or more, not {self.sink_tokens}")
 
 
 __all__ = ["GateSWAConfig"]

@@ -1,13 +1,14 @@
 """GateSWA: Qwen3 whose sliding layers multiply a gate onto the attention before its projection.
 
 A sliding layer's cache keeps the window and nothing more (transformers' ``DynamicCache`` does that
-from ``layer_types`` and ``sliding_window``).
+from ``layer_types`` and ``sliding_window``); with sink tokens also those (``sinks_gate_swa``).
 """
 
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 from transformers import initialization as init
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -31,8 +32,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 
 try:
     from .configuration_gate_swa import GateSWAConfig
+    from .sinks_gate_swa import masks
 except ImportError:  # loaded as a single file beside the weights
     from configuration_gate_swa import GateSWAConfig  # type: ignore[no-redef]
+    from sinks_gate_swa import masks  # type: ignore[no-redef]
 
 # Checkpoints hold one tensor per expert, as Qwen3-MoE's do; loading stacks them.
 register_checkpoint_conversion_mapping(
@@ -128,6 +131,40 @@ class GateSWAModel(GateSWAPreTrainedModel, Qwen3Model):
             [GateSWADecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         )
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As Qwen3's; with sink tokens, masks and a cache that know them.
+
+        A mask that the caller has made (not ``[b, s]``) is taken as it is.
+        """
+        own_mask = isinstance(attention_mask, dict) or getattr(attention_mask, "ndim", 2) != 2
+        if self.config.sink_tokens and self.has_sliding_layers and not own_mask:
+            if inputs_embeds is None:
+                inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+            caching = self.config.use_cache if use_cache is None else use_cache
+            if caching and past_key_values is None:
+                past_key_values = DynamicCache(config=self.config)
+            attention_mask = masks(
+                self.config, inputs_embeds, attention_mask, position_ids, past_key_values
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
 
 
 class GateSWAForCausalLM(GateSWAPreTrainedModel, Qwen3ForCausalLM):

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,13 +32,41 @@ def test_refused_by_name(name, message):
         attention_backend(name)
 
 
+@pytest.mark.parametrize("name", ["flash", "te", "npu_fusion"])
+def test_kernels_that_know_no_sinks_are_refused(name, monkeypatch):
+    monkeypatch.setattr(backends.flash, "has_windows", lambda: True)
+    monkeypatch.setattr(te, "is_installed", lambda: True)
+    machine = SimpleNamespace(has_fusion_attention=True)
+    monkeypatch.setattr(backends, "bootstrap", lambda: machine)
+    message = f"--attention-backend {name}: .* --sink-tokens 4; expected auto or .* flex"
+    with pytest.raises(UserError, match=message):
+        attention_backend(name, (127, 0), torch.bfloat16, 4)
+    assert callable(attention_backend(name, (127, 0), torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "compiles, fusion, without, with_sinks",
+    [(True, False, "flash", "flex"), (False, True, "npu_fusion", "sdpa")],
+)
+def test_the_choice_looks_at_sinks(compiles, fusion, without, with_sinks, monkeypatch):
+    machine = SimpleNamespace(has_fusion_attention=fusion, compiles=compiles)
+    monkeypatch.setattr(backends, "bootstrap", lambda: machine)
+    monkeypatch.setattr(backends.flash, "has_windows", lambda: True)
+    backends._fastest.cache_clear()
+    for sinks, name in ((0, without), (4, with_sinks)):
+        found = attention_backend("auto", (127, 0), torch.bfloat16, sinks)
+        assert getattr(found, "func", found) is backends.ATTENTION_BACKENDS[name]
+    backends._fastest.cache_clear()
+
+
 @pytest.mark.parametrize("queries, keys", [(300, 300), (130, 300), (1, 129)])
 @pytest.mark.parametrize("left", [None, 0, 1, 127, 128, 200, 1000])
-def test_blocks_of_flex(queries, keys, left):
+@pytest.mark.parametrize("sinks", [0, 1, 128, 140])
+def test_blocks_of_flex(queries, keys, left, sinks):
     """Blocks called whole are wholly visible, blocks left out are not visible at all."""
-    found = _block_mask(queries, keys, left, torch.device("cpu"))
+    found = _block_mask(queries, keys, left, torch.device("cpu"), sinks)
     window = None if left is None else (left, 0)
-    dense = causal_window_mask(queries, keys, window, torch.device("cpu"))
+    dense = causal_window_mask(queries, keys, window, torch.device("cpu"), sinks)
     counts = (found.kv_num_blocks, found.full_kv_num_blocks)
     partial, whole = (
         [set(indices[0, 0, row, :n].tolist()) for row, n in enumerate(count[0, 0].tolist())]

@@ -200,3 +200,22 @@ def test_mla_refuses_biases(tmp_path):
     hf = read_hf_config(tiny_hf_dir(tmp_path / "hf", "qwen2"))
     with pytest.raises(UserError, match="--student-attention mla: the biases .* gate_swa keeps"):
         MLA.from_flags({}, hf)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FITS)
+def test_a_fit_on_a_gpu_is_as_close(tmp_path, name):
+    """Weights may differ where an error weighs nothing; the output may not."""
+    hf, weights = teacher_of(tmp_path)
+    flags = {"qk_pos_emb_head_dim": 16, "qk_head_dim": 32, "kv_lora_rank": 64, "mla_fit": name}
+    student = MLA.from_flags(flags, hf)
+    x = normed_inputs(hf, 4096, seed=0).unflatten(0, (256, 16))
+    outputs = []
+    for device in ("cpu", "cuda"):
+        there = {name: weight.to(device) for name, weight in weights.items()}
+        mine = student.init_from_teacher(there, hf, x.to(device))
+        assert {weight.device.type for weight in mine.values()} == {device}
+        mine = {name: weight.cpu() for name, weight in mine.items()}
+        outputs.append(mla_heads(mine, x, student) @ mine["linear_proj.weight"].t())
+    difference = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
+    assert difference < 1e-3

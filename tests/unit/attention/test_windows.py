@@ -1,10 +1,12 @@
 """Windows, layer patterns and the blocked kernel."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from megatron_attnedit.attention import MLA, GateSWA
-from megatron_attnedit.attention.backends import attention_backend
+from megatron_attnedit.attention import MLA, GateSWA, student_attention_from_dict
+from megatron_attnedit.attention.backends import attention_backend, flex
 from megatron_attnedit.attention.windows import (
     causal_window_mask,
     parse_layers,
@@ -45,14 +47,45 @@ def test_backends_against_the_reference(name, dims, window, length):
     shapes = [(2, 4, length, dims[0]), (2, 2, length, dims[0]), (2, 2, length, dims[1])]
     qkv = [torch.randn(shape, generator=generator) for shape in shapes]
     size = None if window is None else to_window_size(window)
+    assert_equal([attention_backend(name), attention_backend("reference")], qkv, size)
+
+
+def assert_equal(backends, qkv, size, gradients=True):
+    """Values, and gradients."""
     results = []
-    for backend in (name, "reference"):
-        inputs = [t.clone().requires_grad_() for t in qkv]
-        out = attention_backend(backend)(*inputs, size, 0.3)
-        out.sin().sum().backward()
-        results.append([out, *(t.grad for t in inputs)])
+    for backend in backends:
+        inputs = [t.clone().requires_grad_(gradients) for t in qkv]
+        out = backend(*inputs, size, 0.3)
+        if gradients:
+            out.sin().sum().backward()
+        results.append([out, *(t.grad for t in inputs if gradients)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sinks_are_the_first_keys():
+    mask = causal_window_mask(7, 9, to_window_size(3), torch.device("cpu"), 2)
+    for query in range(7):
+        for key in range(9):
+            distance = query + 2 - key
+            assert mask[query, key] == (0 <= distance <= 2 or (distance >= 0 and key < 2))
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 1), (63, 63), (64, 64), (130, 130), (17, 63)])
+@pytest.mark.parametrize("window, sinks", [(8, 1), (8, 4), (8, 30), (2, 5), (40, 23), (500, 4)])
+@pytest.mark.parametrize("groups, dims", [(1, (16, 16)), (2, (24, 16))])
+def test_sinks_against_the_reference(groups, dims, window, sinks, queries, keys, monkeypatch):
+    """Flex as torch computes it here: from the mask alone, without gradients."""
+    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, queries, dims[0]), (2, groups, keys, dims[0]), (2, groups, keys, dims[1])]
+    qkv = [torch.randn(shape, generator=generator) for shape in shapes]
+    size = to_window_size(window)
+    sdpa, flexible, reference = (
+        attention_backend(name, sink_tokens=sinks) for name in ("sdpa", "flex", "reference")
+    )
+    assert_equal([sdpa, reference], qkv, size)
+    assert_equal([flexible, reference], qkv, size, gradients=False)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +96,7 @@ def test_backends_against_the_reference(name, dims, window, length):
         (MLA, {"qk_pos_emb_head_dim": 64}, "--qk-pos-emb-head-dim 64"),
         (MLA, {"kv_lora_rank": 0}, "--kv-lora-rank 0"),
         (GateSWA, {"sliding_window": 1}, "--sliding-window 1"),
+        (GateSWA, {"sink_tokens": -1}, "--sink-tokens -1"),
         (GateSWA, {"output_gate": "diagonal"}, "--output-gate diagonal"),
         (GateSWA, {"full_layers": "0,1,2"}, "--full-layers"),
     ],
@@ -78,3 +112,29 @@ def test_cached_numbers(tmp_path):
     assert MLA.from_flags({"kv_lora_rank": 16}, hf).kv_values_per_token(hf, 64) == 3 * (16 + 16)
     student = GateSWA.from_flags({"sliding_window": 8, "full_layers": "1"}, hf)
     assert student.kv_values_per_token(hf, 64) == 128 * (1 + 2 * 8 / 64)
+    student = dataclasses.replace(student, sink_tokens=4)
+    assert student.kv_values_per_token(hf, 64) == 128 * (1 + 2 * 12 / 64)
+    assert student.kv_values_per_token(hf, 10) == 128 * 3
+
+
+def test_without_sinks_a_lineage_is_as_it_was(tmp_path):
+    """Checkpoints from before there were any are read, and count as the same student."""
+    hf = read_hf_config(tiny_hf_dir(tmp_path / "hf"))
+    student = GateSWA.from_flags({"sliding_window": 8}, hf)
+    before = {
+        "name": "gate_swa", "num_layers": 3, "sliding_window": 8, "full_layers": (2,),
+        "output_gate": "elementwise",
+    }
+    assert student.to_dict() == before and student_attention_from_dict(before) == student
+    assert "sink_tokens" not in student.hf_config(hf)
+    with_sinks = GateSWA.from_flags({"sliding_window": 8, "sink_tokens": 4}, hf)
+    assert student_attention_from_dict(with_sinks.to_dict()) == with_sinks
+    assert with_sinks.hf_config(hf)["sink_tokens"] == 4
+
+
+def test_a_sequence_must_be_longer_than_what_is_seen(tmp_path):
+    hf = read_hf_config(tiny_hf_dir(tmp_path / "hf"))
+    student = GateSWA.from_flags({"sliding_window": 8, "sink_tokens": 4}, hf)
+    student.check(tp_size=1, seq_length=13)
+    with pytest.raises(UserError, match="--seq-length 12 .* window 8 and its 4 sink tokens"):
+        student.check(tp_size=1, seq_length=12)

@@ -108,17 +108,96 @@ def page(*kinds):
 
 def test_page_is_filled(report, tmp_path):
     add_report(report, tmp_path / "kept.json")
-    text = filled(page("summary", "cost", "generation", "tokens"), tmp_path)
+    text = filled(page("summary", "cost", "generation"), tmp_path)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert ["teacher", "", "", "5.00", "1", "", "", "16,384"] in rows
     quality = ["1,234.6", "9.88", "5.43", "1.086", "0.123", "90.1 %", "2,048 (12.5 %)"]
     assert ["a", *quality] in rows
     assert ["a", "2e-3 + 2e-3", "3", "1.00 + 1.00", "0.8 + 0.8"] in rows
     assert ["teacher", "50.0 %", "12.3", "25.0 %", "7.1 %", "-", "-"] in rows
-    # The random start ends at 0.7, which the other passes halfway through its second stage.
-    assert ["a", "0.700", "2.00", "1.50", "75.0 %"] in rows
     assert "old" not in text and text.startswith("# Page\n") and text.endswith("text stays\n")
     assert filled(text, tmp_path) == text
+
+
+def arm(final, *, name="mla", init="teacher", stages=(1, 2), lr=1e-3, **changes):
+    """A student that ends at a validation KL of ``final``."""
+    entry = student(final, kl=final / 2, **changes)
+    dims = {"name": name, "full_layers": [0]}
+    if name == "mla":
+        dims = {"name": name, "fit": "attention"}
+    entry["runs"]["edit"] = {"init": init, "seed": 3, "student_attention": dims}
+    entry["runs"]["stage2"] = {"lr": lr, "seed": 3}
+    for stage in {1, 2} - {*stages}:
+        del entry["runs"][f"stage{stage}"], entry["metrics"][f"stage{stage}"]
+    return entry
+
+
+def cells(*args):
+    rows = [line.split("|")[1:-1] for line in filled(page(args[0]), args[1]).splitlines()]
+    return [[cell.strip() for cell in row] for row in rows if row][2:]
+
+
+def test_arms_at_their_best_learning_rates(report, tmp_path):
+    measured = arm(0.4, name="gate_swa", recall={"accuracy": 0.5, "nll": 1.0})
+    measured["runs"]["edit"]["full_layer_scores"] = [0.1]
+    everything = arm(0.1)
+    everything["runs"]["stage2"]["trainable"] = "all"
+    report["students"] = {
+        "worse": arm(0.3), "better": arm(0.2, lr=5e-4), "random": arm(0.7, init="random"),
+        "measured": measured, "uniform": arm(0.5, name="gate_swa"), "everything": everything,
+        "unknown": student(0.0),
+    }  # fmt: skip
+    add_report(report, tmp_path / "kept.json")
+    rows = cells("arms", tmp_path)
+    assert len(rows) == 5
+    mla = ["mla", "teacher", "1 + 2", "", "attention", "5e-4, 1e-3", "2e-3 + 5e-4", "3"]
+    assert rows[0] == [*mla, "2.0", "1.7", "0.200", "1.086", "0.100", "90.1 %", ""]
+    assert rows[1][:7] == ["mla", "random", "1 + 2", "", "attention", "1e-3", "2e-3 + 1e-3"]
+    swa = [row[2:5] + row[-1:] for row in rows if row[0] == "gate_swa"]
+    assert swa == [
+        ["1 + 2", "measured", "attention", "50.0 %"], ["1 + 2", "uniform", "attention", ""]
+    ]  # fmt: skip
+    assert rows[-1][3:5] == ["", "all"] and rows[-1][10] == "0.100"
+
+
+def test_tokens_to_where_the_random_start_ends(report, tmp_path):
+    report["students"] = {
+        "random": arm(0.7, init="random"), "random, bad rate": arm(1.5, init="random"),
+        "both": arm(0.2), "alone": arm(0.2, stages=(2,)), "never": arm(0.8, stages=(2,)),
+        "swa": arm(5.0, name="gate_swa"), "swa_random": arm(4.0, name="gate_swa", init="random"),
+    }  # fmt: skip
+    add_report(report, tmp_path / "kept.json")
+    # The random start ends at 0.7, which the others pass halfway through their second stage.
+    assert cells("tokens", tmp_path) == [
+        ["mla", "stages 1 + 2", "0.700", "2.00", "stages 1 + 2", "1.50", "75.0 %"],
+        ["mla", "stages 1 + 2", "0.700", "2.00", "stage 2", "0.50", "25.0 %"],
+        ["gate_swa", "stages 1 + 2", "4.000", "2.00", "stages 1 + 2", "never", ""],
+    ]
+
+
+def test_curve_of_stage_2(report, tmp_path):
+    report["students"] = {"a": arm(0.2), "edited": arm(0.2, stages=())}
+    add_report(report, tmp_path / "kept.json")
+    points = ["1.100 (0.1)", "1.000 (0.2)", "0.900 (0.3)", "0.700 (0.5)", "0.400 (0.8)"]
+    assert cells("curve", tmp_path) == [["a", *points, "0.200 (1.0)"]]
+
+
+def test_first_weights_without_training(report, tmp_path):
+    def edit(perplexity, fit, init="teacher"):
+        entry = arm(0.2, init=init, stages=(), perplexity={"after_edit": perplexity})
+        entry["runs"]["edit"]["student_attention"]["fit"] = fit
+        return {**entry, "kl_after_edit": 2.5, "top1_agreement_after_edit": 0.25}
+
+    report["students"] = {
+        "a": edit(1005.0, "svd"), "b": edit(105.0, "attention"),
+        "c": edit(9e4, "attention", "random"),
+    }  # fmt: skip
+    add_report(report, tmp_path / "kept.json")
+    assert cells("fits", tmp_path) == [
+        ["svd", "1,005.0", "1,000.0", "1.000", "2.500", "25.0 %"],
+        ["attention", "105.0", "100.0", "0.100", "2.500", "25.0 %"],
+        ["random", "90,000.0", "89,995.0", "89.995", "2.500", "25.0 %"],
+    ]
 
 
 def test_bad_marks(tmp_path):

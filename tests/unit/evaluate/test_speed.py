@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_attnedit.attention import MLA, GateSWA
+from megatron_attnedit.attention import MLA, GateSWA, student_attention_class
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.device.communication import covered, shares
 from megatron_attnedit.evaluate.speed import measure, results
+from megatron_attnedit.evaluate.speed.decode import decode_suite
 from megatron_attnedit.evaluate.speed.floor import stage_floor, visible_keys
 from megatron_attnedit.evaluate.speed.ours import Workload
 from megatron_attnedit.evaluate.speed.scaling import beside_one_process, grid_name, scaling_row
@@ -31,26 +32,32 @@ def test_visible_keys(window):
 
 
 def test_floor_of_stage_1_at_qwen3_8b():
-    """781 million operations per token and layer, as counted by hand for sequences of 4096."""
+    """781 million operations per token and layer, as counted by hand for sequences of 4096, less
+    the last layer's MLP.
+    """
     hf = read_hf_config(QWEN3_8B)
     found = stage_floor(hf, MLA.from_flags({}, hf), seq_length=4096, stage=1)
-    teacher = 2 * 4096 * (6144 + 4096) + 4 * 4096 * 2048.5 + 6 * 4096 * 12288
+    mlp = 6 * 4096 * 12288
+    teacher = 2 * 4096 * (6144 + 4096) + 4 * 4096 * 2048.5 + mlp
     matrices = 4096 * 6144 + 4096 * 576 + 512 * 8192 + 4096 * 4096
     on_input = 4096 * 6144 + 4096 * 576
     by_hand = teacher + 2 * (3 * matrices - on_input) + 3 * 2 * 32 * 320 * 2048.5
-    assert found == pytest.approx(36 * by_hand)
-    assert found / 36 == pytest.approx(781e6, rel=0.01)
+    assert found == pytest.approx(36 * by_hand - mlp)
+    assert by_hand == pytest.approx(781e6, rel=0.01)
 
 
 def test_floor_of_stage_2_counts_heads_and_kept_layers():
     hf = read_hf_config(QWEN3_8B)
-    student = GateSWA.from_flags({"sliding_window": 128, "full_layers": "0,1"}, hf)
+    student = GateSWA.from_flags({"sliding_window": 128, "full_layers": "34,35"}, hf)
     less = stage_floor(hf, student, seq_length=4096, stage=1)
     more = stage_floor(hf, student, seq_length=4096, stage=2)
     attention = 2 * 4096 * (6144 + 4096) + 4 * 4096 * 2048.5
     mlp = 6 * 4096 * 12288
     extra = 36 * 2 * mlp + 2 * 3 * attention + 6 * 4096 * 151936 + 34 * 2 * 4096 * (6144 + 4096)
+    extra += 2 * attention + 3 * mlp  # behind the last edited attention
     assert more - less == pytest.approx(extra)
+    own = stage_floor(hf, student, seq_length=4096, stage=1, runs_student=True)
+    assert own - less == pytest.approx(36 * mlp + 2 * attention)
 
 
 def test_rows():
@@ -61,6 +68,7 @@ def test_rows():
     row = measure.row("kl", "a case", ours, {"ms": 30.0})
     assert (row["ratio"], row["floor_fraction"]) == (1.5, 0.25)
     assert "ratio" not in measure.row("kl", "a case", ours, {"error": "out of memory"})
+    assert "ratio" not in measure.row("kl", "a case", {"error": "out of memory"}, ours)
 
 
 def test_a_row_takes_the_place_of_the_old_one(tmp_path):
@@ -69,6 +77,14 @@ def test_a_row_takes_the_place_of_the_old_one(tmp_path):
         results.add_rows(file, [{"suite": "kl", "case": "a", "ours": {"ms": ms}, "baseline": None}])
     results.add_rows(file, [{"suite": "kl", "case": "b", "ours": {"ms": 3}, "baseline": None}])
     assert [row["ours"]["ms"] for row in json.loads(file.read_text())] == [1.0, 3]
+
+
+def test_tables_of_decoding_show_the_cache():
+    sides = {"ms": 20.0, "tokens_per_s": 50, "kv_gb": 1.234, "peak_gb": 20.0, "utilisation": 0.2}
+    row = measure.row("decode", "a case", sides, {"error": "out of memory"})
+    text = results.tables([{**row, "device": "a card", "date": "today", "versions": {}}])
+    assert "| ours GB of cache | ours GB in all | ours of memory's rate |" in text
+    assert "| a case | 20.0 | 50 | 1.23 | 20.0 | 20.0% | out of memory |  |  |  |  |  |" in text
 
 
 def test_the_page_has_the_committed_figures(tmp_path):
@@ -85,15 +101,16 @@ def test_communication_is_exposed_where_nothing_else_runs():
     assert (share.busy, share.exposed) == pytest.approx((0.4, 0.25))  # 2 to 4 and 4.5 to 5, of 10
 
 
-def tiny_config(folder):
+@pytest.fixture
+def tiny_config(tmp_path):
     config = {
         **json.loads((QWEN3_8B / "config.json").read_text()),
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
         "bos_token_id": None, "eos_token_id": None,
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder / "config.json"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path / "config.json"
 
 
 def on_grid(*flags):
@@ -107,8 +124,8 @@ def on_grid(*flags):
     return scaling_row(work, dist.get_world_size())
 
 
-def test_a_grid_is_measured_beside_one_process(tmp_path):
-    task = ["--config", str(tiny_config(tmp_path)), "--stage", "2", "--seq-length", "32"]
+def test_a_grid_is_measured_beside_one_process(tmp_path, tiny_config):
+    task = ["--config", str(tiny_config), "--stage", "2", "--seq-length", "32"]
     task += ["--micro-batches", "2"]
     (alone,) = processes.run(1, on_grid, *task)
     grid = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -142,14 +159,38 @@ def test_grids_have_names():
     assert grid_name(full, 8) == "TP2 SP x PP2 x DP2, overlap"
 
 
-def test_both_sides_run_and_are_compared(tmp_path):
+def test_both_sides_run_and_are_compared(tmp_path, tiny_config):
     """On a CPU and a tiny model the figures mean nothing; both sides have to be there."""
-    tiny_config(tmp_path)
     command = [
         sys.executable, "tools/benchmark.py", "--suite", "stage1", "--seq-length", "32",
-        "--config", tmp_path / "config.json", "--json", tmp_path / "out.json",
+        "--config", tiny_config, "--json", tmp_path / "out.json",
     ]
     subprocess.run(command, check=True, cwd=ROOT, timeout=240)
     (row,) = json.loads((tmp_path / "out.json").read_text())
     assert row["ratio"] == pytest.approx(row["baseline"]["ms"] / row["ours"]["ms"], rel=1e-2)
     assert row["case"].startswith("qwen3 hidden 64, 2 layers, MLA 32+16, sequence 32")
+
+
+TINY_STUDENTS = {
+    "mla": ({"kv_lora_rank": 24, "qk_pos_emb_head_dim": 16}, lambda held: 2 * held * (24 + 16)),
+    # Layer 0 is full; layer 1 keeps the window, in a slice that a token more belongs to.
+    "gate_swa": (
+        {"sliding_window": 8, "full_layers": "0"}, lambda held: (held + 8) * 2 * 2 * 32
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TINY_STUDENTS)
+def test_decoding_measures_the_cache_that_is_there(tiny_config, name):
+    flags, numbers = TINY_STUDENTS[name]
+    hf = read_hf_config(tiny_config.parent)
+    student = student_attention_class(name).from_flags(flags, hf)
+    rows = decode_suite(Workload(hf=hf, student=student, stage=2), [16, 40], [1, 3])
+    assert [row["case"].partition(", context ")[2] for row in rows] == [
+        "16, 1 sequences", "16, 3 sequences", "40, 1 sequences", "40, 3 sequences"
+    ]
+    for row, (context, size) in zip(rows, [(16, 1), (16, 3), (40, 1), (40, 3)], strict=True):
+        held = context + 12  # three tokens before the clock starts, nine while it runs
+        assert row["ours"]["kv_gb"] == round(size * 2 * numbers(held) / 1e9, 9)
+        assert row["baseline"]["kv_gb"] == round(size * 2 * 2 * held * 2 * 2 * 32 / 1e9, 9)
+        assert row["ratio"] == pytest.approx(row["baseline"]["ms"] / row["ours"]["ms"], rel=1e-2)

@@ -41,7 +41,7 @@ def tokens(batch: int = 2, length: int = 40) -> torch.Tensor:
     return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def dense_attention(attn, x, cos_sin, window):
+def dense_attention(attn, x, cos_sin, window, sinks=0):
     """Attention with the mask written out, and a gate where the layer has one."""
     batch, length, _ = x.shape
     shape = (batch, length, -1, attn.head_dim)
@@ -50,7 +50,7 @@ def dense_attention(attn, x, cos_sin, window):
     value = attn.v_proj(x).view(shape).transpose(1, 2)
     query, key = apply_rotary_pos_emb(query, key, *cos_sin)
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-    mask = (distance >= 0) & (distance < window)
+    mask = (distance >= 0) & ((distance < window) | (torch.arange(length) < sinks))
     out = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     out = out.transpose(1, 2)
     if window == WINDOW:
@@ -166,21 +166,23 @@ def test_full_layers_are_the_teacher(teacher_config, tmp_path: Path):
 
 
 @pytest.mark.parametrize("remote", [True, False], ids=["remote_code", "registered"])
-@pytest.mark.parametrize("num_experts", [0, 4])
-def test_saved_directory_loads(remote, num_experts, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("num_experts, sink_tokens", [(0, 0), (4, 3)])
+def test_saved_directory_loads(remote, num_experts, sink_tokens, tmp_path: Path, monkeypatch):
     model = gate_swa(
-        num_experts=num_experts, num_experts_per_tok=2, moe_intermediate_size=24, qk_norm=False
+        num_experts=num_experts, num_experts_per_tok=2, moe_intermediate_size=24, qk_norm=False,
+        sink_tokens=sink_tokens,
     )
     model.save_pretrained(tmp_path)
     if remote:
         monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
-        for name in ("configuration_gate_swa.py", "modeling_gate_swa.py"):
-            shutil.copy(Path(hf.__file__).parent / name, tmp_path)
+        for file in Path(hf.__file__).parent.glob("*_gate_swa.py"):
+            shutil.copy(file, tmp_path)
     else:
         register()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=remote)
     assert loaded.config.model_type == "gate_swa"
     assert loaded.config.sliding_window == WINDOW
+    assert loaded.config.sink_tokens == sink_tokens
     with torch.no_grad():
         assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
@@ -202,6 +204,7 @@ def test_biases_sit_where_the_config_says():
         {"sliding_window": 1},
         {"sliding_window": None},
         {"output_gate": "both"},
+        {"sink_tokens": -1},
     ],
 )
 def test_unusable_configs_are_refused(change):

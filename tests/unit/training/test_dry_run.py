@@ -93,9 +93,27 @@ def test_everything_trained_needs_a_larger_grid():
     dry(Stage2Recipe, *everything, "--tensor-model-parallel-size", 2, "--sequence-parallel")
 
 
+def test_an_optimizer_on_the_host_leaves_the_device(tmp_path, capsys):
+    """Qwen3-8B, everything trained: too much for one process, until the states are the host's."""
+    target = tmp_path / "plan.json"
+    flags = [*MLA, "--bf16", "--trainable", "all", "--use-distributed-optimizer"]
+    flags += ["--device-memory-gib", 141, "--json", target]
+    with pytest.raises(UserError, match="pipeline stage 0 needs"):
+        dry(Stage2Recipe, *flags)
+    (before,) = json.loads(target.read_text())["memory"]
+    dry(Stage2Recipe, *flags, "--optimizer-cpu-offload")
+    (after,) = json.loads(target.read_text())["memory"]
+    assert (before["host"], after["optimizer"]) == (0, 0)
+    assert before["optimizer"] == 3 * before["gradients"]
+    assert after["host"] == before["optimizer"] + before["gradients"]
+    assert before["total"] - after["total"] == before["optimizer"]
+    assert f"{after['host'] / 2**30:.1f} GiB of the host's" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--optimizer-cpu-offload"], "--optimizer-cpu-offload needs --bf16 and"),
         (["--world-size", 0], "--world-size 0"),
         (["--world-size", 6, "--tensor-model-parallel-size", 4], "number of processes 6"),
         (["--tensor-model-parallel-size", 3], "num_attention_heads 32"),

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.teacher import backbone
 from megatron_attnedit.training.full_layers import largest, nll_rises
 from megatron_attnedit.training.lineage import read_lineage
 from tests.models import build_tiny_teacher, tiny_data, tiny_hf_dir
@@ -43,6 +44,53 @@ def test_rise_is_that_of_the_layer_that_looks_far(teacher_dir, data, one_process
     assert nll_rises(teacher, ids[:, :-1], ids[:, 1:], 40, hf.vocab_size) == [0] * LAYERS
     after = nll_rises(teacher, ids[:, :-1], ids[:, 1:], 4, hf.vocab_size, batch_size=5)
     assert after == pytest.approx(rises, abs=1e-5)
+
+
+def rises_by_whole_passes(teacher, tokens, labels, window, sinks, vocab_size, batch_size):
+    """The definition: the whole model once for each layer that slides."""
+    from megatron_attnedit.training.full_layers import _loss, _sliding
+
+    def nll():
+        total = 0.0
+        for ids, after in zip(tokens.split(batch_size), labels.split(batch_size), strict=True):
+            positions = torch.arange(ids.shape[1]).expand_as(ids)
+            total += _loss(teacher, backbone(teacher, ids, positions), after, vocab_size)
+        return total / labels.numel()
+
+    with torch.no_grad():
+        whole, found = nll(), []
+        for layer in teacher.decoder.layers:
+            with _sliding(layer, window, sinks):
+                found.append(nll() - whole)
+    return found
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "llama"])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_passes_that_begin_in_the_middle_give_the_same(family, sinks, tmp_path, one_process):
+    hf, teacher = build_tiny_teacher(tiny_hf_dir(tmp_path / "hf", family, num_hidden_layers=LAYERS))
+    ids = torch.randint(0, hf.vocab_size, (5, 41), generator=torch.Generator().manual_seed(3))
+    tokens, labels = ids[:, :-1], ids[:, 1:]
+    expected = rises_by_whole_passes(teacher, tokens, labels, 4, sinks, hf.vocab_size, 2)
+    layers = list(teacher.decoder.layers)
+    calls = count_calls(layers)
+    rises = nll_rises(
+        teacher, tokens, labels, 4, hf.vocab_size, sink_tokens=sinks, batch_size=2
+    )
+    assert rises == expected and min(map(abs, rises)) > 1e-4
+    # Three batches: the layers once, then from each layer on.
+    assert [calls[layer] for layer in layers] == [3 * (1 + i + 1) for i in range(LAYERS)]
+
+
+def count_calls(layers):
+    calls = dict.fromkeys(layers, 0)
+
+    def count(layer, *args):
+        calls[layer] += 1
+
+    for layer in layers:
+        layer.register_forward_hook(count)
+    return calls
 
 
 def test_rise_is_that_of_the_loss(teacher_dir, one_process):
@@ -91,6 +139,9 @@ def test_bad_input(teacher_dir, data, tmp_path, monkeypatch):
         run(monkeypatch, *flags, "--init", "random")
     with pytest.raises(UserError, match="--seq-length 63: .* more than the window 128"):
         run(monkeypatch, *flags, "--calibration-data-path", data, "--seq-length", 63)
+    with pytest.raises(UserError, match="--seq-length 63: .* window 60 and 3 sink tokens"):
+        sizes = ["--seq-length", 63, "--sliding-window", 60, "--sink-tokens", 3]
+        run(monkeypatch, *flags, "--calibration-data-path", data, *sizes)
 
 
 def test_largest():

@@ -6,13 +6,8 @@ import pytest
 import yaml
 
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.training.recipe import (
-    Stage1Recipe,
-    Stage2Recipe,
-    parse_recipe,
-    parser_for,
-    to_yaml,
-)
+from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
+from megatron_attnedit.training.recipe_files import parse_recipe, parser_for, to_yaml
 
 NEEDED = ["--teacher", "t", "--load", "l", "--save", "s", "--train-data-path", "d"]
 
@@ -82,6 +77,8 @@ def test_required(missing):
         (["--trainable", "mlp"], ["--trainable 'mlp'", "attention, all"]),
         (["--attention-backend", "magic"], ["--attention-backend 'magic'"]),
         (["--overlap-param-gather"], ["--overlap-param-gather needs --overlap-grad-reduce"]),
+        (["--lr-decay-style", "WSD"], ["--lr-wsd-decay-iters 0", "from 1 to the 1000 iterations"]),
+        (["--lr-wsd-decay-iters", "5"], ["--lr-wsd-decay-iters 5", "needs --lr-decay-style WSD"]),
     ],
 )
 def test_refused_values(argv, words):
@@ -91,6 +88,12 @@ def test_refused_values(argv, words):
 def test_a_recorded_run_cannot_overlap():
     with pytest.raises(UserError, match="--record does not go with --overlap-grad-reduce"):
         parse("--record", "--overlap-grad-reduce", cls=Stage1Recipe)
+
+
+@pytest.mark.parametrize("flag", ["--student-input-start", "--student-input-end"])
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "nan"])
+def test_probabilities_are_from_0_to_1(flag, value):
+    refused([f"{flag} {float(value)}", "from 0 to 1"], flag, value, cls=Stage1Recipe)
 
 
 def test_global_batch_that_does_not_divide():

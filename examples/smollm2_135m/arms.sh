@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# Comparison arms on SmolLM2-135M, all with the same tokens: both attentions, started from the teacher
+# and at random, through both stages and through stage 2 alone, each at three learning rates; besides,
+# full layers by measurement, sink tokens beside, everything trained in stage 2, and other fits of MLA without training.
+#
+#   bash examples/smollm2_135m/arms.sh [options]
+#
+#   --work DIR         what prepare.sh made (default: outputs/smollm2_135m)
+#   --iterations N     of an arm, over both stages (default: 400, 13.1 M tokens, 2 minutes of a GPU)
+#   --edit FLAGS       more flags of every edit
+#   --gate_swa FLAGS   more flags of GateSWA's edits
+#   --stage FLAGS      more flags of every stage
+#   --evaluate FLAGS   more flags of every evaluation
+#   --list             only print the steps: name, kind, names that come before it, command
+#   --report PREFIX    only measure the finished arms whose names begin so; edits: MLA's fits
+#
+# One GPU; about an hour. Reports are in WORK/report_*/; `tools/results.py add` keeps them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+work=outputs/smollm2_135m iterations=400 edit='' gate_swa='' stage='' evaluate='' list='' report=''
+while [ $# -gt 0 ]; do
+    case $1 in
+        --work) work=${2:?--work needs a directory}; shift 2 ;;
+        --iterations) iterations=${2:?--iterations needs a number}; shift 2 ;;
+        --edit) edit=$2; shift 2 ;;
+        --gate_swa) gate_swa=$2; shift 2 ;;
+        --stage) stage=$2; shift 2 ;;
+        --evaluate) evaluate=$2; shift 2 ;;
+        --report) report=${2:?--report needs a prefix}; shift 2 ;;
+        --list) list=yes; shift ;;
+        -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
+    esac
+done
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+this=examples/smollm2_135m
+stage1_iterations=$((iterations * 3 / 10))
+stage2_iterations=$((iterations - stage1_iterations))
+
+is_trained() { [ -f "$1/stage2/latest_checkpointed_iteration.txt" ]; }
+if [ -n "$report" ]; then
+    arms=("$work/$report"*)
+    if [ "$report" = edits ]; then arms=("$work"/mla_*_edit); fi
+    students=()
+    for arm in "${arms[@]}"; do
+        states=name=${arm##*/}
+        if [ "$report" = edits ]; then
+            states+=,after_edit=$arm/edit
+        elif is_trained "$arm"; then
+            if [ -d "$arm/stage1" ]; then states+=,after_stage1=$arm/stage1; fi
+            states+=,after_stage2=$arm/stage2
+        else
+            continue
+        fi
+        students+=(--student "$states")
+    done
+    read -ra more <<<"$evaluate"
+    exec python tools/evaluate.py --teacher "$work/teacher" "${students[@]}" \
+        --text "$work/corpus/heldout.jsonl" --seq-length 2048 --max-windows 40 --batch-size 8 \
+        --generations 0 --prompts 0 --output "$work/report_$report" "${more[@]}"
+fi
+
+step() { # NAME KIND NEEDS COMMAND...
+    local name=$1 kind=$2 needs=$3
+    shift 3
+    if [ -n "$list" ]; then
+        printf '%s\t%s\t%s\t%s\n' "$name" "$kind" "$needs" "${*@Q}"
+    else
+        "$@"
+    fi
+}
+arm() { # NAME KIND NEEDS ATTENTION FLAGS...
+    local name=$1 kind=$2 needs=$3 attention=$4
+    shift 4
+    step "$name" "$kind" "$needs" bash $this/run.sh --work "$work" --name "$name" \
+        --no-evaluate "$@" "$attention"
+}
+start() { # NAME ATTENTION FLAGS: an edit without training
+    local flags="$3 $edit"
+    if [ "$2" = gate_swa ]; then flags+=" $gate_swa"; fi
+    arm "$1_edit" edit - "$2" --no-stage1 --no-stage2 --edit "$flags"
+}
+both() { # NAME ATTENTION LR SUFFIX FLAGS: stage 2 after stage 1
+    arm "$1_both$4_$3" train "$1_stage1" "$2" --stage1-of "$1_stage1" \
+        --stage2 "--train-iters $stage2_iterations --lr $3 --eval-interval 20 $5 $stage"
+}
+alone() { # NAME ATTENTION LR: stage 2 for all the tokens
+    arm "$1_alone_$3" train "$1_edit" "$2" --edit-of "$1_edit" --no-stage1 \
+        --stage2 "--train-iters $iterations --lr $3 --eval-interval 20 $stage"
+}
+rates() { # START: its three learning rates of stage 2, the likeliest first
+    case $1 in *random) echo 1.2e-3 2.4e-3 6e-4 ;; *) echo 6e-4 1.2e-3 3e-4 ;; esac
+}
+
+starts=(mla_random gate_swa_random gate_swa_teacher mla_teacher)
+start mla_random mla "--init random"
+start gate_swa_random gate_swa "--init random"
+start mla_teacher mla ""
+start gate_swa_teacher gate_swa ""
+start gate_swa_auto gate_swa "--full-layers auto"
+start gate_swa_sinks gate_swa "--full-layers auto --sink-tokens 4"
+for fit in svd pca covariance; do start mla_$fit mla "--mla-fit $fit"; done
+for name in "${starts[@]}" gate_swa_auto gate_swa_sinks; do
+    rate=1e-3
+    case $name in *random) rate=2e-3 ;; esac
+    edited=${name}_edit
+    arm "${name}_stage1" train "$edited" "${name%_*}" --edit-of "$edited" --no-stage2 \
+        --stage1 "--train-iters $stage1_iterations --lr $rate $stage"
+done
+for n in 1 2 3; do
+    for name in "${starts[@]}"; do
+        rate=$(rates "$name" | cut -d ' ' -f $n)
+        both "$name" "${name%_*}" "$rate" '' ''
+        alone "$name" "${name%_*}" "$rate"
+    done
+    if [ $n = 3 ]; then break; fi
+    for name in gate_swa_auto gate_swa_sinks; do
+        both $name gate_swa "$(rates $name | cut -d ' ' -f $n)" '' ''
+    done
+    for name in mla_teacher gate_swa_teacher; do
+        both "$name" "${name%_*}" "$(echo 3e-4 6e-4 | cut -d ' ' -f $n)" _all '--trainable all'
+    done
+done
+for name in "${starts[@]/%/_both}" "${starts[@]/%/_alone}" gate_swa_auto_both gate_swa_sinks_both edits; do
+    step "report_$name" report - bash $this/arms.sh --work "$work" --report "$name" \
+        --evaluate "$evaluate"
+done
