@@ -23,7 +23,7 @@ class Arm:
         attention: The student's.
         init: ``teacher`` or ``random``.
         stages: ``1 + 2``, ``1`` or ``2``; empty without training.
-        full_layers: GateSWA: ``uniform`` or ``measured``; else empty.
+        full_layers: GateSWA: ``uniform`` or ``measured``, and sink tokens; else empty.
         trainable: In stage 2, ``attention`` or ``all``.
     """
 
@@ -43,6 +43,8 @@ def arm_of(student: Entry) -> Arm | None:
     full_layers = ""
     if "full_layers" in edit["student_attention"]:
         full_layers = "measured" if edit.get("full_layer_scores") else "uniform"
+        if sinks := edit["student_attention"].get("sink_tokens"):
+            full_layers += f", {sinks} sink tokens"
     return Arm(
         attention=edit["student_attention"]["name"],
         init=edit["init"],
