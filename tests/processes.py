@@ -1,6 +1,7 @@
-"""Run a function on several gloo processes that live as long as the test session.
+"""Run a function on several processes that live as long as the test session.
 
-Importing torch and Megatron costs seconds; the processes pay it once and serve every test.
+Importing torch and Megatron costs seconds; the processes pay it once and serve every test. They
+talk by gloo, or on accelerators (one each) by what serves those.
 """
 
 import atexit
@@ -9,21 +10,25 @@ import gc
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT_S = 240
+AFTER_A_FAILURE_S = 10  # the others may be waiting for the one that failed
 _workers: list[tuple[Any, Connection]] = []
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, index: int) -> None:
     import torch
 
     torch.set_num_threads(1)
     from megatron_attnedit.device import bootstrap
 
+    os.environ["LOCAL_RANK"] = str(index)
     bootstrap()
     gc.freeze()  # what is there now stays: collecting what a test leaves behind is cheap then
     while True:
@@ -37,17 +42,20 @@ def _serve(pipe: Connection) -> None:
         except BaseException:
             pipe.send((False, traceback.format_exc()))
         gc.collect()  # models hold on to process groups in cycles, and a group has threads
+        bootstrap().reset_peak_memory()
 
 
 @contextlib.contextmanager
 def process_group(rank: int, world_size: int, store: str) -> Iterator[None]:
-    """A default process group on gloo, torn down with Megatron's groups at the end."""
+    """A default process group, torn down with Megatron's groups at the end."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from megatron_attnedit.device import bootstrap
+
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group(
-        "gloo", rank=rank, world_size=world_size, init_method=f"file://{store}"
+        bootstrap().dist_backend, rank=rank, world_size=world_size, init_method=f"file://{store}"
     )
     try:
         yield
@@ -58,36 +66,66 @@ def process_group(rank: int, world_size: int, store: str) -> Iterator[None]:
             del os.environ[name]
 
 
-def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call ``function(*args)`` on ``world_size`` ranks; return the results in rank order.
+@dataclass
+class Job:
+    """A function that runs on some of the processes."""
 
-    ``function`` must be importable by name, arguments and results picklable.
+    pipes: list[Connection]  # in rank order
+    folder: tempfile.TemporaryDirectory[str]
+
+
+def start(workers: Sequence[int], function: Callable[..., Any], *args: Any) -> Job:
+    """Call ``function(*args)`` on a group of these processes, ranks in this order.
+
+    ``function`` must be importable by name, arguments and results picklable. Jobs on other
+    processes may run meanwhile.
     """
     context = multiprocessing.get_context("spawn")
-    while len(_workers) < world_size:
+    while len(_workers) <= max(workers):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,), daemon=False)
+        process = context.Process(target=_serve, args=(theirs, len(_workers)), daemon=False)
         process.start()
         theirs.close()  # so that a dead process reads as end of file, not as silence
         _workers.append((process, ours))
-    with tempfile.TemporaryDirectory() as folder:
-        store = os.path.join(folder, "store")
-        for rank, (_, pipe) in enumerate(_workers[:world_size]):
-            pipe.send((function, rank, world_size, store, args))
-        answers = []
-        for rank, (_, pipe) in enumerate(_workers[:world_size]):
-            if not pipe.poll(TIMEOUT_S):
-                _stop()
-                raise TimeoutError(f"rank {rank} of {world_size} gave no answer in {TIMEOUT_S} s")
+    folder = tempfile.TemporaryDirectory()
+    store = os.path.join(folder.name, "store")
+    pipes = [_workers[worker][1] for worker in workers]
+    for rank, pipe in enumerate(pipes):
+        pipe.send((function, rank, len(pipes), store, args))
+    return Job(pipes, folder)
+
+
+def finish(job: Job, timeout_s: float = TIMEOUT_S) -> list[Any]:
+    """The results in rank order. Where a rank gives none, all processes are ended."""
+    pipes: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(job.pipes)}
+    answers: dict[int, tuple[bool, Any]] = {}
+    until = time.monotonic() + timeout_s
+    while pipes and (left := until - time.monotonic()) > 0:
+        for pipe in wait(list(pipes), left):
+            rank = pipes.pop(pipe)
             try:
-                answers.append(pipe.recv())
-            except EOFError:
-                _stop()
-                raise RuntimeError(f"rank {rank} of {world_size} died") from None
-    failures = [f"rank {r}:\n{text}" for r, (ok, text) in enumerate(answers) if not ok]
+                answers[rank] = pipe.recv()  # type: ignore[union-attr]
+            except (EOFError, OSError):
+                answers[rank] = (False, "died")
+            if not answers[rank][0]:
+                until = min(until, time.monotonic() + AFTER_A_FAILURE_S)
+    job.folder.cleanup()
+    died = any(answer == (False, "died") for answer in answers.values())
+    if pipes or died:
+        _stop()
+    failures = [f"rank {r}:\n{text}" for r, (ok, text) in sorted(answers.items()) if not ok]
+    if died:
+        raise RuntimeError("\n".join(failures))
     if failures:
         raise AssertionError("\n".join(failures))
-    return [value for _, value in answers]
+    if pipes:
+        raise TimeoutError(f"ranks {sorted(pipes.values())} gave no answer in {timeout_s} s")
+    return [answers[rank][1] for rank in range(len(job.pipes))]
+
+
+def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call ``function(*args)`` on ``world_size`` ranks; return the results in rank order."""
+    return finish(start(range(world_size), function, *args))
 
 
 def _stop() -> None:

@@ -5,13 +5,16 @@ attention: kernels by themselves; a window against full attention.
 kl:        the chunked KL loss against kl_div on full logits, and against its matrix products.
 stage1:    layer-wise distillation against a plain transformers script, random weights.
 stage2:    model-level distillation against the same.
+scaling:   under torchrun, one grid of processes beside one process.
 decode:    an exported student in transformers against its teacher there, random weights.
 checkpoint: how long saving stops a stage-1 run, before going on and behind it.
 convert:   import and export of a model, against cp of the same bytes.
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,7 +31,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--suite", 
-        choices=("attention", "kl", "stage1", "stage2", "decode", "checkpoint", "convert"),
+        choices=(
+            "attention", "kl", "stage1", "stage2", "scaling", "decode", "checkpoint", "convert"
+        ),
         required=True,
     )
     parser.add_argument(
@@ -39,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="add the figures to this file")
     parser.add_argument("--page", type=Path, help="and put its tables into this Markdown page")
 
-    speed = parser.add_argument_group("attention, kl, stage1, stage2, decode")
+    speed = parser.add_argument_group("attention, kl, stage1, stage2, scaling, decode")
     speed.add_argument("--seq-length", type=int, default=4096, help="tokens (default: %(default)s)")
     speed.add_argument(
         "--student-attention", choices=("mla", "gate_swa"), default="mla",
@@ -52,7 +57,8 @@ def parse_args() -> argparse.Namespace:
     speed.add_argument("--kv-lora-rank", type=int, help="of MLA (default: as for an edit)")
     speed.add_argument(
         "--micro-batches", type=int, default=1,
-        help="samples per optimizer step, one at a time (default: %(default)s)",
+        help="samples per optimizer step, one at a time; scaling: of each process "
+        "(default: %(default)s)",
     )
     speed.add_argument("--trainable", choices=("attention", "all"), default="attention")
     speed.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
@@ -66,6 +72,7 @@ def parse_args() -> argparse.Namespace:
     )
     speed.add_argument("--no-baseline", action="store_true", help="only this program's side")
 
+    add_scaling_flags(parser)
     decode = parser.add_argument_group("decode")
     decode.add_argument(
         "--contexts", type=int, nargs="+", default=[4096, 16384, 32768],
@@ -83,6 +90,21 @@ def parse_args() -> argparse.Namespace:
     )
     convert.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     return parser.parse_args()
+
+
+def add_scaling_flags(parser: argparse.ArgumentParser) -> None:
+    scaling = parser.add_argument_group("scaling")
+    scaling.add_argument("--stage", type=int, choices=(1, 2), default=1, help="default: 1")
+    scaling.add_argument(
+        "--use-distributed-optimizer", action=argparse.BooleanOptionalAction, default=True
+    )
+    scaling.add_argument("--overlap-grad-reduce", action="store_true")
+    scaling.add_argument("--overlap-param-gather", action="store_true")
+    bootstrap()
+    from megatron_attnedit.models.flags import add_flags_of
+    from megatron_attnedit.models.grid import ParallelConfig
+
+    add_flags_of(parser, "scaling: the grid", ParallelConfig)
 
 
 def read_config(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,20 +142,19 @@ def convert(args: argparse.Namespace, config: dict[str, Any]) -> None:
         add_run(args.json, run)
 
 
-def stage(args: argparse.Namespace, config: dict[str, Any]) -> Any:
+def workload(args: argparse.Namespace, config: dict[str, Any]) -> Any:
     from megatron_attnedit.attention import student_attention_class
     from megatron_attnedit.convert.hf_config import read_hf_config
     from megatron_attnedit.evaluate.speed.ours import Workload
-    from megatron_attnedit.evaluate.speed.stages import compare
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         hf = read_hf_config(Path(folder))
     flags = {"kv_lora_rank": args.kv_lora_rank, "sliding_window": args.sliding_window[0]}
-    work = Workload(
+    return Workload(
         hf=hf,
         student=student_attention_class(args.student_attention).from_flags(flags, hf),
-        stage=2 if args.suite == "stage2" else 1,
+        stage={"stage2": 2, "scaling": args.stage}.get(args.suite, 1),
         seq_length=args.seq_length,
         micro_batches=args.micro_batches,
         trainable=args.trainable,
@@ -141,7 +162,28 @@ def stage(args: argparse.Namespace, config: dict[str, Any]) -> Any:
         recompute=args.recompute,
         optimizer_cpu_offload=args.optimizer_cpu_offload,
         runs_student=args.student_inputs,
+        **scaling_fields(args),
     )
+
+
+def scaling_fields(args: argparse.Namespace) -> dict[str, Any]:
+    from megatron_attnedit.models.grid import ParallelConfig
+
+    if args.suite != "scaling":
+        return {}
+    names = (item.name for item in dataclasses.fields(ParallelConfig))
+    return {
+        "parallel": ParallelConfig(**{name: getattr(args, name) for name in names}),
+        "use_distributed_optimizer": args.use_distributed_optimizer,
+        "overlap_grad_reduce": args.overlap_grad_reduce,
+        "overlap_param_gather": args.overlap_param_gather,
+    }
+
+
+def stage(args: argparse.Namespace, config: dict[str, Any]) -> Any:
+    from megatron_attnedit.evaluate.speed.stages import compare
+
+    work = workload(args, config)
     if args.suite == "checkpoint":
         return [checkpoint(args, work)]
     if args.suite == "decode":
@@ -149,6 +191,18 @@ def stage(args: argparse.Namespace, config: dict[str, Any]) -> Any:
 
         return decode_suite(work, args.contexts, args.batch_sizes)
     return [compare(work, with_baseline=not args.no_baseline)]
+
+
+def scaling(args: argparse.Namespace, config: dict[str, Any]) -> Any:
+    from megatron_attnedit.evaluate.speed.scaling import beside_one_process, scaling_row
+    from megatron_attnedit.training.setup import stop_processes
+
+    known = json.loads(args.json.read_text()) if args.json and args.json.is_file() else []
+    try:
+        row = scaling_row(workload(args, config), int(os.environ.get("WORLD_SIZE", "1")))
+    finally:
+        stop_processes()
+    return [beside_one_process(row, known)]
 
 
 def checkpoint(args: argparse.Namespace, work: Any) -> dict[str, Any]:
@@ -178,15 +232,16 @@ def kernels(args: argparse.Namespace, config: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    args = parse_args()
     start_logging()
-    bootstrap()
+    args = parse_args()
     config = read_config(args)
     if args.suite == "convert":
         convert(args, config)
         return
-    suite = kernels if args.suite in ("attention", "kl") else stage
-    rows = suite(args, config)
+    suites = {"attention": kernels, "kl": kernels, "scaling": scaling}
+    rows = suites.get(args.suite, stage)(args, config)
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(json.dumps(rows, indent=1))
     if args.json:
         from megatron_attnedit.evaluate.speed.results import add_rows, write_page

@@ -41,24 +41,15 @@ def main() -> None:
 
 def parser_for(*groups: type) -> argparse.ArgumentParser:
     from megatron_attnedit.attention.flags import add_student_flags
+    from megatron_attnedit.models.flags import add_flags_of
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", required=True, help="Hugging Face directory")
     parser.add_argument("--context", type=int, default=32768, help="tokens (default: 32768)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--world-size", type=int, help="processes (default: one copy's)")
     for group in groups:
-        options = parser.add_argument_group("run" if group is not groups[0] else "grid")
-        for item in dataclasses.fields(group):
-            flag, kind = f"--{item.name.replace('_', '-')}", type(item.default)
-            if kind is bool:
-                options.add_argument(flag, action="store_true")
-            elif item.name == "world_size":
-                options.add_argument(flag, type=int, help="processes (default: one copy's)")
-            else:
-                shown = item.default or "none"
-                options.add_argument(
-                    flag, type=kind, default=item.default, help=f"(default: {shown})"
-                )
+        add_flags_of(parser, "run" if group is not groups[0] else "grid", group)
     add_student_flags(parser)
     return parser
 

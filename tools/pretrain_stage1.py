@@ -12,7 +12,8 @@ def main() -> None:
     start_logging()
     bootstrap()
     from megatron_attnedit.training.dry_run import dry_run
-    from megatron_attnedit.training.recipe import Stage1Recipe, parse_recipe
+    from megatron_attnedit.training.recipe import Stage1Recipe
+    from megatron_attnedit.training.recipe_files import parse_recipe
     from megatron_attnedit.training.run import run
 
     if "--dry-run" in sys.argv:

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from typing_extensions import Self
 
 from megatron_attnedit.attention.kept import KeptNumbers
+from megatron_attnedit.attention.traffic import AttentionTraffic
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
 
@@ -81,6 +82,10 @@ class StudentAttention(ABC):
     @abstractmethod
     def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
         """What an edited layer's attention keeps for backward."""
+
+    @abstractmethod
+    def traffic(self, teacher: HFConfig) -> AttentionTraffic:
+        """What the processes exchange that share an edited layer's attention."""
 
     def check(self, *, tp_size: int, seq_length: int) -> None:  # noqa: B027
         """Refuse a run in which this attention cannot work or cannot learn.

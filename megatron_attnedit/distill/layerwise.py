@@ -15,7 +15,7 @@ layer that received ``x`` where the teacher had ``x_t`` is asked to bring the re
 ``x = x_t`` that is the loss above.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -124,6 +124,11 @@ class LayerwiseDistillation(MegatronModule):
         self.training = mode
         self.attentions.train(mode)
         return self
+
+    @property
+    def called_as_a_whole(self) -> Iterable[nn.Module]:
+        """Modules that hold all that trains."""
+        return self.attentions.values()
 
     # mcore asks, to add up gradients of tied embeddings; here nothing of the kind trains.
     share_embeddings_and_output_weights = False

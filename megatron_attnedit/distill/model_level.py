@@ -5,7 +5,7 @@ teacher behind student on the batch dimension, the teacher's half without a grad
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,11 @@ class ModelLevelDistillation(MegatronModule):
         for module in self._trained:
             module.train(mode)
         return self
+
+    @property
+    def called_as_a_whole(self) -> Iterable[nn.Module]:
+        """Modules that hold what trains, but for the ends of the model."""
+        return self.student.decoder.layers
 
     @property
     def pre_process(self) -> bool:

@@ -24,6 +24,7 @@ RESERVE_BYTES = 4 * 2**30
 # ends the buffer at a multiple of the second and of the data-parallel size.
 PARAM_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128
 FLOAT32 = 4
+HEAD_NORMS = ("q_layernorm", "k_layernorm")
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,6 @@ def _states(
     stage: int,
 ) -> tuple[int, int, int]:
     """Bytes of parameters, main gradients and optimizer states."""
-    own_copies = work.trainable == "all"
-    trained_table = student_rows(hf, student) if own_copies else edited_rows(hf, student)
     last = parallel.pipeline_model_parallel_size - 1
     parameters = gradients = optimizer = 0
     moments = 2 * FLOAT32
@@ -93,20 +92,66 @@ def _states(
         ends = (stage == 0 and index == 0, stage == last and index == len(chunks) - 1)
         frozen = _shards(teacher_rows(hf), hf, parallel, layers, *ends)
         parameters += sum(numel for numel, _ in frozen) * work.bytes_per_number
-        trained = _shards(trained_table, hf, parallel, layers, *ends)
-        for in_expert, copies in (
-            (False, work.data_parallel_size * parallel.context_parallel_size),
-            (True, work.expert_data_parallel_size),
-        ):
-            # With one process per expert group mcore treats experts like everything else.
-            apart = parallel.expert_model_parallel_size > 1
-            numels = [n for n, expert in trained if (expert and apart) == in_expert]
-            size = _buffer_numbers(numels, copies if work.use_distributed_optimizer else 0)
-            parameters += size * work.bytes_per_number
-            gradients += size * FLOAT32
-            share = size // copies if work.use_distributed_optimizer else size
-            optimizer += share * (masters + moments)
+        for part in trained_on_process(hf, student, parallel, work, layers, *ends).buffers:
+            parameters += part.numbers * work.bytes_per_number
+            gradients += part.numbers * FLOAT32
+            copies = part.copies if work.use_distributed_optimizer else 1
+            optimizer += part.numbers // copies * (masters + moments)
     return parameters, gradients, optimizer
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Gradients that are reduced together: numbers with padding, and processes that hold copies."""
+
+    numbers: int
+    copies: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What trains in a piece of the model on one process.
+
+    Attributes:
+        buffers: Of experts and of everything else.
+        replicated: Numbers that all tensor-parallel processes hold alike.
+        head_norms: Of these, in norms of queries and keys, of which each process sees its heads'.
+    """
+
+    buffers: list[Buffer]
+    replicated: int
+    head_norms: int
+
+
+def trained_on_process(
+    hf: HFConfig,
+    student: StudentAttention,
+    parallel: ParallelConfig,
+    work: Workload,
+    layers: range,
+    first: bool,
+    last: bool,
+) -> Trained:
+    """Counted as mcore lays it out; ``first`` and ``last``: are embedding and head there?"""
+    table = student_rows(hf, student) if work.trainable == "all" else edited_rows(hf, student)
+    trained = _shards(table, hf, parallel, layers, first, last)
+    buffers = []
+    for in_expert, copies in (
+        (False, work.data_parallel_size * parallel.context_parallel_size),
+        (True, work.expert_data_parallel_size),
+    ):
+        # With one process per expert group mcore treats experts like everything else.
+        apart = parallel.expert_model_parallel_size > 1
+        numels = [n for n, expert in trained if (expert and apart) == in_expert]
+        size = _buffer_numbers(numels, copies if work.use_distributed_optimizer else 0)
+        buffers.append(Buffer(size, copies))
+    alike = [row for row in table if row.tp_dim is None and not row.in_expert]
+    norms = [row for row in alike if row.megatron_param.split(".")[-2] in HEAD_NORMS]
+    counts = (
+        sum(n for n, _ in _shards(rows, hf, parallel, layers, first, last))
+        for rows in (alike, norms)
+    )
+    return Trained(buffers, *counts)
 
 
 def _shards(

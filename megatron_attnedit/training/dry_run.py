@@ -15,16 +15,13 @@ from megatron_attnedit.attention.flags import NAMES, add_student_flags
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.activations import Workload
+from megatron_attnedit.models.communication import Traffic, traffic_of_stages
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.memory import RESERVE_BYTES, RankMemory, memory_of_stages
 from megatron_attnedit.training.data_files import check_amount, describe
-from megatron_attnedit.training.recipe import (
-    Recipe,
-    Stage2Recipe,
-    parser_for,
-    read_recipe_file,
-)
+from megatron_attnedit.training.recipe import Recipe, Stage2Recipe
+from megatron_attnedit.training.recipe_files import parser_for, read_recipe_file
 from megatron_attnedit.training.setup import teacher_hf_dir
 from megatron_attnedit.training.student import find_student
 
@@ -43,6 +40,7 @@ class DryRun:
         world_size: Processes.
         work: What memory depends on.
         memory: Of a process of each pipeline stage.
+        traffic: Of the same process, in an iteration.
     """
 
     recipe: Recipe
@@ -52,6 +50,7 @@ class DryRun:
     world_size: int
     work: Workload
     memory: list[RankMemory]
+    traffic: list[Traffic]
 
 
 def dry_run(cls: type[Recipe], description: str, argv: list[str] | None = None) -> None:
@@ -75,7 +74,8 @@ def dry_run(cls: type[Recipe], description: str, argv: list[str] | None = None) 
     file = given.pop("recipe", None)
     values = {**(read_recipe_file(cls, file) if file else {}), **given}
     found = plan_run(cls, values, flags, world_size)
-    report = [*_grid_lines(found), *_schedule_lines(found), *_memory_lines(found)]
+    report = [*_grid_lines(found), *_schedule_lines(found)]
+    report += [*_memory_lines(found), *_traffic_lines(found)]
     print("\n".join(report), flush=True)
     if target:
         target.write_text(json.dumps(_as_json(found), indent=2) + "\n")
@@ -123,7 +123,8 @@ def plan_run(
     parallel = ParallelConfig(**{name: getattr(recipe, name) for name in names})
     work = check_run(recipe, hf, student, parallel, world_size)
     memory = memory_of_stages(hf, student, parallel, work)
-    return DryRun(recipe, hf, student, parallel, world_size, work, memory)
+    traffic = traffic_of_stages(hf, student, parallel, work)
+    return DryRun(recipe, hf, student, parallel, world_size, work, memory, traffic)
 
 
 def check_run(
@@ -244,6 +245,18 @@ def _memory_lines(found: DryRun) -> list[str]:
     return lines
 
 
+def _traffic_lines(found: DryRun) -> list[str]:
+    """Nothing where one process runs alone."""
+    names = [name for name in vars(Traffic()) if any(getattr(t, name) for t in found.traffic)]
+    if not names:
+        return []
+    lines = ["traffic    GB an iteration " + "".join(f"{name:>13}" for name in names)]
+    for stage, traffic in enumerate(found.traffic):
+        row = "".join(f"{getattr(traffic, name) / 1e9:13.2f}" for name in names)
+        lines.append(f"           pipeline stage {stage:<2}{row}")
+    return lines
+
+
 def _as_json(found: DryRun) -> dict[str, Any]:
     return {
         "recipe": dataclasses.asdict(found.recipe),
@@ -251,6 +264,7 @@ def _as_json(found: DryRun) -> dict[str, Any]:
         "world_size": found.world_size,
         "workload": dataclasses.asdict(found.work),
         "memory": [{**vars(memory), "total": memory.total} for memory in found.memory],
+        "traffic": [vars(traffic) for traffic in found.traffic],
     }
 
 

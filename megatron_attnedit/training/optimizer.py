@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_attnedit.device import bootstrap, recording_stream
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.training.overlap import wait_before_use
 from megatron_attnedit.training.recipe import Recipe
 
 # All of it: where mcore's hybrid optimizer offloads a part, it loads the rest to the wrong device
@@ -37,11 +38,17 @@ def wrap(
         recipe: The run.
     """
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=recipe.use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=recipe.use_distributed_optimizer,
+        overlap_grad_reduce=recipe.overlap_grad_reduce,
+        overlap_param_gather=recipe.overlap_param_gather,
     )
     config = modules[0].config
     with recording_stream(next(modules[0].parameters()).device):
         models = [DistributedDataParallel(config, ddp_config, module) for module in modules]
+    if recipe.overlap_param_gather:
+        for model in models:
+            wait_before_use(model)
     optimizer = _optimizer(models, recipe)
     schedule = OptimizerParamScheduler(
         optimizer,
@@ -80,6 +87,7 @@ def _optimizer(models: list[DistributedDataParallel], recipe: Recipe) -> Megatro
             bf16=recipe.bf16,
             params_dtype=models[0].config.params_dtype,
             use_distributed_optimizer=recipe.use_distributed_optimizer,
+            overlap_param_gather=recipe.overlap_param_gather,
             **(OFFLOAD if recipe.optimizer_cpu_offload else {}),
         ),
         models,

@@ -10,7 +10,7 @@ from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.metrics import MetricsLog, Sink
 from megatron_attnedit.training.optimizer import trains_anything
 from megatron_attnedit.training.random_state import set_own_state
-from megatron_attnedit.training.recipe import to_yaml
+from megatron_attnedit.training.recipe_files import to_yaml
 from megatron_attnedit.training.run_state import Run
 from megatron_attnedit.training.weights_and_biases import WeightsAndBiases
 

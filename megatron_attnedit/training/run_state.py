@@ -17,6 +17,7 @@ from megatron_attnedit.training.heartbeat import Heartbeat
 from megatron_attnedit.training.lineage import Lineage
 from megatron_attnedit.training.metrics import MetricsLog
 from megatron_attnedit.training.optimizer import optimizer_state
+from megatron_attnedit.training.overlap import wait_for_weights
 from megatron_attnedit.training.recipe import Recipe
 from megatron_attnedit.training.stages import Stage
 from megatron_attnedit.training.stopping import Stopping
@@ -61,6 +62,7 @@ class Run:
 
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         """What a checkpoint of this run holds, the same plain values on all ranks."""
+        wait_for_weights(self.stage.models)
         student = self.student_state()
         return {
             "model": student,

@@ -5,8 +5,9 @@ return plain numbers under the names that are logged. Sums over tokens are reduc
 and divided once.
 """
 
-import functools
+import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -41,8 +42,12 @@ class Stage(Protocol):
         """Where a loss that is not finite comes from."""
 
 
+# Samples' numbers in the run to ``[layers, b]``: which layers receive the student's hidden states.
+Draw = Callable[[Sequence[int]], Tensor]
+
+
 def _forward(
-    iterator: Iterator[Batch], model: Any, draw: Callable[[Sequence[int]], Tensor] | None = None
+    iterator: Iterator[Batch], model: Any, draw: Draw | None = None
 ) -> tuple[Tensor, Any]:
     """A step of the schedule that reports no loss."""
     batch = next(iterator)
@@ -50,6 +55,23 @@ def _forward(
     own = [draw(batch.sample_ids).to(device, non_blocking=True)] if draw else []
     hidden = model(batch.tokens, batch.position_ids, batch.loss_mask, *own)
     return hidden, lambda out: (out.new_zeros(()), {})
+
+
+def _forward_and_backward(num_microbatches: int, draw: Draw | None) -> Any:
+    """The same for a model whose forward is all: gradients are whole after the last one.
+
+    mcore reduces a bucket once its gradients are there, so it must know which micro-batch is a
+    model's last. Every piece of the model on this process counts its own.
+    """
+    seen: Counter[Any] = Counter()
+
+    def step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+        seen[model] += 1
+        last = seen[model] == num_microbatches
+        with contextlib.nullcontext() if last else model.no_sync():
+            return _forward(iterator, model, draw)
+
+    return step
 
 
 class Stage1:
@@ -91,7 +113,7 @@ class Stage1:
         run_schedule(
             self.models,
             batches,
-            functools.partial(_forward, draw=draw),
+            _forward_and_backward(num_microbatches, draw),
             num_microbatches,
             streams=2 if inputs else 1,
             forward_only=True,
@@ -141,7 +163,10 @@ class Stage2:
         self.modules = modules
         self.models = models
         self._last: Batch | None = None
-        modules[0].config.finalize_model_grads_func = finalize_model_grads
+        config = modules[0].config
+        config.finalize_model_grads_func = finalize_model_grads
+        pauses = [model.no_sync for model in models]
+        config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
 
     def _run(
         self, batches: Iterator[Batch], num_microbatches: int, *, training: bool

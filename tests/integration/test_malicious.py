@@ -16,7 +16,8 @@ from megatron_attnedit.convert.hf_checkpoint import INDEX
 from megatron_attnedit.convert.integrity import MARKER, seal
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.training.loop import train
-from megatron_attnedit.training.recipe import Stage1Recipe, parse_recipe
+from megatron_attnedit.training.recipe import Stage1Recipe
+from megatron_attnedit.training.recipe_files import parse_recipe
 from megatron_attnedit.training.run import prepare
 from tests.conversions import make
 from tests.numerics.inputs import make_inputs, recipe

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe, read_recipe_file
+from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
+from megatron_attnedit.training.recipe_files import read_recipe_file
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "smollm2_135m"

@@ -1,5 +1,6 @@
 """The grids that must agree with one process, and a run of a few iterations on one of them."""
 
+import functools
 import os
 
 import pytest
@@ -10,8 +11,9 @@ from megatron.core import parallel_state
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.models.grid import place_of_this_process
 from megatron_attnedit.models.student import student_rows
-from megatron_attnedit.training import run_folder
+from megatron_attnedit.training import optimizer, run_folder
 from megatron_attnedit.training.lineage import read_lineage
+from megatron_attnedit.training.overlap import wait_for_weights
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from tests.numerics.inputs import recipe as small_recipe
@@ -22,6 +24,9 @@ TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
+OVERLAP = {
+    "use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True,
+}
 # Name: processes, flags, does it need experts?
 GRIDS = {
     "DP2": (2, {}, False),
@@ -43,6 +48,7 @@ GRIDS = {
     "EP2 x TP2 SP": (2, EP2 | TP2 | SP, True),
     "ETP2": (2, TP2 | SP | {"expert_tensor_parallel_size": 2}, True),
     "TP2 SP x PP2 x EP2": (8, TP2 | SP | PP2 | EP2, True),
+    "DP2 overlap": (2, OVERLAP, False),
 }
 STAGES = {
     "stage 1": (Stage1Recipe, {}),
@@ -56,28 +62,44 @@ STAGES = {
 }
 
 
-def train_on_grid(stage, folder, student, save, grid):
+def train_on_grid(stage, folder, student, save, grid, iterations=ITERATIONS):
     """Losses, gradient norms, first gradients and last weights of this rank, and its place."""
     cls, fields = STAGES[stage]
     recipe = small_recipe(
         cls, folder, student, save,
-        train_iters=ITERATIONS, adam_eps=1e-6, eod_mask_loss=True, **fields, **grid,
+        train_iters=iterations, adam_eps=1e-6, eod_mask_loss=True, **fields, **grid,
     )
     run = prepare(recipe)
     size = parallel_state.get_data_parallel_world_size()
     batches = run.batches(run.train_data, 0)
     losses, norms, grads = [], [], {}
     visits = count_visits(run)
-    for i in range(ITERATIONS):
+    for i in range(iterations):
         run.optimizer.zero_grad()
         losses.append(run.stage.train_step(batches, recipe.num_microbatches(size))["loss"])
         if i == 0:
             gather_gradients(run)
-            grads = {name: p.main_grad.float().clone() for name, p in trained(run)}
-        norms.append(run.optimizer.step()[1])
+            grads = {name: p.main_grad.float().clone().cpu() for name, p in trained(run)}
+        norms.append(float(run.optimizer.step()[1]))
         run.schedule.step(increment=1)
-    weights = {name: p.detach().float().clone() for name, p in trained(run)}
+    wait_for_weights(run.stage.models)
+    weights = {name: p.detach().float().clone().cpu() for name, p in trained(run)}
+    visits = {layer_idx: counts.cpu() for layer_idx, counts in visits.items()}
     return place_of_this_process(), losses, norms, grads, weights, visits
+
+
+def train_with_small_buckets(*arguments):
+    """``train_on_grid`` with gradients in many buckets, as they are in large models."""
+    with pytest.MonkeyPatch.context() as patch:
+        config = functools.partial(optimizer.DistributedDataParallelConfig, bucket_size=5000)
+        patch.setattr(optimizer, "DistributedDataParallelConfig", config)
+        return train_on_grid(*arguments)
+
+
+def train_without_compiler(*arguments):
+    """``train_on_grid`` with every function as it is written: grids differ in shapes."""
+    torch.compiler.set_stance("force_eager")
+    return train_on_grid(*arguments)
 
 
 def count_visits(run):

@@ -21,7 +21,7 @@ BF16_BARS = {"loss": 5e-3, "grad_norm": 3e-2, "gradients": 5e-2, "parameters": 2
 MODELS = {"dense": "qwen3", "moe": "qwen3_moe"}
 CORE = ["stage 1", "stage 2"]
 VARIANTS = [stage for stage in grids.STAGES if stage not in CORE]
-VARIANT_GRIDS = ["DP2", "TP2 SP", "PP2 interleaved", "CP2"]
+VARIANT_GRIDS = ["DP2", "DP2 overlap", "TP2 SP", "PP2 interleaved", "CP2"]
 
 
 def runs_on(model, grid):
@@ -34,6 +34,8 @@ def runs_on(model, grid):
 def runs_by_default(stage, model, grid, student):
     if model == "moe" and (not GRIDS[grid][2] or stage == "stage 1 on own inputs"):
         return False
+    if grid == "DP2 overlap":  # of the others, see test_buckets_that_overlap_with_computation
+        return student == "mla" and stage in ("stage 1 on own inputs", "stage 2")
     grid_idx, student_idx = list(GRIDS).index(grid), list(STUDENTS).index(student)
     if stage in CORE:
         return (grid_idx + CORE.index(stage) + student_idx) % 2 == 0
@@ -212,3 +214,15 @@ def test_a_planted_mistake_is_found(inputs, one_process, tmp_path, mistake, stag
     )
     found = differences(rows_of(inputs["dense"], "mla"), answers, expected)
     assert found["gradients"] > 10 * BARS["gradients"], found
+
+
+@pytest.mark.parametrize("stage", ["stage 1", "stage 1 on own inputs", "stage 2 all, jsd"])
+def test_buckets_that_overlap_with_computation(inputs, one_process, tmp_path, stage):
+    """Several buckets: one is still on its way while the next layer already computes."""
+    folder, flags = inputs["dense"], {**grids.OVERLAP, "micro_batch_size": 1}
+    expected = one_process(stage, "dense", "gate_swa")
+    answers = processes.run(
+        2, grids.train_with_small_buckets, stage, folder, "gate_swa", tmp_path / "run", flags
+    )
+    found = differences(rows_of(folder, "gate_swa"), answers, expected)
+    assert {kind: value for kind, value in found.items() if value > BARS[kind]} == {}

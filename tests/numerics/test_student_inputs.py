@@ -122,7 +122,8 @@ def trained_on(folder, name, *draws):
 def test_never_is_teacher_forcing(inputs, name):
     (forced,) = processes.run(1, trained_on, inputs, name)
     (never,) = processes.run(1, trained_on, inputs, name, DRAWS["never"]())
-    assert torch.equal(never[0][:, BATCH:], forced[0]) and torch.equal(never[1], forced[1])
+    # Not the hidden states: by itself the teacher stops behind the last edited attention.
+    assert torch.equal(never[1], forced[1])
     for key, gradient in forced[2].items():
         assert torch.equal(never[2][key], gradient), key
 

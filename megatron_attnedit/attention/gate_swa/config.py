@@ -14,6 +14,7 @@ from megatron_attnedit.attention.gate_swa import init, rows
 from megatron_attnedit.attention.gate_swa.spec import gate_swa_spec
 from megatron_attnedit.attention.kept import KeptNumbers, kept_by_teacher
 from megatron_attnedit.attention.student_attention import StudentAttention
+from megatron_attnedit.attention.traffic import AttentionTraffic, traffic_of_teacher
 from megatron_attnedit.attention.windows import FULL, SLIDING, parse_layers, uniform_full_layers
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
@@ -123,6 +124,9 @@ class GateSWA(StudentAttention):
         return dataclasses.replace(
             kept, besides=kept.besides + gate + kept.output, gradients=gate + kept.output
         )
+
+    def traffic(self, teacher: HFConfig) -> AttentionTraffic:
+        return dataclasses.replace(traffic_of_teacher(teacher), input_projections=2)
 
     def check(self, *, tp_size: int, seq_length: int) -> None:
         if self.visible_tokens >= seq_length:

@@ -14,6 +14,7 @@ from megatron_attnedit.attention.mla import init, rows
 from megatron_attnedit.attention.mla.dims import MLADims
 from megatron_attnedit.attention.mla.spec import mla_spec
 from megatron_attnedit.attention.student_attention import StudentAttention
+from megatron_attnedit.attention.traffic import AttentionTraffic
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.errors import UserError
@@ -126,6 +127,16 @@ class MLA(MLADims, StudentAttention):
             key_value=query + n * self.v_head_dim,
             output=n * self.v_head_dim,
             num_heads=n,
+        )
+
+    def traffic(self, teacher: HFConfig) -> AttentionTraffic:
+        n = self.num_attention_heads
+        return AttentionTraffic(
+            input_projections=1,
+            projected=self.kv_lora_rank,
+            shared=self.qk_pos_emb_head_dim,
+            keys=(n * self.query_dim, n * self.v_head_dim),
+            groups=n,
         )
 
     def check(self, *, tp_size: int, seq_length: int) -> None:

@@ -1,15 +1,15 @@
-"""Floating-point operations that a stage cannot do without, counted on the modules themselves.
+"""Floating-point operations that a stage cannot do without, counted on the table of weights.
 
 A matrix of p numbers costs 2 p per token forward, 2 p for its own gradient and 2 p for its input's.
 Scores and values cost as their products do over the keys that a query may see; backward twice that.
 """
 
-from collections.abc import Mapping
-
-from torch import nn
+import math
+from collections.abc import Sequence
 
 from megatron_attnedit.attention import MLA, StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.models.flops import mlp_flops
 
 # They read the layer's input, which wants no gradient in stage 1.
@@ -23,11 +23,11 @@ def visible_keys(seq_length: int, window: int | None) -> float:
     return window - window * (window - 1) / (2 * seq_length)
 
 
-def _matrices(module: nn.Module) -> tuple[int, int]:
-    """Numbers in matrices, and of them in those that read the layer's input."""
-    sizes = {name: p.numel() for name, p in module.named_parameters() if p.ndim == 2}
-    return sum(sizes.values()), sum(
-        size for name, size in sizes.items() if name.split(".")[0] in INPUT_PROJECTIONS
+def _matrices(rows: Sequence[ParamRow]) -> tuple[int, int]:
+    """Numbers in an attention's matrices, and of them in those that read the layer's input."""
+    matrices = {row.megatron_param: math.prod(row.shape) for row in rows if len(row.shape) == 2}
+    return sum(matrices.values()), sum(
+        size for name, size in matrices.items() if name.split(".")[4] in INPUT_PROJECTIONS
     )
 
 
@@ -49,18 +49,16 @@ def _teacher_attention(hf: HFConfig, seq_length: int) -> float:
 def stage_floor(
     hf: HFConfig,
     student: StudentAttention,
-    attentions: Mapping[int, nn.Module],
     *,
     seq_length: int,
     stage: int,
     runs_student: bool = False,
 ) -> float:
-    """Per token.
+    """Per token, of the whole model.
 
     Args:
         hf: The teacher.
-        student: Its student.
-        attentions: The edited ones, which train.
+        student: Its student; the edited attentions train.
         seq_length: Tokens of a sample.
         stage: 1, or 2 with frozen MLPs and a frozen head.
         runs_student: Stage 1 on the student's own hidden states: its layers run forward, too.
@@ -68,14 +66,15 @@ def stage_floor(
     scores = _student_scores(student, hf, seq_length)
     teacher = _teacher_attention(hf, seq_length)
     total = hf.num_hidden_layers * (teacher + mlp_flops(hf))
+    edited = [i for i in range(hf.num_hidden_layers) if student.edits(i)]
     if stage == 1:  # nothing wants what comes after the last edited attention
-        after = hf.num_hidden_layers - 1 - max(attentions)
+        after = hf.num_hidden_layers - 1 - max(edited)
         total -= after * (teacher + mlp_flops(hf)) + mlp_flops(hf)
-    for module in attentions.values():
-        matrices, on_input = _matrices(module)
+    for layer_idx in edited:
+        matrices, on_input = _matrices(student.rows(hf, layer_idx))
         backward_of_input = matrices - on_input if stage == 1 else matrices
         total += 2 * (2 * matrices + backward_of_input) + 3 * scores
-    kept = hf.num_hidden_layers - len(attentions)
+    kept = hf.num_hidden_layers - len(edited)
     if runs_student:
         total += hf.num_hidden_layers * mlp_flops(hf) + kept * teacher
     if stage == 2:

@@ -51,6 +51,14 @@ SUITES = {
     "attention": "Attention kernels",
     "decode": "Decoding in transformers",
 }
+SCALING_COLUMNS = (
+    ("ms", "ms", "{:,.1f}"),
+    ("tokens_per_s", "tokens/s of each process", "{:,}"),
+    ("utilisation", "utilisation", "{:.1%}"),
+    ("peak_gb", "peak GB", "{:.1f}"),
+    ("communication_busy", "communicating", "{:.1%}"),
+    ("communication_exposed", "of it exposed", "{:.1%}"),
+)
 COLUMNS = (
     ("ms", "ms", "{:,.1f}"),
     ("tokens_per_s", "tokens/s", "{:,}"),
@@ -92,7 +100,25 @@ def tables(rows: list[dict[str, Any]]) -> str:
             parts.append("|---" * (len(heads) + 2) + "|")
             parts += [_line(entry) for entry in mine]
             parts.append("")
-    return "\n".join(parts)
+    return "\n".join([*parts, *_scaling_tables(rows)])
+
+
+def _scaling_tables(rows: list[dict[str, Any]]) -> list[str]:
+    """A table per task and device; a row is a grid."""
+    mine = [entry for entry in rows if entry["suite"] == "scaling"]
+    parts = []
+    for task, device in dict.fromkeys((r["task"], r["device"]) for r in mine):
+        same = [r for r in mine if (r["task"], r["device"]) == (task, device)]
+        heads = ["grid", "processes", *(name for _, name, _ in SCALING_COLUMNS), "efficiency"]
+        parts += [f"### Scaling: {device}, {same[0]['date']}, {task}\n"]
+        parts += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for r in same:
+            ours = r["ours"]
+            cells = [form.format(ours[k]) if k in ours else "" for k, _, form in SCALING_COLUMNS]
+            ratio = f"{r['ratio']:.1%}" if "ratio" in r else ""
+            parts.append("| " + " | ".join([r["grid"], str(r["processes"]), *cells, ratio]) + " |")
+        parts.append("")
+    return parts
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -17,13 +17,12 @@ from megatron_attnedit.models.grid import ParallelConfig
 
 
 def _measured(
-    build: Callable[[], tuple[Callable[[], float], float]], tokens: int, rate: float
+    build: Callable[[], Callable[[], float]], tokens: int, flops: float, rate: float
 ) -> dict[str, Any]:
     """Build, measure, take apart again; running out of memory is a result, too."""
     try:
-        step, flops = build()
-        figures = measure(step, repeats=3)
-        return side(figures, tokens=tokens, flops=flops * tokens, rate=rate)
+        step = build()
+        return side(measure(step, repeats=3), tokens=tokens, flops=flops * tokens, rate=rate)
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     finally:
@@ -35,24 +34,14 @@ def _measured(
 def compare(work: Workload, *, with_baseline: bool = True) -> dict[str, Any]:
     """One row."""
     rate = matmul_rate()
-    floor: list[float] = []
-
-    def our_side() -> tuple[Callable[[], float], float]:
-        built = ours.build_training(work)
-        floor.append(
-            stage_floor(
-                work.hf, work.student, built.attentions,
-                seq_length=work.seq_length, stage=work.stage, runs_student=work.runs_student,
-            )
-        )
-        return built.step, floor[0]
-
-    our_figures = _measured(our_side, work.tokens, rate)
+    floor = stage_floor(
+        work.hf, work.student,
+        seq_length=work.seq_length, stage=work.stage, runs_student=work.runs_student,
+    )
+    our_figures = _measured(lambda: ours.build_training(work).step, work.tokens, floor, rate)
     their_figures = None
     if with_baseline and not work.runs_student:
-        their_figures = _measured(
-            lambda: (baseline.training_step(work), floor[0] if floor else 0.0), work.tokens, rate
-        )
+        their_figures = _measured(lambda: baseline.training_step(work), work.tokens, floor, rate)
     found = row(f"stage{work.stage}", describe(work), our_figures, their_figures)
     found["matmul_tflops"] = round(rate / 1e12, 1)
     found["predicted_peak_gb"] = round(predicted_peak_gb(work), 2)

@@ -1,19 +1,24 @@
 """The benchmark: floors against counting by hand, rows, and the page made of the figures."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+import torch.distributed as dist
 
 from megatron_attnedit.attention import MLA, GateSWA, student_attention_class
 from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.device.communication import covered, shares
 from megatron_attnedit.evaluate.speed import measure, results
 from megatron_attnedit.evaluate.speed.decode import decode_suite
 from megatron_attnedit.evaluate.speed.floor import stage_floor, visible_keys
 from megatron_attnedit.evaluate.speed.ours import Workload
+from megatron_attnedit.evaluate.speed.scaling import beside_one_process, grid_name, scaling_row
+from megatron_attnedit.models.grid import ParallelConfig
+from tests import processes
 
 ROOT = Path(__file__).parents[3]
 QWEN3_8B = ROOT / "examples" / "recipes" / "qwen3_8b"
@@ -26,27 +31,12 @@ def test_visible_keys(window):
     assert visible_keys(length, window) == pytest.approx(sum(seen) / length)
 
 
-def modules(shapes, count):
-    with torch.device("meta"):
-        return {
-            i: torch.nn.ModuleDict(
-                {name: torch.nn.Linear(*shape, bias=False) for name, shape in shapes.items()}
-            )
-            for i in range(count)
-        }
-
-
 def test_floor_of_stage_1_at_qwen3_8b():
     """781 million operations per token and layer, as counted by hand for sequences of 4096, less
     the last layer's MLP.
     """
     hf = read_hf_config(QWEN3_8B)
-    student = MLA.from_flags({}, hf)
-    shapes = {
-        "linear_q_proj": (4096, 32 * 192), "linear_kv_down_proj": (4096, 576),
-        "linear_kv_up_proj": (512, 32 * 256), "linear_proj": (4096, 4096),
-    }
-    found = stage_floor(hf, student, modules(shapes, 36), seq_length=4096, stage=1)
+    found = stage_floor(hf, MLA.from_flags({}, hf), seq_length=4096, stage=1)
     mlp = 6 * 4096 * 12288
     teacher = 2 * 4096 * (6144 + 4096) + 4 * 4096 * 2048.5 + mlp
     matrices = 4096 * 6144 + 4096 * 576 + 512 * 8192 + 4096 * 4096
@@ -58,17 +48,15 @@ def test_floor_of_stage_1_at_qwen3_8b():
 
 def test_floor_of_stage_2_counts_heads_and_kept_layers():
     hf = read_hf_config(QWEN3_8B)
-    student = GateSWA.from_flags({"sliding_window": 128, "full_layers": "0,1"}, hf)
-    shapes = {"linear_qkv": (4096, 6144), "linear_gate": (4096, 4096), "linear_proj": (4096, 4096)}
-    edited = modules(shapes, 34)
-    less = stage_floor(hf, student, edited, seq_length=4096, stage=1)
-    more = stage_floor(hf, student, edited, seq_length=4096, stage=2)
+    student = GateSWA.from_flags({"sliding_window": 128, "full_layers": "34,35"}, hf)
+    less = stage_floor(hf, student, seq_length=4096, stage=1)
+    more = stage_floor(hf, student, seq_length=4096, stage=2)
     attention = 2 * 4096 * (6144 + 4096) + 4 * 4096 * 2048.5
     mlp = 6 * 4096 * 12288
     extra = 36 * 2 * mlp + 2 * 3 * attention + 6 * 4096 * 151936 + 34 * 2 * 4096 * (6144 + 4096)
     extra += 2 * attention + 3 * mlp  # behind the last edited attention
     assert more - less == pytest.approx(extra)
-    own = stage_floor(hf, student, edited, seq_length=4096, stage=1, runs_student=True)
+    own = stage_floor(hf, student, seq_length=4096, stage=1, runs_student=True)
     assert own - less == pytest.approx(36 * mlp + 2 * attention)
 
 
@@ -106,6 +94,13 @@ def test_the_page_has_the_committed_figures(tmp_path):
     assert page.read_text() == (ROOT / "docs" / "performance.md").read_text()
 
 
+def test_communication_is_exposed_where_nothing_else_runs():
+    talking, computing = [(1.0, 3.0), (2.0, 5.0)], [(0.0, 2.0), (4.0, 4.5), (9.0, 10.0)]
+    assert covered(talking) == 4.0
+    share = shares(talking, talking + computing)
+    assert (share.busy, share.exposed) == pytest.approx((0.4, 0.25))  # 2 to 4 and 4.5 to 5, of 10
+
+
 @pytest.fixture
 def tiny_config(tmp_path):
     config = {
@@ -116,6 +111,52 @@ def tiny_config(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path / "config.json"
+
+
+def on_grid(*flags):
+    """What the tool does with these flags in processes that are there already."""
+    from tools import benchmark
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["benchmark.py", "--suite", "scaling", *flags])
+        args = benchmark.parse_args()
+    work = benchmark.workload(args, benchmark.read_config(args))
+    return scaling_row(work, dist.get_world_size())
+
+
+def test_a_grid_is_measured_beside_one_process(tmp_path, tiny_config):
+    task = ["--config", str(tiny_config), "--stage", "2", "--seq-length", "32"]
+    task += ["--micro-batches", "2"]
+    (alone,) = processes.run(1, on_grid, *task)
+    grid = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    both = processes.run(2, on_grid, *task, *grid)
+    assert both[0] == both[1]
+    assert (alone["grid"], both[0]["grid"]) == ("one process", "TP2 SP")
+    assert alone["ours"]["communication_busy"] < both[0]["ours"]["communication_busy"] < 1
+    file, page = tmp_path / "figures.json", tmp_path / "page.md"
+    results.add_rows(file, [alone])
+    row = beside_one_process(both[0], json.loads(file.read_text()))
+    rates = [side["tokens_per_s"] for side in (row["ours"], row["baseline"])]
+    assert row["ratio"] == pytest.approx(rates[0] / rates[1], abs=1e-3)
+    # A pair computes twice the samples of one process in a step.
+    assert rates[0] == pytest.approx(64 / row["ours"]["ms"] * 1e3, rel=0.01)
+    results.add_rows(file, [row])
+    page.write_text(f"{results.BEGIN}{results.END}")
+    results.write_page(file, page)
+    assert f"| TP2 SP | 2 | {row['ours']['ms']:,.1f} |" in page.read_text()
+
+
+def test_grids_have_names():
+    hf = read_hf_config(QWEN3_8B)
+    work = Workload(hf=hf, student=MLA.from_flags({}, hf), stage=1)
+    assert grid_name(work, 4) == "DP4"
+    grid = ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2
+    )
+    full = dataclasses.replace(
+        work, parallel=grid, overlap_grad_reduce=True, overlap_param_gather=True
+    )
+    assert grid_name(full, 8) == "TP2 SP x PP2 x DP2, overlap"
 
 
 def test_both_sides_run_and_are_compared(tmp_path, tiny_config):

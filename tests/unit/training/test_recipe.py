@@ -6,13 +6,8 @@ import pytest
 import yaml
 
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.training.recipe import (
-    Stage1Recipe,
-    Stage2Recipe,
-    parse_recipe,
-    parser_for,
-    to_yaml,
-)
+from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
+from megatron_attnedit.training.recipe_files import parse_recipe, parser_for, to_yaml
 
 NEEDED = ["--teacher", "t", "--load", "l", "--save", "s", "--train-data-path", "d"]
 
@@ -81,12 +76,18 @@ def test_required(missing):
         (["--kl", "sideways"], ["--kl 'sideways'", "forward"]),
         (["--trainable", "mlp"], ["--trainable 'mlp'", "attention, all"]),
         (["--attention-backend", "magic"], ["--attention-backend 'magic'"]),
+        (["--overlap-param-gather"], ["--overlap-param-gather needs --overlap-grad-reduce"]),
         (["--lr-decay-style", "WSD"], ["--lr-wsd-decay-iters 0", "from 1 to the 1000 iterations"]),
         (["--lr-wsd-decay-iters", "5"], ["--lr-wsd-decay-iters 5", "needs --lr-decay-style WSD"]),
     ],
 )
 def test_refused_values(argv, words):
     refused(words, *argv)
+
+
+def test_a_recorded_run_cannot_overlap():
+    with pytest.raises(UserError, match="--record does not go with --overlap-grad-reduce"):
+        parse("--record", "--overlap-grad-reduce", cls=Stage1Recipe)
 
 
 @pytest.mark.parametrize("flag", ["--student-input-start", "--student-input-end"])
