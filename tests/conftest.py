@@ -27,16 +27,6 @@ def pytest_configure(config):
         os.environ["MEGATRON_ATTNEDIT_FULL_TESTS"] = "1"  # worker processes see it, too
 
 
-def pytest_collection_modifyitems(items):
-    """Where tests run in two processes: those that start more of them take turns, and a file's
-    tests stay together.
-    """
-    for item in items:
-        several = {"processes", "subprocess"} & vars(item.module).keys()
-        group = "several processes" if several else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture
 def one_process(tmp_path):
     """Megatron's groups in this process alone."""

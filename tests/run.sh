@@ -10,4 +10,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ruff check .
 mypy
-exec python -m pytest --numprocesses 2 --dist loadgroup --durations=15 "$@"
+if [ $# -gt 0 ]; then exec python -m pytest --durations=15 "$@"; fi
+# Most unit tests are of one process, the others start several: those have the cores to themselves.
+failed=0
+python -m pytest --numprocesses 2 --dist loadfile tests/unit || failed=1
+python -m pytest --durations=25 tests/ascend tests/integration tests/numerics || failed=1
+exit $failed
