@@ -151,10 +151,13 @@ def workload(args: argparse.Namespace, config: dict[str, Any]) -> Any:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         hf = read_hf_config(Path(folder))
     flags = {"kv_lora_rank": args.kv_lora_rank, "sliding_window": args.sliding_window[0]}
+    stage = {"stage2": 2, "scaling": args.stage}.get(args.suite, 1)
+    if args.student_inputs and stage == 2:
+        raise UserError("--student-inputs: of stage 1; in stage 2 there are no others")
     return Workload(
         hf=hf,
         student=student_attention_class(args.student_attention).from_flags(flags, hf),
-        stage={"stage2": 2, "scaling": args.stage}.get(args.suite, 1),
+        stage=stage,
         seq_length=args.seq_length,
         micro_batches=args.micro_batches,
         trainable=args.trainable,
