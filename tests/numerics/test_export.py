@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import read_hf_config
@@ -101,7 +102,11 @@ def test_an_exported_cache_keeps_window_and_sinks(tmp_path):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code"))
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+        # Not by an Auto class: where the package's own classes are registered, it takes those.
+        written = get_class_from_dynamic_module(
+            "modeling_gate_swa.GateSWAForCausalLM", tmp_path / "out"
+        )
+        model = written.from_pretrained(tmp_path / "out")
     assert "transformers_modules" in type(model).__module__
     hf = read_hf_config(hf_dir)
     token = 2 * hf.num_key_value_heads * hf.head_dim * 4

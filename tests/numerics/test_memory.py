@@ -21,6 +21,7 @@ from tests import processes
 from tests.numerics.grids import EP2, GRIDS, PP2, SP, TP2
 from tests.numerics.inputs import make_inputs
 from tests.numerics.inputs import recipe as small_recipe
+from tests.thinning import every_other
 
 BF16 = {"bf16": True}
 SHARED = {"use_distributed_optimizer": True}
@@ -107,7 +108,7 @@ def states_of_rank(cls, folder, student, save, flags):
     )
 
 
-@pytest.mark.parametrize(("family", "student", "cls", "world_size", "flags"), STATES)
+@pytest.mark.parametrize(("family", "student", "cls", "world_size", "flags"), every_other(STATES))
 def test_states_are_exact(inputs, tmp_path, family, student, cls, world_size, flags):
     folder, save = inputs[family], tmp_path / "run"
     expected, _ = predicted(small_recipe(cls, folder, student, save, **flags), world_size)
@@ -204,7 +205,7 @@ def kept_by_rank(folder, student, save, flags):
         return storage_bytes(kept)
 
 
-@pytest.mark.parametrize(("family", "student", "flags", "world_size"), KEPT)
+@pytest.mark.parametrize(("family", "student", "flags", "world_size"), every_other(KEPT))
 def test_activations(inputs, tmp_path, family, student, flags, world_size):
     folder, save = inputs[family], tmp_path / "run"
     recipe = small_recipe(Stage2Recipe, folder, student, save, bf16=True, **flags)

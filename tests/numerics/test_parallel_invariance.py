@@ -13,6 +13,7 @@ from tests.numerics import grids
 from tests.numerics.grids import GRIDS, LAYERS, differences, rows_of, train_on_grid
 from tests.numerics.inputs import STUDENTS, make_inputs, make_student
 from tests.numerics.parallel_table import write_table
+from tests.thinning import every_other
 
 BARS = {"loss": 1e-5, "grad_norm": 1e-4, "gradients": 1e-4, "parameters": 1e-4, "routing": 0}
 # Rounding to 8 bits of mantissa at every step, in another order on every grid.
@@ -165,9 +166,10 @@ def test_tied_embeddings_in_a_pipeline(tmp_path, grid):
     assert all(found[name] <= bar for name, bar in BARS.items()), found
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("trainable", ["attention", "all"])
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize(
+    ("student", "trainable", "recompute"),
+    every_other(STUDENTS, ["attention", "all"], ["selective", "full"]),
+)
 def test_recomputation_changes_nothing(
     inputs, one_process, tmp_path, student, trainable, recompute
 ):
@@ -180,9 +182,10 @@ def test_recomputation_changes_nothing(
     assert all(found[name] <= bar for name, bar in BARS.items()), found
 
 
-@pytest.mark.parametrize("full_layers", ["0,1,2", "3,4,5"])
-@pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
-@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize(
+    ("stage", "full_layers", "distributed"),
+    every_other(CORE, ["0,1,2", "3,4,5"], [False, True]),
+)
 def test_stage_with_nothing_to_train(inputs, tmp_path, stage, full_layers, distributed):
     folder, name = inputs["dense"], f"hybrid {full_layers}"
     if not (folder / name).exists():

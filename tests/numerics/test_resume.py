@@ -21,6 +21,7 @@ from tests import processes
 from tests.attempts import metrics
 from tests.numerics.inputs import make_inputs, make_student
 from tests.numerics.inputs import recipe as small_recipe
+from tests.thinning import every_other
 
 RECIPES = {"stage 1": Stage1Recipe, "stage 2": Stage2Recipe}
 GRIDS = {
@@ -109,8 +110,7 @@ def losses(save: Path) -> dict[int, float]:
     return dict(logged)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("stage", RECIPES)
+@pytest.mark.parametrize(("stage", "grid"), every_other(RECIPES, GRIDS))
 def test_continues_bit_for_bit(inputs, tmp_path, stage, grid):
     world_size, fields = GRIDS[grid]
     save = tmp_path / "run"
@@ -150,8 +150,9 @@ def assert_equal(whole, resumed):
             assert torch.equal(before[name], after[name]), name
 
 
-@pytest.mark.parametrize("distributed", [False, True])
-@pytest.mark.parametrize("stage", RECIPES)
+@pytest.mark.parametrize(
+    ("stage", "distributed"), every_other(RECIPES, [False, True])
+)
 def test_stage_with_nothing_to_train_continues(inputs, tmp_path, stage, distributed):
     """Rank 0 writes what all ranks share, and here it has no optimizer state."""
     save = tmp_path / "run"
@@ -174,8 +175,7 @@ OTHER_GRIDS = {
 }
 
 
-@pytest.mark.parametrize("grid", OTHER_GRIDS)
-@pytest.mark.parametrize("stage", RECIPES)
+@pytest.mark.parametrize(("stage", "grid"), every_other(RECIPES, OTHER_GRIDS))
 def test_continues_on_another_grid(inputs, tmp_path, stage, grid):
     """Saved by four processes, continued by others: the same losses up to rounding."""
     save = tmp_path / "run"
