@@ -10,8 +10,8 @@ import pytest
 def every_other(*dimensions: Iterable[Any]) -> list[Any]:
     """Cases of ``parametrize``: all combinations, like the fields of a chessboard.
 
-    The black ones only run with ``--full``; the white ones have every value of every dimension. With
-    one dimension its values, tuples, are the cases.
+    The black ones only run with ``--full``; the white ones have every value of every dimension.
+    With one dimension its values, tuples, are the cases.
     """
     cases = []
     for combination in itertools.product(*(enumerate(values) for values in dimensions)):
