@@ -135,10 +135,7 @@ class _HashingFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | Path, mode: str) -> Iterator[Any]:
-        if mode != "wb":
-            with super().create_stream(path, mode) as stream:
-                yield stream
-            return
+        assert mode == "wb", mode
         with HashedFile(Path(path)) as stream:
             yield stream
         self.written[Path(path).name] = stream.describe()

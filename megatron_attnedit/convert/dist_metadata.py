@@ -39,7 +39,7 @@ _ALLOWED = {
 
 def _member(kind: type[Enum], name: str) -> Enum:
     """Python 3.11.0 to 3.11.3 pickle the member of an enumeration as an attribute of it."""
-    if kind not in (planner.WriteItemType, metadata._MEM_FORMAT_ENCODING):
+    if kind not in _ALLOWED.values() or not issubclass(kind, Enum):
         raise pickle.UnpicklingError(f"an attribute of {kind} has no place in it")
     return kind[name]
 

@@ -75,7 +75,7 @@ def can_be_recorded(config: TransformerConfig) -> bool:
     return max(sizes) == 1 and not config.num_moe_experts
 
 
-class _Compared(Exception):
+class _Through(Exception):
     """The last edited layer is through; nothing wants what the teacher would compute after it."""
 
 
@@ -152,7 +152,7 @@ class LayerwiseDistillation(MegatronModule):
             if self._mask is not None:
                 self._compare(layer_idx, args[0], kwargs, output[0])
                 if layer_idx == self._last:
-                    raise _Compared
+                    raise _Through
 
         return compare
 
@@ -213,7 +213,7 @@ class LayerwiseDistillation(MegatronModule):
             with torch.no_grad():
                 hidden = backbone(self.teacher, tokens, position_ids)
                 return self._stream.stop(hidden) if self._stream else hidden
-        except _Compared:
+        except _Through:
             return self.sums
         finally:
             self._mask = None

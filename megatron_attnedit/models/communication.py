@@ -83,11 +83,9 @@ def traffic_of_stages(
 
 
 def _stage(run: _Run, stage: int, chunks: Sequence[range]) -> Traffic:
-    last_stage = run.parallel.pipeline_model_parallel_size - 1
     total: Counter[str] = Counter()
     for index, layers in enumerate(chunks):
-        first = stage == 0 and index == 0
-        last = stage == last_stage and index == len(chunks) - 1
+        first, last = run.parallel.ends_of_chunk(stage, index)
         if run.work.stage == 1:
             once = _stage_1_of_chunk(run, layers, first=first, last=last)
         else:

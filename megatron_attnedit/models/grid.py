@@ -80,6 +80,11 @@ class ParallelConfig:
             [pieces[chunk * stages + stage] for chunk in range(chunks)] for stage in range(stages)
         ]
 
+    def ends_of_chunk(self, stage: int, index: int) -> tuple[bool, bool]:
+        """Has that piece of that pipeline stage the embedding, has it the output head?"""
+        last = (self.pipeline_model_parallel_size - 1, self.num_chunks - 1)
+        return (stage, index) == (0, 0), (stage, index) == last
+
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model; ``world_size`` is one that ``check_processes`` accepts."""
         model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size

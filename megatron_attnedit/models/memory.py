@@ -84,12 +84,11 @@ def _states(
     stage: int,
 ) -> tuple[int, int, int]:
     """Bytes of parameters, main gradients and optimizer states."""
-    last = parallel.pipeline_model_parallel_size - 1
     parameters = gradients = optimizer = 0
     moments = 2 * FLOAT32
     masters = FLOAT32 if work.bytes_per_number == 2 else 0
     for index, layers in enumerate(chunks):
-        ends = (stage == 0 and index == 0, stage == last and index == len(chunks) - 1)
+        ends = parallel.ends_of_chunk(stage, index)
         frozen = _shards(teacher_rows(hf), hf, parallel, layers, *ends)
         parameters += sum(numel for numel, _ in frozen) * work.bytes_per_number
         for part in trained_on_process(hf, student, parallel, work, layers, *ends).buffers:

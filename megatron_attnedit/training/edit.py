@@ -121,20 +121,22 @@ def _weights(
     generator = torch.Generator().manual_seed(config.seed)
     inputs = _calibration_inputs(config, teacher) if config.init == "teacher" else {}
     for layer_idx in tqdm(layers, "edit", unit="layer"):
-        weights = _teacher_attention(teacher, layer_idx)
         if config.init == "random":
+            weights = _teacher_attention(teacher, layer_idx, generator.device)
             yield layer_idx, student_attention.init_random(weights, teacher.hf, generator)
         else:
-            weights = {name: weight.to(device) for name, weight in weights.items()}
+            weights = _teacher_attention(teacher, layer_idx, device)
             sample = inputs.pop(layer_idx).to(device)
             yield layer_idx, student_attention.init_from_teacher(weights, teacher.hf, sample)
 
 
-def _teacher_attention(teacher: Teacher, layer_idx: int) -> dict[str, Tensor]:
+def _teacher_attention(
+    teacher: Teacher, layer_idx: int, device: torch.device
+) -> dict[str, Tensor]:
     """The teacher's attention of a layer, whole, float32, keyed inside ``self_attention``."""
     prefix = f"decoder.layers.{layer_idx}.self_attention."
     return {
-        name.removeprefix(prefix): param.detach().float().cpu()
+        name.removeprefix(prefix): param.detach().float().to(device)
         for name, param in global_params(teacher.model)
         if name.startswith(prefix)
     }

@@ -103,5 +103,3 @@ def parse_recipe(cls: type[Recipe], description: str, argv: list[str] | None = N
 def to_yaml(recipe: Recipe) -> str:
     """The final values, as written beside every checkpoint."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
-
-
