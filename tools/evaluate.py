@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
         "--student",
         action="append",
         required=True,
-        metavar="name=NAME,after_edit=DIR,after_stage1=DIR,after_stage2=DIR",
+        metavar="name=NAME,after_edit=DIR,after_stage1=DIR,after_between=DIR,after_stage2=DIR",
         help="a student and its states, at least one; repeatable",
     )
     add("--text", type=Path, required=True, help="held-out .jsonl or .txt, also with .gz or .zst")

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Comparison arms on SmolLM2-135M, all with the same tokens: both attentions, started from the teacher
 # and at random, through both stages and through stage 2 alone, each at three learning rates; besides,
-# full layers by measurement, sink tokens beside, everything trained in stage 2, and other fits of MLA without training.
+# full layers by measurement, sink tokens beside, everything trained in stage 2, layers on the student's own
+# hidden states between the stages, and other fits of MLA without training.
 #
 #   bash examples/smollm2_135m/arms.sh [options]
 #
@@ -29,7 +30,7 @@ while [ $# -gt 0 ]; do
         --evaluate) evaluate=$2; shift 2 ;;
         --report) report=${2:?--report needs a prefix}; shift 2 ;;
         --list) list=yes; shift ;;
-        -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
     esac
 done
@@ -37,6 +38,9 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 this=examples/smollm2_135m
 stage1_iterations=$((iterations * 3 / 10))
 stage2_iterations=$((iterations - stage1_iterations))
+half=$((stage1_iterations / 2))
+# What the recipes of longer runs have otherwise.
+same='--global-batch-size 16 --micro-batch-size 16 --lr-decay-style cosine --trainable attention'
 
 is_trained() { [ -f "$1/stage2/latest_checkpointed_iteration.txt" ]; }
 if [ -n "$report" ]; then
@@ -48,7 +52,9 @@ if [ -n "$report" ]; then
         if [ "$report" = edits ]; then
             states+=,after_edit=$arm/edit
         elif is_trained "$arm"; then
-            if [ -d "$arm/stage1" ]; then states+=,after_stage1=$arm/stage1; fi
+            for stage in stage1 between; do
+                if [ -d "$arm/$stage" ]; then states+=,after_$stage=$arm/$stage; fi
+            done
             states+=,after_stage2=$arm/stage2
         else
             continue
@@ -83,11 +89,17 @@ start() { # NAME ATTENTION FLAGS: an edit without training
 }
 both() { # NAME ATTENTION LR SUFFIX FLAGS: stage 2 after stage 1
     arm "$1_both$4_$3" train "$1_stage1" "$2" --stage1-of "$1_stage1" \
-        --stage2 "--train-iters $stage2_iterations --lr $3 --eval-interval 20 $5 $stage"
+        --stage2 "$same --train-iters $stage2_iterations --lr $3 --eval-interval 20 $5 $stage"
 }
 alone() { # NAME ATTENTION LR: stage 2 for all the tokens
     arm "$1_alone_$3" train "$1_edit" "$2" --edit-of "$1_edit" --no-stage1 \
-        --stage2 "--train-iters $iterations --lr $3 --eval-interval 20 $stage"
+        --stage2 "$same --train-iters $iterations --lr $3 --eval-interval 20 $stage"
+}
+own() { # NAME ATTENTION LR: the second half of stage 1 on more and more of the student's hidden states
+    arm "$1_own_$3" train "$1_edit" "$2" --edit-of "$1_edit" \
+        --stage1 "--train-iters $((stage1_iterations - half)) --lr 1e-3 $stage" \
+        --between "--train-iters $half --lr 1e-3 --student-input-end 1 $stage" \
+        --stage2 "$same --train-iters $stage2_iterations --lr $3 --eval-interval 20 $stage"
 }
 rates() { # START: its three learning rates of stage 2, the likeliest first
     case $1 in *random) echo 1.2e-3 2.4e-3 6e-4 ;; *) echo 6e-4 1.2e-3 3e-4 ;; esac
@@ -120,9 +132,11 @@ for n in 1 2 3; do
     done
     for name in mla_teacher gate_swa_teacher; do
         both "$name" "${name%_*}" "$(echo 3e-4 6e-4 | cut -d ' ' -f $n)" _all '--trainable all'
+        own "$name" "${name%_*}" "$(rates "$name" | cut -d ' ' -f $n)"
     done
 done
-for name in "${starts[@]/%/_both}" "${starts[@]/%/_alone}" gate_swa_auto_both gate_swa_sinks_both edits; do
+for name in "${starts[@]/%/_both}" "${starts[@]/%/_alone}" {mla,gate_swa}_teacher_own \
+    gate_swa_{auto,sinks}_both edits; do
     step "report_$name" report - bash $this/arms.sh --work "$work" --report "$name" \
         --evaluate "$evaluate"
 done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One experiment on SmolLM2-135M: edit, stage 1, stage 2, export, evaluate. One GPU, or a CPU.
+# One experiment on SmolLM2-135M: edit, stage 1, stage 2, export, evaluate. GPUs, or a CPU.
 #
 #   bash examples/smollm2_135m/run.sh [options] mla|gate_swa
 #
@@ -17,6 +17,7 @@
 #   --longer NAME     the same, and stage 2 goes on where NAME's had its oldest checkpoint, optimizer
 #                     and all: before the decay of the learning rate; give --stage2 "--train-iters N"
 #   --from DIR        no edit and no stage 1: stage 2 starts from the student in DIR
+#   --processes N     GPUs that train together, each on its share of the samples (default: 1)
 #   --evaluate FLAGS  more flags for tools/evaluate.py, such as "--max-windows 50"
 #   --no-evaluate     no export and no report: for a search of learning rates
 #
@@ -25,7 +26,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 work=outputs/smollm2_135m
-name='' attention='' from='' edit_of='' stage1_of='' longer='' edit=() stage1=() between=() stage2=() evaluate=() report=yes stages=' 1 2'
+name='' attention='' from='' edit_of='' stage1_of='' longer='' edit=() stage1=() between=() stage2=() evaluate=() report=yes stages=' 1 2' processes=1
 while [ $# -gt 0 ]; do
     case $1 in
         --work) work=${2:?--work needs a directory}; shift 2 ;;
@@ -39,10 +40,11 @@ while [ $# -gt 0 ]; do
         --stage1-of) stage1_of=${2:?--stage1-of needs a name}; stages=' 2'; shift 2 ;;
         --longer) longer=${2:?--longer needs a name}; stages=' 2'; shift 2 ;;
         --from) from=${2:?--from needs a directory}; stages=' 2'; shift 2 ;;
+        --processes) processes=${2:?--processes needs a number}; shift 2 ;;
         --no-evaluate) report=''; shift ;;
         --no-stage1) stages=${stages/ 1/}; shift ;;
         --no-stage2) stages=${stages/ 2/}; shift ;;
-        -h | --help) sed -n '2,24s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,25s/^# \{0,1\}//p' "$0"; exit 0 ;;
         mla | gate_swa) attention=$1; shift ;;
         *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
     esac
@@ -101,7 +103,7 @@ fi
 # train STAGE FOLDER FLAGS...
 train() {
     say "$run: stage $1"
-    torchrun --standalone --nproc-per-node 1 "tools/pretrain_stage$1.py" \
+    torchrun --standalone --nproc-per-node "$processes" "tools/pretrain_stage$1.py" \
         --recipe "$here/${attention}_stage$1.yaml" --teacher "$work/teacher" --load "$load" \
         --save "$run/$2" --train-data-path "$work/data/train" \
         --valid-data-path "$work/data/validation" "${@:3}"
@@ -109,8 +111,11 @@ train() {
 }
 if [[ $stages = *1* ]]; then
     train 1 stage1 "${stage1[@]}"
-    if [ ${#between[@]} -gt 0 ]; then train 1 between "${between[@]}"; fi
     student+=,after_stage1=$load
+    if [ ${#between[@]} -gt 0 ]; then
+        train 1 between "${between[@]}"
+        student+=,after_between=$load
+    fi
 fi
 if [[ $stages = *2* ]]; then
     train 2 stage2 "${stage2[@]}"

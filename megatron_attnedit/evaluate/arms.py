@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_attnedit.evaluate.published import tokens_to_reach
+from megatron_attnedit.evaluate.students import RUNS
 
 Entry = dict[str, Any]
 ARMS = ["student", "start", "stages", "full layers", "trains", "learning rates", "best", "seed"]
@@ -12,6 +13,7 @@ TOKENS = ["", "random start", "its KL", "its tokens (M)", "start from the teache
 TOKENS += ["tokens to reach it (M)", "share"]
 # Parts of stage 2 at which a curve is shown.
 PARTS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+SHORT = {"stage1": "1", "between": "own", "stage2": "2"}
 FITS = ["start", "perplexity", "excess over the teacher", "of weight SVD's", "KL (nats)", "top-1"]
 
 
@@ -22,7 +24,8 @@ class Arm:
     Attributes:
         attention: The student's.
         init: ``teacher`` or ``random``.
-        stages: ``1 + 2``, ``1`` or ``2``; empty without training.
+        stages: ``1 + 2``, ``1 + own + 2`` (own: on the student's own hidden states), ``1`` or
+            ``2``; empty without training.
         full_layers: GateSWA: ``uniform`` or ``measured``, and sink tokens; else empty.
         trainable: In stage 2, ``attention`` or ``all``.
     """
@@ -48,7 +51,7 @@ def arm_of(student: Entry) -> Arm | None:
     return Arm(
         attention=edit["student_attention"]["name"],
         init=edit["init"],
-        stages=" + ".join(n for n in "12" if f"stage{n}" in runs),
+        stages=" + ".join(SHORT[name] for name in RUNS if name in runs),
         full_layers=full_layers,
         trainable=runs.get("stage2", {}).get("trainable", "attention"),
     )
@@ -79,14 +82,15 @@ def arms(report: Entry) -> tuple[list[str], list[list[str]]]:
     rows = []
     for arm, tried in by_arm(report["students"]).items():
         best = tried[0]
-        stages = [best["metrics"][stage][-1] for stage in sorted(best["metrics"])]
+        logged = [name for name in RUNS if name in best["metrics"]]
+        stages = [best["metrics"][name][-1] for name in logged]
         runs = best["runs"]
         rates = sorted({run["runs"]["stage2"]["lr"] for run in tried})
         recall = best.get("recall")
         rows.append([
             arm.attention, arm.init, arm.stages, arm.full_layers, arm.trainable,
             ", ".join(map(_rate, rates)),
-            " + ".join(_rate(runs[s]["lr"]) for s in sorted(best["metrics"]) if s in runs),
+            " + ".join(_rate(runs[name]["lr"]) for name in logged if name in runs),
             ", ".join(map(str, sorted({run["runs"]["stage2"]["seed"] for run in tried}))),
             f"{sum(end['tokens'] for end in stages) / 1e6:.1f}",
             f"{sum(end['seconds'] for end in stages) / 60:.1f}",

@@ -15,7 +15,7 @@ CURVE = ("iteration", "stage", "seconds", "tokens", "loss", "validation_loss")
 SETTINGS: tuple[str, ...] = ("init", "seed", "student_attention", "full_layer_scores", *NAMES)
 SETTINGS += ("lr", "min_lr", "lr_warmup_iters", "train_iters", "global_batch_size", "seq_length")
 SETTINGS += ("trainable", "kl", "temperature", "feature_matching_weight", "normalisation", "bf16")
-SETTINGS += ("lr_decay_style", "lr_wsd_decay_iters")
+SETTINGS += ("lr_decay_style", "lr_wsd_decay_iters", "student_input_start", "student_input_end")
 SAME = ("data", "dtype")
 
 
@@ -74,7 +74,8 @@ def tokens_to_reach(student: dict[str, Any], loss: float) -> float | None:
     Returns:
         None where it never gets there.
     """
-    before = student["metrics"].get("stage1", [{"tokens": 0}])[-1]["tokens"]
+    earlier = [lines for run, lines in student["metrics"].items() if run != "stage2"]
+    before = sum(lines[-1]["tokens"] for lines in earlier)
     last = None
     for line in student["metrics"].get("stage2", []):
         if "validation_loss" not in line:

@@ -9,7 +9,9 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.training import run_folder
 from megatron_attnedit.training.opened import find_lineage, is_hf
 
-STATES = ("after_edit", "after_stage1", "after_stage2")
+STATES = ("after_edit", "after_stage1", "after_between", "after_stage2")
+# A run that logs, and the stage that its lines are of.
+RUNS = {"stage1": 1, "between": 1, "stage2": 2}
 ITERATION_PREFIX = "iter_"
 
 
@@ -37,7 +39,7 @@ class StudentStates:
 
 
 def parse_student(text: str) -> StudentStates:
-    """Read ``name=mla,after_edit=DIR,after_stage1=DIR,after_stage2=DIR``.
+    """Read ``name=mla,after_edit=DIR,after_stage1=DIR,after_between=DIR,after_stage2=DIR``.
 
     Raises:
         UserError: an unknown or repeated key, no name, or no state.
@@ -77,8 +79,8 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 def training_runs(student: StudentStates) -> dict[str, dict[str, Any]]:
     """Settings of the edit and of each stage, as the last state's lineage tells them.
 
-    By stage; ``recipe`` as it was, ``student_attention`` in the edit. Empty where the last state
-    comes without a lineage.
+    By stage, ``between`` for another stage 1 after the first; ``recipe`` as it was,
+    ``student_attention`` in the edit. Empty where the last state comes without a lineage.
     """
     directory = student.directories[student.last]
     start = directory if is_hf(directory) else run_folder.latest(directory)
@@ -86,7 +88,10 @@ def training_runs(student: StudentStates) -> dict[str, dict[str, Any]]:
     if lineage is None:
         return {}
     last = {"stage": lineage.stage, "recipe": lineage.recipe}
-    runs = {run["stage"]: run["recipe"] for run in [*lineage.history, last]}
+    runs: dict[str, dict[str, Any]] = {}
+    for run in [*lineage.history, last]:
+        again = run["stage"] == "stage1" and "stage1" in runs
+        runs["between" if again else run["stage"]] = run["recipe"]
     runs.pop("teacher", None)
     if "edit" in runs:
         runs["edit"] = {**runs["edit"], "student_attention": lineage.student_attention}
@@ -94,11 +99,11 @@ def training_runs(student: StudentStates) -> dict[str, dict[str, Any]]:
 
 
 def stage_metrics(student: StudentStates) -> dict[str, list[dict[str, Any]]]:
-    """Logged lines of each stage whose run kept them: ``stage1`` and ``stage2``."""
+    """Logged lines of each run that kept them: ``stage1``, ``between``, ``stage2``."""
     stages = {}
-    for number in (1, 2):
-        directory = student.directories.get(f"after_stage{number}")
+    for name, number in RUNS.items():
+        directory = student.directories.get(f"after_{name}")
         lines = read_metrics(directory) if directory else []
         if lines := [line for line in lines if line.get("stage") == number]:
-            stages[f"stage{number}"] = lines
+            stages[name] = lines
     return stages

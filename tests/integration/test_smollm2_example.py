@@ -1,5 +1,6 @@
 """The SmolLM2 example: its parts on small input, its commands on the embedded teacher."""
 
+import itertools
 import json
 import shlex
 import shutil
@@ -58,24 +59,29 @@ def steps(*flags):
 
 
 def test_arms_have_the_same_tokens_and_three_learning_rates():
-    found = steps("--work", "w", "--iterations", "100", "--stage", "--seq-length 64")
+    found = steps("--work", "w", "--iterations", "110", "--stage", "--seq-length 64")
     seen, rates, iterations = {"-"}, {}, {}
     for name, kind, needs, command in found:
         assert needs in seen, f"{name} comes before {needs}"
         seen.add(name)
         if kind == "train":
             words = shlex.split(command)
-            flags = words[words.index("--stage1" if "stage1" in name else "--stage2") + 1].split()
-            own = int(flags[flags.index("--train-iters") + 1])
-            before = iterations[needs] if "_both_" in name else 0
-            iterations[name] = own + before
-            assert flags[-2:] == ["--seq-length", "64"]
+            iterations[name] = iterations[needs] if "_both_" in name else 0
+            for step, following in itertools.pairwise(words):
+                if step not in ("--stage1", "--between", "--stage2"):
+                    continue
+                assert following.endswith("--seq-length 64")
+                flags = dict(itertools.pairwise(following.split()))
+                iterations[name] += int(flags["--train-iters"])
+                if step == "--stage2":  # whose recipes have more samples
+                    assert flags["--global-batch-size"] == "16"
             rates.setdefault(name.rpartition("_")[0], set()).add(name.rpartition("_")[2])
-    assert {n for name, n in iterations.items() if "stage1" not in name} == {100}
+    assert {n for name, n in iterations.items() if "stage1" not in name} == {110}
     starts = [f"{a}_{i}" for a in ("mla", "gate_swa") for i in ("teacher", "random")]
     for arm in [f"{start}_{path}" for start in starts for path in ("both", "alone")]:
         assert len(rates[arm]) == 3, arm
     assert len(rates["gate_swa_auto_both"]) == len(rates["mla_teacher_both_all"]) == 2
+    assert len(rates["mla_teacher_own"]) == len(rates["gate_swa_teacher_own"]) == 2
 
 
 PAGE = b"""<html><body><h1>A title of a page of words</h1>

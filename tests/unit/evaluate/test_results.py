@@ -160,6 +160,20 @@ def test_arms_at_their_best_learning_rates(report, tmp_path):
     assert rows[-1][3:5] == ["", "all"] and rows[-1][10] == "0.100"
 
 
+def test_an_arm_with_a_phase_between_the_stages(report, tmp_path):
+    own = arm(0.3)
+    own["metrics"]["between"] = stage(1, [0.5] * 50)
+    own["runs"]["between"] = {"lr": 4e-3, "seed": 3, "student_input_end": 1.0}
+    assert tokens_to_reach(own, 5.0) == pytest.approx(1.6e6)
+    report["students"] = {"own": own, "plain": arm(0.4)}
+    add_report(report, tmp_path / "kept.json")
+    kept = json.loads((tmp_path / "kept.json").read_text())["students"]["own"]
+    assert kept["runs"]["between"]["student_input_end"] == 1
+    rows = cells("arms", tmp_path)
+    assert [row[2] for row in rows] == ["1 + own + 2", "1 + 2"]
+    assert rows[0][6] == "2e-3 + 4e-3 + 1e-3" and rows[0][8] == "2.5"
+
+
 def test_tokens_to_where_the_random_start_ends(report, tmp_path):
     report["students"] = {
         "random": arm(0.7, init="random"), "random, bad rate": arm(1.5, init="random"),
