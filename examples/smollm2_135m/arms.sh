@@ -40,7 +40,8 @@ stage1_iterations=$((iterations * 3 / 10))
 stage2_iterations=$((iterations - stage1_iterations))
 half=$((stage1_iterations / 2))
 # What the recipes of longer runs have otherwise.
-same='--global-batch-size 16 --micro-batch-size 16 --lr-decay-style cosine --trainable attention'
+same='--global-batch-size 16 --micro-batch-size 16 --trainable attention'
+same+=' --lr-decay-style cosine --lr-wsd-decay-iters 0'
 
 is_trained() { [ -f "$1/stage2/latest_checkpointed_iteration.txt" ]; }
 if [ -n "$report" ]; then
