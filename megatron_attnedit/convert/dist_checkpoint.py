@@ -37,7 +37,7 @@ from megatron_attnedit.convert.completeness import check_complete
 from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.convert.integrity import HashedFile
 from megatron_attnedit.convert.param_rows import ParamRow
-from megatron_attnedit.convert.pieces import Piece, Read, pieces_of
+from megatron_attnedit.convert.pieces import Piece, Read, pieces_of, read_ahead
 from megatron_attnedit.errors import UserError
 
 # What a run's checkpoint holds besides the model.
@@ -83,7 +83,7 @@ def _key_and_expert(row: ParamRow) -> tuple[str, int | None]:
 
 
 class LazyPlan(DefaultSavePlanner):
-    """What one process writes; tensors are read when their turn comes.
+    """What one process writes; a tensor is read while the one before it is written.
 
     Args:
         rows: The whole table.
@@ -100,7 +100,6 @@ class LazyPlan(DefaultSavePlanner):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._read = read
         self._pieces: dict[MetadataIndex, Piece] = {}
         self._items: list[WriteItem] = []
         stored = stored_params(rows)
@@ -115,15 +114,17 @@ class LazyPlan(DefaultSavePlanner):
                 )
                 self._pieces[index] = piece
                 self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        self._ahead = read_ahead(self._pieces.values(), read)
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(self._items)
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        piece = self._pieces[write_item.index]
+        piece, tensors = next(self._ahead)
+        assert piece is self._pieces[write_item.index], "torch writes in another order"
         assert write_item.tensor_data is not None
-        tensor = piece.join(self._read(piece))
+        tensor = piece.join(tensors)
         return tensor.reshape(write_item.tensor_data.chunk.sizes)
 
 

@@ -10,15 +10,16 @@ from megatron_attnedit.convert.output import is_first
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece, Read
 
-SAMPLES = 64
+# Runs of neighbours: every place costs a read of the disk, and experts are many small tensors.
+RUNS, RUN_LENGTH = 4, 16
 
 
 def fingerprint(rows: Sequence[ParamRow], read: Read) -> str:
     """Hexadecimal, 32 digits; the same for the same weights in whatever files.
 
-    Takes ``SAMPLES`` evenly spaced numbers of each tensor; of mapped files no more is read, so a
-    model of 60 GB takes seconds. It tells models apart; it does not prove that no single number was
-    changed. Of several processes the first one reads and tells the others.
+    Takes ``RUNS`` evenly spaced runs of ``RUN_LENGTH`` numbers of each tensor; of mapped files no
+    more is read, so a model of 60 GB takes seconds. It tells models apart; it does not prove that
+    no single number was changed. Of several processes the first one reads and tells the others.
     """
     found: list[str | None] = [_digest(rows, read) if is_first() else None]
     if dist.is_initialized():
@@ -32,8 +33,9 @@ def _digest(rows: Sequence[ParamRow], read: Read) -> str:
     for row in rows:
         for name, tensor in zip(row.hf_params, read(Piece(row)), strict=True):
             flat = tensor.flatten()
-            stride = max(1, flat.numel() // SAMPLES)
-            sample = flat[::stride][:SAMPLES].to(torch.float32).contiguous()
+            starts = (flat.numel() * run // RUNS for run in range(RUNS))
+            runs = torch.cat([flat[start : start + RUN_LENGTH] for start in starts])
+            sample = runs.to(torch.float32)
             samples[name] = f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes()
     digest = hashlib.sha256()
     for name in sorted(samples):

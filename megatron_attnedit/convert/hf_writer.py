@@ -16,7 +16,7 @@ from megatron_attnedit.convert.completeness import Shapes
 from megatron_attnedit.convert.hf_checkpoint import INDEX, SINGLE
 from megatron_attnedit.convert.output import write_at
 from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
-from megatron_attnedit.convert.pieces import Read, pieces_of
+from megatron_attnedit.convert.pieces import Read, pieces_of, read_ahead
 from megatron_attnedit.convert.reading import as_bytes
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -138,7 +138,7 @@ class HFWriter:
 
     def write(self, rows: Sequence[ParamRow], read: Read) -> None:
         """Write some rows; every process its own."""
-        for row in rows:
-            for piece in pieces_of(row):
-                for (name, start, _), tensor in zip(piece.hf_slices(), read(piece), strict=True):
-                    self._files[self._file_of[name]].write(name, tensor, start)
+        pieces = (piece for row in rows for piece in pieces_of(row))
+        for piece, tensors in read_ahead(pieces, read):
+            for (name, start, _), tensor in zip(piece.hf_slices(), tensors, strict=True):
+                self._files[self._file_of[name]].write(name, tensor, start)

@@ -22,7 +22,7 @@ from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.legacy_grid import ITERATION, OUTPUT, LegacyGrid
 from megatron_attnedit.convert.output import write_at
 from megatron_attnedit.convert.param_rows import ParamRow
-from megatron_attnedit.convert.pieces import Piece, Read
+from megatron_attnedit.convert.pieces import Piece, Read, read_ahead
 from megatron_attnedit.convert.reading import as_bytes
 from megatron_attnedit.errors import UserError
 
@@ -83,8 +83,8 @@ class LegacyWriter:
 
     def write(self, rows: Sequence[ParamRow], read: Read) -> None:
         """Fill in some rows; every process its own."""
-        for row in rows:
-            tensors = read(Piece(row))
+        for piece, tensors in read_ahead(map(Piece, rows), read):
+            row = piece.row
             for tp in range(self._grid.tp):
                 shard = row.to_megatron(tensors, tp_rank=tp, tp_size=self._grid.tp)
                 if self._grouped and row.in_expert:

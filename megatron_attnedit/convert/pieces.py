@@ -1,7 +1,8 @@
 """Work in pieces: a conversion holds one piece of one parameter at a time, never a model."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -76,6 +77,21 @@ def pieces_of(row: ParamRow) -> Iterator[Piece]:
         rows = max(1, PIECE_NUMBERS // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], rows):
             yield Piece(row, part, start, min(start + rows, shape[0]))
+
+
+def read_ahead(
+    pieces: Iterable[Piece], read: Read
+) -> Iterator[tuple[Piece, list[Tensor]]]:
+    """Pieces in their order; the next one is read and hashed while the caller writes one."""
+    with ThreadPoolExecutor(1) as reader:
+        before: tuple[Piece, Future[list[Tensor]]] | None = None
+        for piece in pieces:
+            following = piece, reader.submit(read, piece)
+            if before:
+                yield before[0], before[1].result()
+            before = following
+        if before:
+            yield before[0], before[1].result()
 
 
 def share_of(rows: Sequence[ParamRow], rank: int, size: int) -> list[ParamRow]:
