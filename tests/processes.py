@@ -38,7 +38,10 @@ def _serve(pipe: Connection, index: int) -> None:
         function, rank, world_size, store, args = job
         try:
             with process_group(rank, world_size, store):
-                pipe.send((True, function(*args)))
+                result = function(*args)
+            # Not before: NCCL's threads look into the store, and its folder goes with the answer.
+            pipe.send((True, result))
+            del result
         except BaseException:
             pipe.send((False, traceback.format_exc()))
         gc.collect()  # models hold on to process groups in cycles, and a group has threads
