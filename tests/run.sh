@@ -13,6 +13,6 @@ mypy
 if [ $# -gt 0 ]; then exec python -m pytest --durations=15 "$@"; fi
 # Most unit tests are of one process, the others start several: those have the cores to themselves.
 failed=0
-python -m pytest --numprocesses 2 --dist loadfile tests/unit || failed=1
-python -m pytest --durations=25 tests/ascend tests/integration tests/numerics || failed=1
+python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/ascend || failed=1
+python -m pytest --durations=25 tests/integration tests/numerics || failed=1
 exit $failed

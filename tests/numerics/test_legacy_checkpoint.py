@@ -15,14 +15,14 @@ from megatron_attnedit.training.setup import load_teacher, start_processes
 from tests import processes
 from tests.conversions import FAMILIES, change_config, make, same_files
 from tests.numerics.inputs import make_student
+from tests.thinning import every_other
 
 SIZES = [1, 2, 4]
 
 
-@pytest.mark.parametrize("pp", SIZES)
-@pytest.mark.parametrize("tp", SIZES)
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "tied", "tp", "pp"), every_other(FAMILIES, [False, True], SIZES, SIZES)
+)
 def test_round_trip(models, tmp_path, family, tied, tp, pp):
     source = models(family, tied)
     for ep in SIZES if family == "qwen3_moe" else [1]:

@@ -8,6 +8,7 @@ from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.training.setup import load_teacher, start_processes
 from tests import processes
 from tests.models import tiny_hf_dir
+from tests.thinning import every_other
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -44,9 +45,10 @@ def load_both_ways(hf_dir, megatron_dir, flags, grouped):
     return names
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["dense", "experts", "grouped experts"])
+@pytest.mark.parametrize(
+    ("kind", "tied", "grid"),
+    every_other(["dense", "experts", "grouped experts"], [False, True], GRIDS),
+)
 def test_both_formats_load_alike(tmp_path, kind, tied, grid):
     world_size, flags = GRIDS[grid]
     if kind == "dense" and ("EP2" in grid or "ETP2" in grid):
