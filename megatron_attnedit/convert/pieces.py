@@ -1,4 +1,4 @@
-"""Work in pieces: a conversion holds one piece of one parameter at a time, never a model."""
+"""Work in pieces: a conversion holds the piece that it writes and the next one, never a model."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -12,10 +12,10 @@ from typing import Any
 
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.arms import arms, curve, fits, tokens
+from megatron_attnedit.evaluate.students import RUNS
 from megatron_attnedit.evaluate.table import BEHAVIOUR_HEADER, behaviour_rows
 
 MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-STAGES = ("stage1", "stage2")
 SUMMARY = ["", "perplexity after edit", "after stage 1", "after stage 2", "ratio", "KL (nats)"]
 SUMMARY += ["top-1", "KV bytes per token"]
 COST = ["", "learning rate", "seed", "tokens (M)", "training (min)"]
@@ -55,7 +55,7 @@ def summary(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append([
             name,
             _number(states.get("after_edit"), ",.1f"),
-            *(_number(states.get(f"after_{stage}"), ",.2f") for stage in STAGES),
+            *(_number(states.get(f"after_{stage}"), ",.2f") for stage in ("stage1", "stage2")),
             _number(entry["perplexity_ratio"], ".3f"),
             f"{entry['kl']:.3f}",
             f"{100 * entry['top1_agreement']:.1f} %",
@@ -65,12 +65,12 @@ def summary(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def cost(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """What training took; stage 1 + stage 2."""
+    """What training took; stage 1, where there is one the run between the stages, stage 2."""
     rows = []
     for name, entry in report["students"].items():
-        ends = [entry["metrics"][stage][-1] for stage in STAGES if stage in entry["metrics"]]
+        ends = [entry["metrics"][run][-1] for run in RUNS if run in entry["metrics"]]
         runs = entry.get("runs", {})
-        trained = [runs[stage] for stage in STAGES if stage in runs]
+        trained = [runs[run] for run in RUNS if run in runs]
         seeds = dict.fromkeys(run["seed"] for run in [*trained, runs.get("edit", {})] if run)
         rows.append([
             name,

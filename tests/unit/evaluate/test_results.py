@@ -172,6 +172,7 @@ def test_an_arm_with_a_phase_between_the_stages(report, tmp_path):
     rows = cells("arms", tmp_path)
     assert [row[2] for row in rows] == ["1 + own + 2", "1 + 2"]
     assert rows[0][6] == "2e-3 + 4e-3 + 1e-3" and rows[0][8] == "2.5"
+    assert cells("cost", tmp_path)[0][3] == "1.00 + 0.50 + 1.00"
 
 
 def test_tokens_to_where_the_random_start_ends(report, tmp_path):
