@@ -19,16 +19,31 @@ def cos_sin(rotary_pos_emb: Tensor) -> tuple[Tensor, Tensor]:
 
 @fused
 def normed_and_rotated(
-    t: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float
-) -> Tensor:
-    """Per-head RMSNorm, where there is a weight, then rotation.
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Per-head RMSNorm, where there is a weight, then rotation; in the shapes of both inputs.
+
+    Both in one call: entering compiled code costs the host more than a launch, and a function
+    that is called with two shapes is compiled for any.
 
     Args:
-        t: ``[s, b, n, d]``.
-        weight: ``[d]``, or None.
+        query: ``[s, b, n, d]``.
+        key: ``[s, b, g, d]``.
+        query_weight: ``[d]``, or None.
+        key_weight: ``[d]``, or None.
         cos: ``[s, 1, 1, d]``.
         sin: ``[s, 1, 1, d]``.
         eps: Of the norm.
     """
-    normed = t if weight is None else rms_norm(t, weight, eps)
-    return rotate(normed, cos, sin).to(t.dtype)
+
+    def one(t: Tensor, weight: Tensor | None) -> Tensor:
+        normed = t if weight is None else rms_norm(t, weight, eps)
+        return rotate(normed, cos, sin).to(t.dtype)
+
+    return one(query, query_weight), one(key, key_weight)

@@ -29,12 +29,12 @@ class CausalSelfAttention(SelfAttention):
         sharing = self.pg_collection.tp.size() // self.config.num_query_groups
         if sharing > 1:  # ranks that share a group have a part of its queries each
             query = query.chunk(sharing, dim=2)[self.pg_collection.tp.rank() % sharing]
+        query_weight, key_weight = (
+            getattr(norm, "weight", None) for norm in (self.q_layernorm, self.k_layernorm)
+        )
         cos, sin = cos_sin(rotary_pos_emb)
         eps = self.config.layernorm_epsilon
-        query, key = (
-            normed_and_rotated(t, getattr(norm, "weight", None), cos, sin, eps)
-            for t, norm in ((query, self.q_layernorm), (key, self.k_layernorm))
-        )
+        query, key = normed_and_rotated(query, key, query_weight, key_weight, cos, sin, eps)
         return query, key, value
 
     def forward(

@@ -116,8 +116,16 @@ def fused_cases():
     table = angles.cos(), angles.sin()
     mask = (draw(s, b) > 0).double()
     return {
-        "norm and rotation": (normed_and_rotated, [draw(s, b, 5, 64), draw(64)], [*table, 1e-6]),
-        "rotation": (normed_and_rotated, [draw(s, b, 5, 64)], [None, *table, 1e-6]),
+        "norm and rotation": (
+            normed_and_rotated,
+            [draw(s, b, 6, 64), draw(s, b, 2, 64), draw(64), draw(64)],
+            [*table, 1e-6],
+        ),
+        "rotation": (
+            normed_and_rotated,
+            [draw(s, b, 6, 64), draw(s, b, 2, 64)],
+            [None, None, *table, 1e-6],
+        ),
         "heads of MLA": (
             assemble_heads,
             [draw(s, b, 3 * (32 + 64)), draw(s, b, 3 * (32 + 48)), draw(s, b, 64)],
