@@ -181,8 +181,9 @@ class LayerwiseDistillation(MegatronModule):
         )
         if self.training:
             attn_output.backward(gradient)
-        self.sums[layer_idx, 0] += numerator
-        self.sums[layer_idx, 1] += denominator
+        # Not ``+=``, which would also copy each number onto itself.
+        self.sums[layer_idx, 0].add_(numerator)
+        self.sums[layer_idx, 1].add_(denominator)
         return attn_output.detach()
 
     def forward(
