@@ -52,6 +52,14 @@ class Accelerator:
         return self.kind == "cuda"
 
     @property
+    def orders_messages(self) -> bool:
+        """Does the device by itself use a received message no sooner than it is there?
+
+        torch's NCCL does since 1.13 (pytorch/pytorch#82450); HCCL was not tried.
+        """
+        return self.kind != "npu"
+
+    @property
     def has_fusion_attention(self) -> bool:
         """Does torch_npu's fused attention run here?"""
         return self.kind == "npu"

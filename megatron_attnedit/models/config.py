@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.grid import ParallelConfig
 
@@ -105,6 +106,8 @@ def _grid(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
         # Without overlap, mcore's interleaved schedule on two stages computes wrong numbers.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
+        # By default the host waits for the whole device after every message.
+        "batch_p2p_sync": not bootstrap().orders_messages,
     }
     if interleaved:
         fields["virtual_pipeline_model_parallel_size"] = parallel.num_chunks
