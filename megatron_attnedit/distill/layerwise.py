@@ -28,7 +28,7 @@ from typing_extensions import Self
 from megatron_attnedit.device import Recorded, fused
 from megatron_attnedit.distill.masks import local_token_mask
 from megatron_attnedit.distill.student_stream import StudentStream
-from megatron_attnedit.models.teacher import backbone
+from megatron_attnedit.models.teacher import first_hidden, through_layers
 
 NORMALISATIONS = ("layer", "token")
 
@@ -63,16 +63,14 @@ def relative_error(
 
 
 def can_be_recorded(config: TransformerConfig) -> bool:
-    """Are a micro-batch's shapes known beforehand, and is it this process's alone?
+    """Are a micro-batch's shapes known beforehand, and does nothing wait while it is recorded?
 
-    Experts get as many tokens as the router sends them; a pipeline brings its input from outside.
+    Experts get as many tokens as the router sends them. Recording waits for the device, and an
+    interleaved pipeline's device for what a process sends that may be recording, too. Context
+    parallelism was not tried.
     """
-    sizes = (
-        config.tensor_model_parallel_size,
-        config.pipeline_model_parallel_size,
-        config.context_parallel_size,
-    )
-    return max(sizes) == 1 and not config.num_moe_experts
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    return not (config.num_moe_experts or interleaved or config.context_parallel_size > 1)
 
 
 class _Through(Exception):
@@ -108,6 +106,7 @@ class LayerwiseDistillation(MegatronModule):
         self._mask: Tensor | None = None
         # Later pipeline stages want the hidden states.
         self._last = max(attentions, default=None) if teacher.post_process else None
+        self._recorded = record
         self._training_run = Recorded(self._run) if record else self._run
         device = next(teacher.parameters()).device
         # Column 0: sum of errors; column 1: what they are divided by.
@@ -140,10 +139,7 @@ class LayerwiseDistillation(MegatronModule):
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Called by Megatron's schedules with what ``forward`` returned, or None at first."""
-        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        if self._stream and tensor is not None:
-            self._stream.hidden, tensor = tensor.chunk(2, dim=1)
-        self.teacher.set_input_tensor(tensor)
+        self.teacher.set_input_tensor(input_tensor)
 
     def _hook(self, layer_idx: int) -> Any:
         def compare(
@@ -201,18 +197,23 @@ class LayerwiseDistillation(MegatronModule):
             The teacher's hidden states for the next pipeline stage, ``[s, b, h]``; with a student
             ``[s, 2b, h]``, the student's first. Anything on the last stage.
         """
-        run = self._training_run if self.training else self._run
-        return run(tokens, position_ids, loss_mask, *own)
+        with torch.no_grad():
+            hidden = first_hidden(self.teacher, tokens, position_ids)
+        if not self.training:
+            return self._run(hidden, loss_mask, *own)
+        hidden = self._training_run(hidden, loss_mask, *own)
+        # What a replay returned is overwritten by the next one, and may be on its way.
+        return hidden.clone() if self._recorded and not self.teacher.post_process else hidden
 
-    def _run(
-        self, tokens: Tensor, position_ids: Tensor, loss_mask: Tensor, *own: Tensor
-    ) -> Tensor:
+    def _run(self, hidden: Tensor, loss_mask: Tensor, *own: Tensor) -> Tensor:
+        """Everything behind the embedding: what every pipeline stage has."""
         self._mask = local_token_mask(loss_mask, self.config)
         if self._stream:
-            self._stream.start(*own)
+            hidden = self._stream.start(hidden, *own)
+        seq_length = loss_mask.shape[1] * self.config.context_parallel_size
         try:
             with torch.no_grad():
-                hidden = backbone(self.teacher, tokens, position_ids)
+                hidden = through_layers(self.teacher, hidden, seq_length)
                 return self._stream.stop(hidden) if self._stream else hidden
         except _Through:
             return self.sums

@@ -44,6 +44,7 @@ class StudentStream:
 
     def __init__(self, teacher: GPTModel, student: GPTModel, compare: Compare) -> None:
         self.hidden: Tensor | None = None  # [s, b, h]; [s/tp, b, h] under sequence parallelism
+        self._first_stage = teacher.pre_process
         self._compare = compare
         self._own: Tensor | None = None
         self._arguments: dict[str, Any] = {}  # of the layer that the teacher is in
@@ -59,13 +60,21 @@ class StudentStream:
                 # Not after the layer: Megatron adds the residual to this output in place.
                 theirs.self_attention.register_forward_hook(self._follow(layer))
 
-    def start(self, own: Tensor) -> None:
+    def start(self, hidden: Tensor, own: Tensor) -> Tensor:
         """Begin a micro-batch.
 
         Args:
+            hidden: What enters this pipeline stage: ``[s, b, h]`` on the first one, elsewhere
+                what ``stop`` returned on the stage before.
             own: ``[layers of the whole model, b]``, true where a layer receives the student's.
+
+        Returns:
+            The teacher's, ``[s, b, h]``.
         """
         self._own = own
+        if not self._first_stage:
+            self.hidden, hidden = hidden.chunk(2, dim=1)
+        return hidden
 
     def stop(self, theirs: Tensor) -> Tensor:
         """End it.

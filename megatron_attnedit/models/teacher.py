@@ -163,8 +163,8 @@ def load_from_hf(
     )
 
 
-def backbone(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:
-    """Hidden states after this pipeline stage's last layer, without the output head.
+def first_hidden(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:
+    """What enters this pipeline stage's first layer: embedded tokens, or what was received.
 
     Args:
         model: Teacher or student.
@@ -172,18 +172,41 @@ def backbone(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:
         position_ids: ``[b, s]``.
 
     Returns:
-        ``[s, b, h]``, or ``[s/tp, b, h]`` under sequence parallelism; normed on the last stage.
+        ``[s, b, h]``, or ``[s/tp, b, h]`` under sequence parallelism.
     """
-    decoder_input = model.embedding(tokens, position_ids) if model.pre_process else None
+    if model.pre_process:
+        return model.embedding(tokens, position_ids)
+    return model.decoder.input_tensor
+
+
+def through_layers(model: GPTModel, hidden: Tensor, seq_length: int) -> Tensor:
+    """Hidden states after this pipeline stage's last layer, without the output head.
+
+    Args:
+        model: Teacher or student.
+        hidden: As from ``first_hidden``.
+        seq_length: Tokens of a whole sequence.
+
+    Returns:
+        As hidden; normed on the last stage.
+    """
     recompute = model.config.recompute_granularity == "full" and torch.is_grad_enabled()
-    if recompute and decoder_input is not None and not decoder_input.requires_grad:
+    if model.pre_process and recompute and not hidden.requires_grad:
         # The embedding is frozen, and recomputed layers need something to hang a gradient on.
-        decoder_input.requires_grad_()
+        hidden.requires_grad_()
+    if not model.pre_process:
+        model.set_input_tensor(hidden)  # mcore's later stages look nowhere else
     return model.decoder(
-        hidden_states=decoder_input,
+        hidden_states=hidden,
         attention_mask=None,
-        rotary_pos_emb=model.rotary_pos_emb(tokens.shape[1] * model.config.context_parallel_size),
+        rotary_pos_emb=model.rotary_pos_emb(seq_length),
     )
+
+
+def backbone(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:
+    """Hidden states after this pipeline stage's last layer; arguments as of ``first_hidden``."""
+    hidden = first_hidden(model, tokens, position_ids)
+    return through_layers(model, hidden, tokens.shape[1] * model.config.context_parallel_size)
 
 
 def output_weight(model: GPTModel) -> Tensor:

@@ -203,7 +203,9 @@ class Stage1Recipe(Recipe):
         "layer", "error divided by the layer's or by each token's energy", NORMALISATIONS
     )
     record: bool = option(
-        False, "record a micro-batch once and replay it: one GPU per replica, dense models"
+        False,
+        "record a micro-batch once and replay it: NVIDIA; no experts, context parallelism or "
+        "interleaved pipeline",
     )
     student_input_start: float = option(
         0.0, "probability in the first iteration that a layer gets the student's own hidden states"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_attnedit.device import Accelerator, bootstrap
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation, can_be_recorded
@@ -39,6 +41,8 @@ from megatron_attnedit.training.stopping import Stopping
 from megatron_attnedit.training.student import Student, find_student
 from megatron_attnedit.training.student_inputs import StudentInputs
 from megatron_attnedit.training.writing import CheckpointWriter
+
+logger = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe) -> int:
@@ -175,7 +179,7 @@ def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> Parts:
             chunk,
             edited_attentions(mine, student.attention),
             normalisation=recipe.normalisation,
-            record=recipe.record and bootstrap().records and can_be_recorded(chunk.config),
+            record=recipe.record and _records(chunk.config),
             student=mine if recipe.runs_student else None,
         )
         for chunk, mine in zip(teacher.chunks, student.chunks, strict=True)
@@ -188,6 +192,14 @@ def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> Parts:
     )
     flops = stage1_flops(teacher.hf, recipe.seq_length, runs_student=recipe.runs_student)
     return modules, stage_of, flops
+
+
+def _records(config: TransformerConfig) -> bool:
+    """``--record`` is for speed alone: where it does not go, the run goes on without."""
+    possible = bootstrap().records and can_be_recorded(config)
+    if not possible and dist.get_rank() == 0:
+        logger.warning("warning: --record is ignored: not on this device, or this model and grid")
+    return possible
 
 
 def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> Parts:

@@ -30,19 +30,24 @@ OVERLAP = {
 }  # as in grids.py, which is imported once Megatron is prepared
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+RECORDED = {"record": True}  # stage 1 only
 DENSE = {
     "one process": (1, {}),
     "other micro-batch": (1, {"micro_batch_size": 1}),
     "DP2": (2, {}),
     "TP2": (2, TP2),
     "TP2 SP": (2, TP2 | SP),
-    "PP2": (2, {"pipeline_model_parallel_size": 2}),
+    "TP2 SP, recorded": (2, TP2 | SP | RECORDED),
+    "PP2": (2, PP2),
+    "PP2, recorded": (2, PP2 | RECORDED),
     "CP2": (2, {"context_parallel_size": 2}),
     "DP2 distributed optimizer, overlap": (2, OVERLAP),
     "DP4 distributed optimizer, overlap": (4, OVERLAP),
     "TP4 SP": (4, {"tensor_model_parallel_size": 4} | SP),
     "PP4": (4, {"pipeline_model_parallel_size": 4}),
-    "TP2 SP x PP2": (4, TP2 | SP | {"pipeline_model_parallel_size": 2}),
+    "TP2 SP x PP2": (4, TP2 | SP | PP2),
+    "TP2 SP x PP2, recorded": (4, TP2 | SP | PP2 | RECORDED),
 }
 EXPERTS = {
     "one process": (1, {}),
@@ -94,6 +99,7 @@ def jobs_of(args):
         for student in args.students
         for stage in ("stage 1", "stage 2")
         if size <= args.processes
+        and (stage == "stage 1" or not RECORDED.items() <= flags.items())
         and (args.grids is None or grid in ("one process", *args.grids))
     ]
     return sorted(found, key=lambda job: (job[0], job[4] != "one process"))

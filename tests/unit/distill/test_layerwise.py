@@ -8,8 +8,9 @@ from torch import nn
 
 from megatron_attnedit.attention import student_attention_class
 from megatron_attnedit.convert.hf_config import read_hf_config
-from megatron_attnedit.distill.layerwise import LayerwiseDistillation
+from megatron_attnedit.distill.layerwise import LayerwiseDistillation, can_be_recorded
 from megatron_attnedit.evaluate.speed.ours import Workload, build_training
+from megatron_attnedit.training import run
 from tests import processes
 
 
@@ -58,3 +59,26 @@ def test_the_teacher_stops_where_nothing_is_left_to_imitate(models, name, flags,
     assert loss == whole_loss
     for key, gradient in whole.items():
         assert gradient.any() and torch.equal(gradients[key], gradient), key
+
+
+@pytest.mark.parametrize(
+    "fields, possible",
+    [
+        ({}, True),
+        ({"num_moe_experts": 8}, False),
+        ({"virtual_pipeline_model_parallel_size": 2}, False),
+        ({"context_parallel_size": 2}, False),
+    ],
+)
+def test_what_can_be_recorded(fields, possible):
+    usual = {
+        "num_moe_experts": None,
+        "virtual_pipeline_model_parallel_size": None,
+        "context_parallel_size": 1,
+    }
+    assert can_be_recorded(SimpleNamespace(**usual | fields)) == possible
+
+
+def test_a_flag_that_does_nothing_is_said(one_process, caplog):
+    assert not run._records(SimpleNamespace(num_moe_experts=8))
+    assert "--record is ignored" in caplog.text
