@@ -13,9 +13,10 @@
 #   --stage FLAGS      more flags of every stage
 #   --evaluate FLAGS   more flags of every evaluation
 #   --list             only print the steps: name, kind, names that come before it, command
-#   --report PREFIX    only measure the finished arms whose names begin so; edits: MLA's fits
+#   --report PREFIX    only measure the arms of --iterations N that are finished and whose names begin
+#                      so; edits: MLA's fits
 #
-# One GPU; about an hour. Reports are in WORK/report_*/; `tools/results.py add` keeps them.
+# One GPU; about an hour and a half. Reports are in WORK/report_*/; `tools/results.py add` keeps them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
         --evaluate) evaluate=$2; shift 2 ;;
         --report) report=${2:?--report needs a prefix}; shift 2 ;;
         --list) list=yes; shift ;;
-        -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
     esac
 done
@@ -43,7 +44,11 @@ half=$((stage1_iterations / 2))
 same='--global-batch-size 16 --micro-batch-size 16 --trainable attention'
 same+=' --lr-decay-style cosine --lr-wsd-decay-iters 0'
 
-is_trained() { [ -f "$1/stage2/latest_checkpointed_iteration.txt" ]; }
+# To the end: a run that was stopped has a checkpoint, too.
+is_trained() {
+    case ${1##*/} in *_alone_*) last=$iterations ;; *) last=$stage2_iterations ;; esac
+    [ "$(cat "$1/stage2/latest_checkpointed_iteration.txt" 2>/dev/null)" = "$last" ]
+}
 if [ -n "$report" ]; then
     arms=("$work/$report"*)
     if [ "$report" = edits ]; then arms=("$work"/mla_*_edit); fi
@@ -127,17 +132,16 @@ for n in 1 2 3; do
         both "$name" "${name%_*}" "$rate" '' ''
         alone "$name" "${name%_*}" "$rate"
     done
-    if [ $n = 3 ]; then break; fi
     for name in gate_swa_auto gate_swa_sinks; do
         both $name gate_swa "$(rates $name | cut -d ' ' -f $n)" '' ''
     done
     for name in mla_teacher gate_swa_teacher; do
-        both "$name" "${name%_*}" "$(echo 3e-4 6e-4 | cut -d ' ' -f $n)" _all '--trainable all'
+        both "$name" "${name%_*}" "$(echo 6e-4 3e-4 1.2e-3 | cut -d ' ' -f $n)" _all '--trainable all'
         own "$name" "${name%_*}" "$(rates "$name" | cut -d ' ' -f $n)"
     done
 done
 for name in "${starts[@]/%/_both}" "${starts[@]/%/_alone}" {mla,gate_swa}_teacher_own \
     gate_swa_{auto,sinks}_both edits; do
     step "report_$name" report - bash $this/arms.sh --work "$work" --report "$name" \
-        --evaluate "$evaluate"
+        --iterations "$iterations" --evaluate "$evaluate"
 done
