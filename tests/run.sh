@@ -11,8 +11,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ruff check .
 mypy
 if [ $# -gt 0 ]; then exec python -m pytest --durations=15 "$@"; fi
-# Most unit tests are of one process, the others start several: those have the cores to themselves.
+# What stops processes by the clock has the cores to itself.
+alone=(tests/integration/test_{faults,kills,launchers,slurm,torchrun}.py)
 failed=0
-python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/ascend || failed=1
-python -m pytest --durations=25 tests/integration tests/numerics || failed=1
+python -m pytest --numprocesses 2 --dist loadfile tests "${alone[@]/#/--ignore=}" || failed=1
+python -m pytest --durations=15 "${alone[@]}" || failed=1
 exit $failed
