@@ -66,11 +66,12 @@ def can_be_recorded(config: TransformerConfig) -> bool:
     """Are a micro-batch's shapes known beforehand, and does nothing wait while it is recorded?
 
     Experts get as many tokens as the router sends them. Recording waits for the device, and an
-    interleaved pipeline's device for what a process sends that may be recording, too. Context
-    parallelism was not tried.
+    interleaved pipeline's device for what a process sends that may be recording, too. Tensor
+    parallelism's collectives hung when they were recorded; context parallelism was not tried.
     """
     interleaved = config.virtual_pipeline_model_parallel_size is not None
-    return not (config.num_moe_experts or interleaved or config.context_parallel_size > 1)
+    shared = max(config.tensor_model_parallel_size, config.context_parallel_size) > 1
+    return not (config.num_moe_experts or interleaved or shared)
 
 
 class _Through(Exception):

@@ -67,6 +67,7 @@ def test_the_teacher_stops_where_nothing_is_left_to_imitate(models, name, flags,
         ({}, True),
         ({"num_moe_experts": 8}, False),
         ({"virtual_pipeline_model_parallel_size": 2}, False),
+        ({"tensor_model_parallel_size": 2}, False),
         ({"context_parallel_size": 2}, False),
     ],
 )
@@ -74,6 +75,7 @@ def test_what_can_be_recorded(fields, possible):
     usual = {
         "num_moe_experts": None,
         "virtual_pipeline_model_parallel_size": None,
+        "tensor_model_parallel_size": 1,
         "context_parallel_size": 1,
     }
     assert can_be_recorded(SimpleNamespace(**usual | fields)) == possible
