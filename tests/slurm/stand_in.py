@@ -43,15 +43,17 @@ def main() -> None:
         signal.signal(number, lambda number, frame: signals.append(number))
     dist.init_process_group("gloo")
     try:
-        train(args, signals)
+        stopped = train(args, signals)
     except RuntimeError:
         while args.deaf:
             time.sleep(1)
         raise
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # gloo's threads may abort a process that leaves them running
+    sys.exit(STOPPED if stopped else 0)
 
 
-def train(args: argparse.Namespace, signals: list[int]) -> None:
+def train(args: argparse.Namespace, signals: list[int]) -> bool:
+    """Returns: did a signal end it?"""
     rank = dist.get_rank()
     args.save.mkdir(parents=True, exist_ok=True)
     state = args.save / "state.json"
@@ -83,11 +85,12 @@ def train(args: argparse.Namespace, signals: list[int]) -> None:
         dist.all_reduce(stop)
         if stop:
             save()
-            sys.exit(STOPPED)
+            return True
         if iteration % args.save_interval == 0:
             save()
     save()
     note("finished")
+    return False
 
 
 if __name__ == "__main__":
