@@ -65,13 +65,15 @@ def relative_error(
 def can_be_recorded(config: TransformerConfig) -> bool:
     """Are a micro-batch's shapes known beforehand, and does nothing wait while it is recorded?
 
-    Experts get as many tokens as the router sends them. Recording waits for the device, and an
-    interleaved pipeline's device for what a process sends that may be recording, too. Tensor
-    parallelism's collectives hung when they were recorded; context parallelism was not tried.
+    Experts get as many tokens as the router sends them, which only a grouped product of those of
+    one process needs not know. Recording waits for the device, and an interleaved pipeline's device
+    for what a process sends that may be recording, too. Tensor parallelism's collectives hung when
+    they were recorded; context parallelism was not tried.
     """
     interleaved = config.virtual_pipeline_model_parallel_size is not None
     shared = max(config.tensor_model_parallel_size, config.context_parallel_size) > 1
-    return not (config.num_moe_experts or interleaved or shared)
+    grouped = config.moe_grouped_gemm and config.expert_model_parallel_size == 1
+    return not (interleaved or shared) and (not config.num_moe_experts or grouped)
 
 
 class _Through(Exception):

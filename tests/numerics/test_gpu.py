@@ -236,6 +236,11 @@ def test_a_recorded_run_equals_the_cpu_s(inputs, tmp_path, student):
     compare_runs(inputs, tmp_path, student, 1, ["--no-bf16", "--record"], 1e-3)
 
 
+def test_recorded_experts_equal_the_cpu_s(expert_inputs, tmp_path):
+    flags = ["--bf16", "--moe-grouped-gemm", "--record"]
+    compare_runs(expert_inputs, tmp_path, "mla", 1, flags, 2e-2)
+
+
 @pytest.mark.parametrize(
     "flags, bar",
     [(["--no-bf16"], 1e-3), (["--bf16"], 2e-2), (["--bf16", "--moe-grouped-gemm"], 2e-2)],

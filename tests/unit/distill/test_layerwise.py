@@ -66,6 +66,11 @@ def test_the_teacher_stops_where_nothing_is_left_to_imitate(models, name, flags,
     [
         ({}, True),
         ({"num_moe_experts": 8}, False),
+        ({"num_moe_experts": 8, "moe_grouped_gemm": True}, True),
+        (
+            {"num_moe_experts": 8, "moe_grouped_gemm": True, "expert_model_parallel_size": 2},
+            False,
+        ),
         ({"virtual_pipeline_model_parallel_size": 2}, False),
         ({"tensor_model_parallel_size": 2}, False),
         ({"context_parallel_size": 2}, False),
@@ -74,6 +79,8 @@ def test_the_teacher_stops_where_nothing_is_left_to_imitate(models, name, flags,
 def test_what_can_be_recorded(fields, possible):
     usual = {
         "num_moe_experts": None,
+        "moe_grouped_gemm": False,
+        "expert_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
         "tensor_model_parallel_size": 1,
         "context_parallel_size": 1,
