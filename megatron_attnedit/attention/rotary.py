@@ -27,23 +27,26 @@ def normed_and_rotated(
     sin: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Per-head RMSNorm, where there is a weight, then rotation; in the shapes of both inputs.
+    """Per-head RMSNorm, where there is a weight, then rotation.
 
     Both in one call: entering compiled code costs the host more than a launch, and a function
     that is called with two shapes is compiled for any.
 
     Args:
-        query: ``[s, b, n, d]``.
+        query: ``[s, b, g, n / g, d]``, as it lies between keys and values: read where it lies.
         key: ``[s, b, g, d]``.
         query_weight: ``[d]``, or None.
         key_weight: ``[d]``, or None.
         cos: ``[s, 1, 1, d]``.
         sin: ``[s, 1, 1, d]``.
         eps: Of the norm.
+
+    Returns:
+        ``[s, b, n, d]`` and ``[s, b, g, d]``.
     """
 
     def one(t: Tensor, weight: Tensor | None) -> Tensor:
         normed = t if weight is None else rms_norm(t, weight, eps)
         return rotate(normed, cos, sin).to(t.dtype)
 
-    return one(query, query_weight), one(key, key_weight)
+    return one(query.flatten(2, 3), query_weight), one(key, key_weight)

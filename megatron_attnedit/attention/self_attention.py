@@ -24,11 +24,11 @@ class CausalSelfAttention(SelfAttention):
         """Query ``[s, b, n, d]``, key and value ``[s, b, g, d]``, ready for the core attention."""
         mixed, sizes = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
         query, key, value = mixed.split(sizes, dim=-1)
-        query = query.unflatten(-1, (-1, key.shape[-1])).flatten(2, 3)
+        query = query.unflatten(-1, (-1, key.shape[-1]))  # [s, b, g, n / g, d]
         assert self.config.num_query_groups is not None
         sharing = self.pg_collection.tp.size() // self.config.num_query_groups
         if sharing > 1:  # ranks that share a group have a part of its queries each
-            query = query.chunk(sharing, dim=2)[self.pg_collection.tp.rank() % sharing]
+            query = query.chunk(sharing, dim=3)[self.pg_collection.tp.rank() % sharing]
         query_weight, key_weight = (
             getattr(norm, "weight", None) for norm in (self.q_layernorm, self.k_layernorm)
         )

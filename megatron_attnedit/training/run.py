@@ -174,12 +174,13 @@ Parts = tuple[list[Any], Callable[[Any], Stage], float]
 
 def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> Parts:
     student.trained_modules()
+    record = recipe.record and _records(teacher.chunks[0].config)
     modules = [
         LayerwiseDistillation(
             chunk,
             edited_attentions(mine, student.attention),
             normalisation=recipe.normalisation,
-            record=recipe.record and _records(chunk.config),
+            record=record,
             student=mine if recipe.runs_student else None,
         )
         for chunk, mine in zip(teacher.chunks, student.chunks, strict=True)
@@ -197,7 +198,7 @@ def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> Parts:
 def _records(config: TransformerConfig) -> bool:
     """``--record`` is for speed alone: where it does not go, the run goes on without."""
     possible = bootstrap().records and can_be_recorded(config)
-    if not possible and dist.get_rank() == 0:
+    if not possible:
         logger.warning("warning: --record is ignored: not on this device, or this model and grid")
     return possible
 

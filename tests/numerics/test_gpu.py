@@ -118,12 +118,12 @@ def fused_cases():
     return {
         "norm and rotation": (
             normed_and_rotated,
-            [draw(s, b, 6, 64), draw(s, b, 2, 64), draw(64), draw(64)],
+            [draw(s, b, 2, 3, 64), draw(s, b, 2, 64), draw(64), draw(64)],
             [*table, 1e-6],
         ),
         "rotation": (
             normed_and_rotated,
-            [draw(s, b, 6, 64), draw(s, b, 2, 64)],
+            [draw(s, b, 2, 3, 64), draw(s, b, 2, 64)],
             [None, None, *table, 1e-6],
         ),
         "heads of MLA": (
