@@ -61,18 +61,19 @@ def test_the_teacher_stops_where_nothing_is_left_to_imitate(models, name, flags,
         assert gradient.any() and torch.equal(gradients[key], gradient), key
 
 
+GROUPED = {"num_moe_experts": 8, "moe_grouped_gemm": True}
+
+
 @pytest.mark.parametrize(
     "fields, possible",
     [
         ({}, True),
+        ({"tensor_model_parallel_size": 2}, True),
         ({"num_moe_experts": 8}, False),
-        ({"num_moe_experts": 8, "moe_grouped_gemm": True}, True),
-        (
-            {"num_moe_experts": 8, "moe_grouped_gemm": True, "expert_model_parallel_size": 2},
-            False,
-        ),
+        (GROUPED, True),
+        (GROUPED | {"expert_model_parallel_size": 2}, False),
+        (GROUPED | {"tensor_model_parallel_size": 2}, False),
         ({"virtual_pipeline_model_parallel_size": 2}, False),
-        ({"tensor_model_parallel_size": 2}, False),
         ({"context_parallel_size": 2}, False),
     ],
 )
