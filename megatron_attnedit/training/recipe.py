@@ -204,7 +204,7 @@ class Stage1Recipe(Recipe):
     )
     record: bool = option(
         False,
-        "record a micro-batch once and replay it: NVIDIA; no context parallelism, no virtual stages; "
+        "record a micro-batch once and replay it: NVIDIA; no context parallelism or virtual stages; "
         "experts only grouped and all in one process",
     )
     student_input_start: float = option(
