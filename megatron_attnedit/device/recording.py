@@ -35,28 +35,11 @@ def recording_stream(device: torch.device) -> Iterator[None]:
     module.current_stream().wait_stream(stream)
 
 
-@contextlib.contextmanager
-def _no_random_numbers() -> Iterator[None]:
-    """Megatron's sequence-parallel layers switch the generator's state, which a recording cannot.
-
-    They do whether they draw or not; without dropout nothing that is recorded draws.
-    """
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    tracker = get_cuda_rng_tracker()
-    tracker.fork = lambda *_: contextlib.nullcontext()
-    try:
-        yield
-    finally:
-        del tracker.fork
-
-
 @dataclass(frozen=True)
 class _Recording:
     inputs: list[Tensor]
     graph: Any
     output: Tensor
-    scratch: list[Tensor]  # kept: mcore drops its scratch memory when it wants more of it
 
 
 class Recorded:
@@ -92,16 +75,13 @@ class Recorded:
         return recording.output
 
     def _record(self, inputs: tuple[Tensor, ...]) -> _Recording:
-        from megatron.core.parallel_state import get_global_memory_buffer
-
         fixed = [t.clone() for t in inputs]
         device = fixed[0].device
         module = torch.get_device_module(device)
         graph = module.CUDAGraph()
         # Other threads, such as the one that watches collectives, may go on calling the driver.
-        graphing = module.graph(
+        with module.graph(
             graph, stream=_stream(device), capture_error_mode="thread_local"
-        )
-        with _no_random_numbers(), graphing:
+        ):
             output = self.function(*fixed)
-        return _Recording(fixed, graph, output, list(get_global_memory_buffer().buffer.values()))
+        return _Recording(fixed, graph, output)

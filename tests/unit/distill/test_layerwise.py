@@ -68,11 +68,10 @@ GROUPED = {"num_moe_experts": 8, "moe_grouped_gemm": True}
     "fields, possible",
     [
         ({}, True),
-        ({"tensor_model_parallel_size": 2}, True),
         ({"num_moe_experts": 8}, False),
         (GROUPED, True),
         (GROUPED | {"expert_model_parallel_size": 2}, False),
-        (GROUPED | {"tensor_model_parallel_size": 2}, False),
+        ({"tensor_model_parallel_size": 2}, False),
         ({"virtual_pipeline_model_parallel_size": 2}, False),
         ({"context_parallel_size": 2}, False),
     ],
