@@ -75,7 +75,8 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         self._shape, topk = tokens.shape, self.config.moe_router_topk
         experts = routing_map.float().topk(topk, dim=-1).indices
         slots = experts.flatten().argsort(stable=True)
-        self._order = slots, slots.argsort(), topk
+        # Stable there, too: the other sort of an NPU goes by way of float32.
+        self._order = slots, slots.argsort(stable=True), topk
         self._counts = routing_map.sum(0)
         return tokens.reshape(-1, tokens.shape[-1]), probs.gather(1, experts).flatten()[slots]
 

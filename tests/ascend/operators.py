@@ -158,6 +158,13 @@ def _npu_dtype_cast_backward(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.to(dtype)
 
 
+def npu_gather_backward(
+    grad: Tensor, self_size: list[int], dim: int, index: Tensor, sparse_grad: bool
+) -> Tensor:
+    """What was taken from where ``index`` points goes back there."""
+    return grad.new_zeros(self_size).scatter_add_(dim, index, grad)
+
+
 def matmul_backward(
     grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]
 ) -> tuple[Tensor | None, ...]:
