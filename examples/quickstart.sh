@@ -4,18 +4,21 @@
 #   bash examples/quickstart.sh [--teacher DIR] [--output DIR] [--compare-init]
 #
 #   --teacher DIR     Hugging Face directory of a Qwen3 or Llama model (default: the embedded one)
-#   --output DIR      results (default: outputs/quickstart); started afresh
+#   --output DIR      results (default: outputs/quickstart of the repository); started afresh
 #   --compare-init    also train students from the paper's random start, beside the default's
 set -euo pipefail
+from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# What a user names is where the user is.
+absolute() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$from" "$1" ;; esac }
 
 teacher=examples/embedded_teacher/model
 output=outputs/quickstart
 inits=(teacher)
 while [ $# -gt 0 ]; do
     case $1 in
-        --teacher) teacher=${2:?--teacher needs a directory}; shift 2 ;;
-        --output) output=${2:?--output needs a directory}; shift 2 ;;
+        --teacher) teacher=$(absolute "${2:?--teacher needs a directory}"); shift 2 ;;
+        --output) output=$(absolute "${2:?--output needs a directory}"); shift 2 ;;
         --compare-init) inits=(teacher random); shift ;;
         -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
@@ -23,6 +26,11 @@ while [ $# -gt 0 ]; do
 done
 if [ ! -f "$teacher/config.json" ]; then
     echo "error: --teacher $teacher: no config.json there" >&2
+    exit 2
+fi
+
+if [ -n "$(ls -A "$output" 2>/dev/null)" ] && [ ! -f "$output/.quickstart" ]; then
+    echo "error: --output $output: not a quick start's; it would be removed" >&2
     exit 2
 fi
 
@@ -55,13 +63,14 @@ fi
 # trying every layer takes seconds.
 mla_flags=()
 gate_swa_flags=()
-if [ "$teacher" = examples/embedded_teacher/model ]; then
+if [ "$teacher" -ef examples/embedded_teacher/model ]; then
     mla_flags=(--kv-lora-rank 156 --qk-pos-emb-head-dim 48)
     gate_swa_flags=(--full-layers auto)
 fi
 
 rm -rf "$output"
 mkdir -p "$output/data"
+touch "$output/.quickstart"
 
 say "Tokenize the text; import the teacher: Hugging Face -> Megatron"
 jobs=()

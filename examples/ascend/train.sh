@@ -26,7 +26,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     NNODES=${NNODES:-$SLURM_JOB_NUM_NODES}
     NODE_RANK=${NODE_RANK:-$SLURM_NODEID}
-    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    MASTER_ADDR=${MASTER_ADDR:-${nodes%%$'\n'*}}
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 fi
 visible=${ASCEND_RT_VISIBLE_DEVICES:-0,1,2,3,4,5,6,7}

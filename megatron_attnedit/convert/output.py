@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,14 +10,22 @@ import torch.distributed as dist
 from megatron_attnedit.errors import UserError
 
 
-def refuse_existing(output: Path, *, overwrite: bool) -> None:
+def refuse_existing(output: Path, *, overwrite: bool, needed: Sequence[Path] = ()) -> None:
     """Stop before the work when the result would be in the way of something.
+
+    Args:
+        output: Of the work.
+        overwrite: Replace it if it exists.
+        needed: What must not go with what is replaced.
 
     Raises:
         UserError: ``output`` exists and is not to be replaced.
     """
     if output.exists() and not overwrite:
         raise UserError(f"--output {output}: exists; give --overwrite to replace it")
+    for path in needed:
+        if output.resolve() in path.resolve().parents:
+            raise UserError(f"--output {output}: --overwrite would remove {path}, which is read")
 
 
 @contextlib.contextmanager

@@ -81,15 +81,14 @@ def _router_in_float32() -> None:
         moe_utils.te_general_gemm = None
 
 
-def _grouped_matmul_of_torch(kind: str) -> None:
+def _grouped_matmul_of_torch() -> None:
     """Mcore's grouped experts want the package ``grouped_gemm``; torch has the operation, too.
 
-    MindSpeed's, which it compiles on first use, makes way for torch_npu's.
+    It takes the place of the package where that is installed: the package wants to know on the host
+    how many tokens each expert gets. MindSpeed's, which it compiles on first use, makes way for
+    torch_npu's.
     """
     from megatron.core.transformer.moe import grouped_gemm_util
-
-    if grouped_gemm_util.grouped_gemm_is_available() and kind != "npu":
-        return
 
     def gmm(a: Any, b: Any, batch_sizes: Any, trans_b: bool = False) -> Any:
         return grouped_matmul(a, b.transpose(1, 2) if trans_b else b, batch_sizes)
@@ -262,7 +261,7 @@ def install(kind: str) -> None:
             f"this program needs {SUPPORTED}x (pip install 'megatron-core>=0.16.0,<0.17')"
         )
     _router_in_float32()
-    _grouped_matmul_of_torch(kind)
+    _grouped_matmul_of_torch()
     _no_manager_for_results()
     _write_where_called()
     _weight_gradients_without_apex(kind)

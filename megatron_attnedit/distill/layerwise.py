@@ -72,7 +72,8 @@ def can_be_recorded(config: TransformerConfig) -> bool:
     """
     interleaved = config.virtual_pipeline_model_parallel_size is not None
     shared = max(config.tensor_model_parallel_size, config.context_parallel_size) > 1
-    known = config.moe_grouped_gemm and config.expert_model_parallel_size == 1
+    spread = max(config.expert_model_parallel_size, config.expert_tensor_parallel_size) > 1
+    known = config.moe_grouped_gemm and not spread
     return not (interleaved or shared or (config.num_moe_experts and not known))
 
 

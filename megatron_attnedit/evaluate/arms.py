@@ -89,8 +89,8 @@ def arms(report: Entry) -> tuple[list[str], list[list[str]]]:
         recall = best.get("recall")
         rows.append([
             arm.attention, arm.init, arm.stages, arm.full_layers, arm.trainable,
-            ", ".join(map(_rate, rates)),
-            " + ".join(_rate(runs[name]["lr"]) for name in logged if name in runs),
+            ", ".join(map(rate, rates)),
+            " + ".join(rate(runs[name]["lr"]) for name in logged if name in runs),
             ", ".join(map(str, sorted({run["runs"]["stage2"]["seed"] for run in tried}))),
             f"{sum(end['tokens'] for end in stages) / 1e6:.1f}",
             f"{sum(end['seconds'] for end in stages) / 60:.1f}",
@@ -172,6 +172,7 @@ def _stages(arm: Arm) -> str:
     return f"stage{'s' if '+' in arm.stages else ''} {arm.stages}"
 
 
-def _rate(lr: float) -> str:
+def rate(lr: float) -> str:
+    """A learning rate as one writes it, such as 6e-4 and 1.5e-3."""
     number = f"{lr:.1e}".replace("e-0", "e-")
     return number.replace(".0e", "e")

@@ -14,24 +14,31 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 MEGATRON_FILES = ("attnedit.json", "latest_checkpointed_iteration.txt")
 
 
-def hf_directory(path: Path, scratch: Path) -> Path:
+def hf_directory(path: Path, scratch: Path, teacher: str | None = None) -> Path:
     """A Hugging Face directory of the model at ``path``.
 
     Args:
-        path: Hugging Face directory, or a Megatron checkpoint, which is exported first.
+        path: Hugging Face directory, or a Megatron checkpoint or a file of edited weights, which is
+            exported first.
         scratch: Existing folder for the export.
+        teacher: Of a student, for one whose own is not any more where it was at edit time.
 
     Raises:
         UserError: neither is there.
     """
     if (path / "config.json").is_file():
         return path
-    if not any((path / name).is_file() for name in MEGATRON_FILES):
+    edited = path.suffix == ".safetensors" and path.is_file()
+    if not edited and not any((path / name).is_file() for name in MEGATRON_FILES):
         raise UserError(f"{path}: no config.json and no Megatron checkpoint")
     from megatron_attnedit.export.conversion import ConversionConfig, convert
+    from megatron_attnedit.training.opened import find_lineage, start_of
 
+    lineage = find_lineage(start_of(path, "checkpoint"))
+    if lineage is None or Path(lineage.teacher).exists():
+        teacher = None  # its own has a known fingerprint
     output = scratch / f"export{len(list(scratch.iterdir()))}"
-    convert(ConversionConfig(source=path, output=output, format="hf"))
+    convert(ConversionConfig(source=path, output=output, format="hf", teacher=teacher))
     return output
 
 

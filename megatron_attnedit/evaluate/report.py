@@ -42,7 +42,7 @@ def load_students(
             raise UserError(f"--student name={student.name}: given twice")
         loaded[student.name] = {}
         for state, path in student.directories.items():
-            directory = hf_directory(path, scratch)
+            directory = hf_directory(path, scratch, str(teacher_dir))
             model = load_model(directory, teacher.dtype, teacher.device)
             check_same_vocabulary(teacher, model, tokenizer, teacher_dir, path)
             layers = model.config.num_hidden_layers

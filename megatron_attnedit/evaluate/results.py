@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.evaluate.arms import arms, curve, fits, tokens
+from megatron_attnedit.evaluate.arms import arms, curve, fits, rate, tokens
 from megatron_attnedit.evaluate.students import RUNS
 from megatron_attnedit.evaluate.table import BEHAVIOUR_HEADER, behaviour_rows
 
@@ -74,7 +74,7 @@ def cost(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         seeds = dict.fromkeys(run["seed"] for run in [*trained, runs.get("edit", {})] if run)
         rows.append([
             name,
-            " + ".join(f"{run['lr']:.0e}".replace("e-0", "e-") for run in trained),
+            " + ".join(rate(run["lr"]) for run in trained),
             ", ".join(map(str, seeds)),
             " + ".join(f"{end['tokens'] / 1e6:.2f}" for end in ends),
             " + ".join(f"{end['seconds'] / 60:.1f}" for end in ends),

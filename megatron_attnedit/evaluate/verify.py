@@ -39,7 +39,7 @@ def verify(
     manifests = manifest_of(a, teacher), manifest_of(b, teacher)
     result = compare(*manifests)
     if text:
-        result["largest_logit_difference"] = logit_difference(a, b, text)
+        result["largest_logit_difference"] = logit_difference(a, b, text, teacher)
     if json_file:
         json_file.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{len(result['same'])} tensors are the same, bit for bit")
@@ -95,7 +95,7 @@ def difference(a: dict[str, object], b: dict[str, object]) -> str:
 
 
 @torch.no_grad()
-def logit_difference(a: Path, b: Path, text: Path) -> float:
+def logit_difference(a: Path, b: Path, text: Path, teacher: str | None = None) -> float:
     """Largest absolute difference of float32 logits; both models are loaded whole."""
     if not text.is_file():
         raise UserError(f"--text {text}: no such file")
@@ -104,7 +104,7 @@ def logit_difference(a: Path, b: Path, text: Path) -> float:
         logits = []
         ids = None
         for path in (a, b):
-            directory = hf_directory(path, Path(folder))
+            directory = hf_directory(path, Path(folder), teacher)
             if ids is None:
                 ids = load_tokenizer(directory)(text.read_text(), return_tensors="pt").input_ids
             model = load_model(directory, torch.float32, device)

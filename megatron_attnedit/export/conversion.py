@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ def convert(config: ConversionConfig) -> None:
     Raises:
         UserError: the source is incomplete or does not fit, or the output cannot be written.
     """
-    refuse_existing(config.output, overwrite=config.overwrite)
+    needed = [config.source, *([Path(config.teacher)] if config.teacher else [])]
+    refuse_existing(config.output, overwrite=config.overwrite, needed=needed)
     with _processes():
         opened = open_checkpoint(config.source, flag="--input", teacher=config.teacher)
         _check(opened, config)
@@ -65,10 +67,23 @@ def _check(opened: Opened, config: ConversionConfig) -> None:
         _check_untouched(opened, opened.base)
     elif isinstance(source, HFReader) and config.dtype is None:
         source.check_dtype(opened.rows, hf.dtype)
+    elif opened.base is None and config.dtype is None:
+        _check_dtype(opened)
     if config.format == "torch":
         config.grid(hf)
     if config.moe_grouped_gemm and not hf.num_experts:
         raise UserError(f"--moe-grouped-gemm: the model in {hf.path} has no experts")
+
+
+def _check_dtype(opened: Opened) -> None:
+    """What is stored otherwise than ``config.json`` says would be rounded without a word."""
+    for row in opened.rows:
+        stored = opened.dtype(row)
+        if stored != opened.hf.dtype:
+            raise UserError(
+                f"--input {opened.path}: {row.hf_params[0]} is {stored}, "
+                f"{opened.hf.path}/config.json says {opened.hf.dtype}; give --dtype"
+            )
 
 
 def _check_untouched(opened: Opened, base: Opened) -> None:

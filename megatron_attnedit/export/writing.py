@@ -146,7 +146,8 @@ def write_megatron(opened: Opened, config: ConversionConfig, output: Path) -> No
 def _write_hf_files(opened: Opened, dtype: str, folder: Path) -> None:
     folder.mkdir()
     _write_config(opened, dtype, folder)
-    if (opened.hf.path / INDEX).is_file():
+    # Shards of another type would have other sizes.
+    if (opened.hf.path / INDEX).is_file() and dtype == opened.hf.dtype:
         shutil.copyfile(opened.hf.path / INDEX, folder / INDEX)
 
 

@@ -103,6 +103,20 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         return hidden_states.view(self._shape)
 
 
+def reduce_apart(model: GPTModel) -> None:
+    """Have experts' gradients reduced over the processes that hold the same part of them.
+
+    Mcore does so where experts are spread over processes; where they are only cut otherwise than
+    the rest of the model, it would add up over the copies of the rest.
+    """
+    config = model.config
+    if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
+        return
+    for layer in model.decoder.layers:
+        for param in layer.mlp.experts.parameters() if hasattr(layer.mlp, "experts") else ():
+            param.allreduce = False
+
+
 def send_nothing(model: GPTModel) -> None:
     """Give layers whose experts are all in this process a dispatcher that only sorts."""
     for layer in model.decoder.layers:

@@ -34,12 +34,18 @@ def stage1_flops(hf: HFConfig, seq_length: int, *, runs_student: bool = False) -
     return hf.num_hidden_layers * ((1 + runs_student) * mlp_flops(hf) + 4 * attention)
 
 
-def stage2_flops(hf: HFConfig, seq_length: int) -> float:
+def stage2_flops(hf: HFConfig, seq_length: int, *, trainable: str = "attention") -> float:
     """Per token: the teacher forward, the student forward and backward, both with heads.
 
-    The gradients of frozen weights are not computed: the MLP's and the head's backward costs as
-    much as their forward.
+    The gradients of frozen weights are not computed: the MLP's and the head's backward then costs
+    as much as their forward, and twice that where everything is trained.
+
+    Args:
+        hf: The teacher.
+        seq_length: Tokens of a sample.
+        trainable: ``attention`` or ``all``.
     """
     attention = attention_flops(hf, seq_length)
     head = 2 * hf.hidden_size * hf.vocab_size
-    return hf.num_hidden_layers * (3 * mlp_flops(hf) + 4 * attention) + 3 * head
+    passes = 4 if trainable == "all" else 3
+    return hf.num_hidden_layers * (passes * mlp_flops(hf) + 4 * attention) + passes * head

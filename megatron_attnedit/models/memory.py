@@ -139,8 +139,11 @@ def trained_on_process(
         (False, work.data_parallel_size * parallel.context_parallel_size),
         (True, work.expert_data_parallel_size),
     ):
-        # With one process per expert group mcore treats experts like everything else.
-        apart = parallel.expert_model_parallel_size > 1
+        # Experts that lie on the same processes as everything else are treated alike.
+        apart = (
+            parallel.expert_model_parallel_size > 1
+            or parallel.expert_tensor_parallel_size != parallel.tensor_model_parallel_size
+        )
         numels = [n for n, expert in trained if (expert and apart) == in_expert]
         size = _buffer_numbers(numels, copies if work.use_distributed_optimizer else 0)
         buffers.append(Buffer(size, copies))

@@ -24,7 +24,7 @@ from megatron_attnedit.convert.grouped_experts import expert_by_expert
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
-from megatron_attnedit.models.experts import send_nothing
+from megatron_attnedit.models.experts import reduce_apart, send_nothing
 from megatron_attnedit.models.grid import place_of_this_process
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -92,6 +92,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     send_nothing(model)
+    reduce_apart(model)
     return model.requires_grad_(False).eval()
 
 

@@ -1,10 +1,13 @@
 """``heartbeat.json``: is a run alive, how far is it, and how did it end? For scripts."""
 
 import json
+import logging
 import os
 import socket
 import time
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 FILE = "heartbeat.json"
 EVERY_S = 5.0
@@ -25,7 +28,10 @@ class Heartbeat:
         self._last = -EVERY_S
 
     def beat(self, iteration: int, state: str = RUNNING, why: str = "") -> None:
-        """Say where the run is, at most every ``EVERY_S`` seconds while it is running."""
+        """Say where the run is, at most every ``EVERY_S`` seconds while it is running.
+
+        Where it cannot be written, a warning says so: nobody's training ends for that.
+        """
         now = time.monotonic()
         if not self._enabled or (state == RUNNING and now - self._last < EVERY_S):
             return
@@ -40,5 +46,8 @@ class Heartbeat:
             "pid": os.getpid(),
         }
         new = self._file.with_name(f".{FILE}")
-        new.write_text(json.dumps(content) + "\n")
-        new.rename(self._file)
+        try:
+            new.write_text(json.dumps(content) + "\n")
+            new.rename(self._file)
+        except OSError as error:
+            logger.warning("warning: %s cannot be written: %s", self._file, error)

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megatron_attnedit.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 Values = dict[str, Any]
@@ -81,8 +83,11 @@ class JsonLines:
                 yield entry
 
     def write(self, iteration: int, values: Values) -> None:
-        with self._file.open("a") as file:
-            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        try:
+            with self._file.open("a") as file:
+                file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._file}: cannot be written: {error}") from None
 
     def close(self) -> None:
         """Every line is written at once."""

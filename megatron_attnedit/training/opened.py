@@ -84,7 +84,7 @@ def open_checkpoint(path: Path, *, flag: str, teacher: str | None = None) -> Ope
     Raises:
         UserError: it is none of these, incomplete, or its teacher is another model.
     """
-    start = _start(path, flag)
+    start = start_of(path, flag)
     lineage = find_lineage(start)
     if lineage is None or lineage.stage == "teacher":
         return _open_teacher(path, start, lineage, teacher)
@@ -113,8 +113,12 @@ def find_lineage(start: Path) -> Lineage | None:
     return read_lineage(start) if (start / FILE).is_file() else None
 
 
-def _start(path: Path, flag: str) -> Path:
-    """The folder or file that holds the tensors."""
+def start_of(path: Path, flag: str) -> Path:
+    """The folder or file that holds the tensors.
+
+    Raises:
+        UserError: none does.
+    """
     if is_hf(path):
         return path
     for folder in (path, run_folder.tracked(path)):

@@ -92,7 +92,7 @@ class Recipe:
         False, "master weights, moments and update on the host; needs --use-distributed-optimizer"
     )
     attention_backend: str = option(
-        "auto", "attention kernel", ("auto", "sdpa", "reference", "npu_fusion")
+        "auto", "attention kernel", ("auto", "sdpa", "flex", "te", "reference", "npu_fusion")
     )
 
     log_interval: int = option(10, "iterations between log lines")

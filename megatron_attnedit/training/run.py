@@ -221,9 +221,8 @@ def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> Parts:
         )
         for chunk, student_chunk, own in zip(teacher.chunks, student.chunks, trained, strict=True)
     ]
-    return modules, functools.partial(Stage2, modules), stage2_flops(
-        teacher.hf, recipe.seq_length
-    )
+    flops = stage2_flops(teacher.hf, recipe.seq_length, trainable=recipe.trainable)
+    return modules, functools.partial(Stage2, modules), flops
 
 
 def _data(recipe: Recipe, teacher: Teacher) -> tuple[DataConfig, Any, Any]:

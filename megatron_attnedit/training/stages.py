@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
 
@@ -162,7 +161,7 @@ class Stage2:
     ) -> None:
         self.modules = modules
         self.models = models
-        self._last: Batch | None = None
+        self._batches: list[Batch] = []  # of the last iteration
         config = modules[0].config
         config.finalize_model_grads_func = finalize_model_grads
         pauses = [model.no_sync for model in models]
@@ -176,9 +175,11 @@ class Stage2:
             if module.features:
                 module.features.total.zero_()
 
-        def keep_last(batches: Iterator[Batch]) -> Iterator[Batch]:
+        self._batches.clear()
+
+        def kept(batches: Iterator[Batch]) -> Iterator[Batch]:
             for batch in batches:
-                self._last = batch
+                self._batches.append(batch)
                 yield batch
 
         def step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
@@ -197,7 +198,7 @@ class Stage2:
         with torch.set_grad_enabled(training):
             parts = run_schedule(
                 self.models,
-                keep_last(batches),
+                kept(batches),
                 step,
                 num_microbatches,
                 streams=2,
@@ -234,20 +235,18 @@ class Stage2:
         return metrics
 
     def blame(self) -> str:
-        assert self._last is not None
-        last = self._last
-        pipeline = parallel_state.get_pipeline_model_parallel_world_size()
-
         with torch.no_grad(), nonfinite_layers([m.student for m in self.modules]) as bad:
             run_schedule(
                 self.models,
-                iter([last] * pipeline),
+                iter(self._batches),
                 _forward,
-                pipeline,
+                len(self._batches),
                 streams=2,
                 forward_only=True,
             )
         none = float("inf")
-        first = torch.tensor(min(bad, default=none), device=last.tokens.device)
+        device = next(self.modules[0].parameters()).device
+        # One type on all processes, whether they have found something or not.
+        first = torch.tensor(float(min(bad, default=none)), device=device)
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
         return f"layer {int(first.item())}" if first.item() < none else "the output head"

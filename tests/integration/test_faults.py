@@ -13,6 +13,7 @@ import torch
 from megatron_attnedit.convert.integrity import MARKER, files_in
 from megatron_attnedit.errors import BAD_INPUT, STOPPED, UserError
 from megatron_attnedit.training import run_folder
+from megatron_attnedit.training.heartbeat import Heartbeat
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
@@ -150,6 +151,12 @@ def test_full_disk(inputs, tmp_path, behind):
         assert not list(save.glob(".writing-*"))
     finally:
         subprocess.run(["umount", str(save)], check=True)
+
+
+def test_a_heartbeat_that_cannot_be_written_ends_nothing(tmp_path, caplog):
+    beat = Heartbeat(tmp_path / "missing", enabled=True, train_iters=1).beat
+    beat(0)
+    assert "heartbeat.json cannot be written" in caplog.text
 
 
 def test_retention(inputs, tmp_path):

@@ -47,6 +47,7 @@ GRIDS = {
     "EP2 distributed optimizer": (2, EP2 | {"use_distributed_optimizer": True}, True),
     "EP2 x TP2 SP": (2, EP2 | TP2 | SP, True),
     "ETP2": (2, TP2 | SP | {"expert_tensor_parallel_size": 2}, True),
+    "ETP2, TP1": (2, {"expert_tensor_parallel_size": 2}, True),
     "TP2 SP x PP2 x EP2": (8, TP2 | SP | PP2 | EP2, True),
     "DP2 overlap": (2, OVERLAP, False),
 }

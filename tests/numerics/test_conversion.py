@@ -14,6 +14,7 @@ from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.convert.hf_writer import SafetensorsFile
 from megatron_attnedit.convert.param_rows import TensorParallelPlace
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.evaluate.models import hf_directory
 from megatron_attnedit.evaluate.verify import compare, manifest_of, verify
 from megatron_attnedit.models.grid import ParallelConfig, place_of_this_process
 from megatron_attnedit.models.teacher import global_params
@@ -161,6 +162,37 @@ def test_students_in_every_format(inputs, tmp_path, student):
     for path in formats:
         assert manifest_of(path) == expected, path
     assert not verify(folder, inputs / "hf")
+
+
+def test_a_teacher_that_has_moved(inputs, tmp_path):
+    """``--teacher`` stands in for it, also where models are compared."""
+    start = shutil.copytree(inputs / "hf", tmp_path / "hf")
+    make_student(tmp_path, "mla", "mla", {})
+    edited = make(tmp_path / "mla", tmp_path / "edited.safetensors", "edited")
+    moved = start.rename(tmp_path / "elsewhere")
+    for student in (tmp_path / "mla", edited):
+        with pytest.raises(UserError, match="--teacher"):
+            hf_directory(student, tmp_path)
+        found = hf_directory(student, tmp_path, str(moved))
+        assert manifest_of(found, str(moved)) == manifest_of(edited, str(moved))
+
+
+def test_an_index_belongs_to_its_shards(models, tmp_path):
+    """After a change of type they are of another size."""
+    source = shutil.copytree(models("llama"), tmp_path / "source")
+    names = load_file(source / "model.safetensors")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    (source / INDEX).write_text(json.dumps(index))
+    make(source, tmp_path / "megatron", dtype="float32")
+    back = make(tmp_path / "megatron", tmp_path / "back", "hf")
+    assert not (back / INDEX).exists()
+
+
+def test_what_is_read_is_not_overwritten(models, tmp_path):
+    source = shutil.copytree(models("llama"), tmp_path / "all" / "source")
+    with pytest.raises(UserError, match="--overwrite would remove"):
+        make(source, tmp_path / "all", overwrite=True)
+    assert (source / "config.json").is_file()
 
 
 def start_of(inputs, load, save, flags):

@@ -120,6 +120,10 @@ def test_another_programs_files(models, foreign, tmp_path):
     with pytest.raises(UserError, match="--teacher, a directory with its config.json"):
         make(foreign, tmp_path / "hf", "hf")
     same_files(make(foreign, tmp_path / "hf", "hf", teacher=str(source)), source)
+    other = shutil.copytree(source, tmp_path / "other")
+    change_config(other, dtype="float32")
+    with pytest.raises(UserError, match="is bfloat16, .* says float32; give --dtype"):
+        make(foreign, tmp_path / "rounded", "hf", teacher=str(other))
     assert verify(foreign, source, teacher=str(source))
     make(foreign / "release", tmp_path / "teacher", teacher=str(source))
     lineage = json.loads((tmp_path / "teacher/iter_0000000/attnedit.json").read_text())

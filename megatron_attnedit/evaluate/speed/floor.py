@@ -40,10 +40,10 @@ def _student_scores(student: StudentAttention, hf: HFConfig, seq_length: int) ->
     return 4 * hf.num_attention_heads * hf.head_dim * visible_keys(seq_length, window)
 
 
-def _teacher_attention(hf: HFConfig, seq_length: int) -> float:
-    """Forward, per token and layer."""
+def _teacher_attention(hf: HFConfig, seq_length: int) -> tuple[float, float]:
+    """Projections, and scores with values: forward, per token and layer."""
     q, kv = hf.num_attention_heads * hf.head_dim, 2 * hf.num_key_value_heads * hf.head_dim
-    return 2 * hf.hidden_size * (2 * q + kv) + 4 * q * visible_keys(seq_length, None)
+    return 2 * hf.hidden_size * (2 * q + kv), 4 * q * visible_keys(seq_length, None)
 
 
 def stage_floor(
@@ -53,6 +53,7 @@ def stage_floor(
     seq_length: int,
     stage: int,
     runs_student: bool = False,
+    trainable: str = "attention",
 ) -> float:
     """Per token, of the whole model.
 
@@ -60,11 +61,13 @@ def stage_floor(
         hf: The teacher.
         student: Its student; the edited attentions train.
         seq_length: Tokens of a sample.
-        stage: 1, or 2 with frozen MLPs and a frozen head.
+        stage: 1 or 2.
         runs_student: Stage 1 on the student's own hidden states: its layers run forward, too.
+        trainable: Stage 2: ``attention``, with frozen MLPs, full layers and head, or ``all``.
     """
     scores = _student_scores(student, hf, seq_length)
-    teacher = _teacher_attention(hf, seq_length)
+    projections, seen = _teacher_attention(hf, seq_length)
+    teacher = projections + seen
     total = hf.num_hidden_layers * (teacher + mlp_flops(hf))
     edited = [i for i in range(hf.num_hidden_layers) if student.edits(i)]
     if stage == 1:  # nothing wants what comes after the last edited attention
@@ -78,6 +81,8 @@ def stage_floor(
     if runs_student:
         total += hf.num_hidden_layers * mlp_flops(hf) + kept * teacher
     if stage == 2:
-        total += hf.num_hidden_layers * 2 * mlp_flops(hf) + kept * 3 * teacher
-        total += 3 * 2 * hf.hidden_size * hf.vocab_size
+        there_and_back = 3 if trainable == "all" else 2  # with or without the weights' gradients
+        total += hf.num_hidden_layers * there_and_back * mlp_flops(hf)
+        total += kept * (there_and_back * projections + 3 * seen)
+        total += (1 + there_and_back) * 2 * hf.hidden_size * hf.vocab_size
     return total

@@ -60,6 +60,7 @@ def _row(
     floor = stage_floor(
         work.hf, work.student,
         seq_length=work.seq_length, stage=work.stage, runs_student=work.runs_student,
+        trainable=work.trainable,
     )
     ours = side(worst, tokens=work.tokens, flops=floor * work.tokens, rate=rate)
     if None not in shares:

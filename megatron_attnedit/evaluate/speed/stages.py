@@ -37,6 +37,7 @@ def compare(work: Workload, *, with_baseline: bool = True) -> dict[str, Any]:
     floor = stage_floor(
         work.hf, work.student,
         seq_length=work.seq_length, stage=work.stage, runs_student=work.runs_student,
+        trainable=work.trainable,
     )
     our_figures = _measured(lambda: ours.build_training(work).step, work.tokens, floor, rate)
     their_figures = None

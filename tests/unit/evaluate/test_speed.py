@@ -51,11 +51,16 @@ def test_floor_of_stage_2_counts_heads_and_kept_layers():
     student = GateSWA.from_flags({"sliding_window": 128, "full_layers": "34,35"}, hf)
     less = stage_floor(hf, student, seq_length=4096, stage=1)
     more = stage_floor(hf, student, seq_length=4096, stage=2)
-    attention = 2 * 4096 * (6144 + 4096) + 4 * 4096 * 2048.5
+    projections = 2 * 4096 * (6144 + 4096)
+    attention = projections + 4 * 4096 * 2048.5
     mlp = 6 * 4096 * 12288
-    extra = 36 * 2 * mlp + 2 * 3 * attention + 6 * 4096 * 151936 + 34 * 2 * 4096 * (6144 + 4096)
+    extra = 36 * 2 * mlp + 2 * (3 * attention - projections) + 6 * 4096 * 151936
+    extra += 34 * 2 * 4096 * (6144 + 4096)
     extra += 2 * attention + 3 * mlp  # behind the last edited attention
     assert more - less == pytest.approx(extra)
+    everything = stage_floor(hf, student, seq_length=4096, stage=2, trainable="all")
+    weights = 36 * mlp + 2 * projections + 2 * 4096 * 151936
+    assert everything - more == pytest.approx(weights)
     own = stage_floor(hf, student, seq_length=4096, stage=1, runs_student=True)
     assert own - less == pytest.approx(36 * mlp + 2 * attention)
 
