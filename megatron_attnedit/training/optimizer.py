@@ -10,6 +10,7 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
@@ -140,3 +141,47 @@ def optimizer_state(
     group = parallel_state.get_pipeline_model_parallel_group()
     dist.all_gather_object(everyone, plain, group=group)
     return own or next(filter(None, everyone), {})
+
+
+def fitted(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
+    """The optimizer's part of a checkpoint, where this grid has another number of optimizers.
+
+    Mcore has one more where trained experts lie on other processes than the rest. States are found
+    by name; parameter groups are kept for each optimizer, and differ in nothing but that.
+
+    Args:
+        loaded: Numbered parts, where several optimizers have written or want one.
+        optimizer: Of this grid.
+
+    Raises:
+        UserError: the optimizer is not the distributed one, whose states alone are found by name.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    numbered = {key: part for key, part in loaded.items() if isinstance(key, int)}
+    whole = {key: part for key, part in loaded.items() if not isinstance(key, int)}
+    if not (numbered and whole):  # written by as many
+        return loaded
+    if not all(isinstance(part, DistributedOptimizer) for part in parts):
+        raise UserError(
+            "trained experts that lie on other processes than before, relative to the rest of the "
+            "model, go on with --use-distributed-optimizer only"
+        )
+    if len(parts) == 1:
+        return {**numbered[0], **whole}
+    groups = whole["optimizer"]["param_groups"]
+    return {
+        i: {**whole, **numbered[i], "optimizer": {"param_groups": _groups_of(part, groups)}}
+        for i, part in enumerate(parts)
+    }
+
+
+def _groups_of(part: Any, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of saved parameter groups those that an optimizer has, as its own."""
+    same = ("wd_mult", "lr_mult", "is_decoupled_lr")
+    return [
+        {
+            **next(group for group in groups if all(group[key] == now[key] for key in same)),
+            "is_expert_parallel": now["is_expert_parallel"],
+        }
+        for now in part.optimizer.param_groups
+    ]

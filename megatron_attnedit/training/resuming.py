@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_attnedit.training import checkpoint, run_folder
 from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.metrics import MetricsLog, Sink
-from megatron_attnedit.training.optimizer import trains_anything
+from megatron_attnedit.training.optimizer import fitted, trains_anything
 from megatron_attnedit.training.random_state import set_own_state
 from megatron_attnedit.training.recipe_files import to_yaml
 from megatron_attnedit.training.run_state import Run
@@ -57,7 +57,7 @@ def _load(run: Run) -> None:
     # A fresh optimizer's state is built by mcore while the sharded state is made.
     loaded = checkpoint.load(found, run.sharded_state(is_loading=True))
     if trains_anything(run.stage.models):
-        run.optimizer.load_state_dict(loaded["optimizer"])
+        run.optimizer.load_state_dict(fitted(loaded["optimizer"], run.optimizer))
         for group in run.optimizer.param_groups:  # mcore keeps them there, too
             group["max_lr"], group["min_lr"] = run.recipe.lr, run.recipe.min_lr
     run.schedule.load_state_dict(loaded["schedule"])
