@@ -168,8 +168,10 @@ def test_stage_with_nothing_to_train_continues(inputs, tmp_path, stage, distribu
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 
-@pytest.mark.parametrize("distributed", [False, True])
-@pytest.mark.parametrize("grid", [TP2_SP, {"expert_model_parallel_size": 2}], ids=["TP2", "EP2"])
+@pytest.mark.parametrize(
+    ("grid", "distributed"),
+    every_other([TP2_SP, {"expert_model_parallel_size": 2}], [True, False]),
+)
 def test_trained_experts_continue(tmp_path, grid, distributed):
     """Bit for bit on the same grid; up to rounding from and on one process, where mcore has one
     optimizer less, if its states are found by name.
