@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
@@ -177,7 +178,7 @@ def fitted(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, An
 
 def _groups_of(part: Any, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of saved parameter groups those that an optimizer has, as its own."""
-    same = ("wd_mult", "lr_mult", "is_decoupled_lr")
+    same = [key for key in param_group_identifier_keys if key != "is_expert_parallel"]
     return [
         {
             **next(group for group in groups if all(group[key] == now[key] for key in same)),

@@ -19,6 +19,7 @@ from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from tests import processes
 from tests.attempts import metrics
+from tests.numerics.grids import EP2, SP, TP2
 from tests.numerics.inputs import make_inputs, make_student
 from tests.numerics.inputs import recipe as small_recipe
 from tests.thinning import every_other
@@ -165,12 +166,9 @@ def test_stage_with_nothing_to_train_continues(inputs, tmp_path, stage, distribu
     assert losses(save) == whole_losses
 
 
-TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-
-
 @pytest.mark.parametrize(
     ("grid", "distributed"),
-    every_other([TP2_SP, {"expert_model_parallel_size": 2}], [True, False]),
+    every_other([TP2 | SP, EP2], [True, False]),
 )
 def test_trained_experts_continue(tmp_path, grid, distributed):
     """Bit for bit on the same grid; up to rounding from and on one process, where mcore has one

@@ -11,10 +11,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_attnedit.device import bootstrap, communication_share
-from megatron_attnedit.evaluate.speed.floor import stage_floor
 from megatron_attnedit.evaluate.speed.measure import Figures, matmul_rate, measure, row, side
 from megatron_attnedit.evaluate.speed.ours import Workload, build_training
-from megatron_attnedit.evaluate.speed.stages import describe
+from megatron_attnedit.evaluate.speed.stages import describe, floor_of
 
 SHORT = {
     "tensor_model_parallel_size": "TP",
@@ -57,11 +56,7 @@ def _row(
     worst = Figures(*(max(getattr(f, item.name) for f in figures)
                       for item in dataclasses.fields(Figures)))
     rate = statistics.mean(rates)
-    floor = stage_floor(
-        work.hf, work.student,
-        seq_length=work.seq_length, stage=work.stage, runs_student=work.runs_student,
-        trainable=work.trainable,
-    )
+    floor = floor_of(work)
     ours = side(worst, tokens=work.tokens, flops=floor * work.tokens, rate=rate)
     if None not in shares:
         for name in ("busy", "exposed"):

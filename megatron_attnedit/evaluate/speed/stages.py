@@ -31,14 +31,19 @@ def _measured(
         bootstrap().reset_peak_memory()
 
 
-def compare(work: Workload, *, with_baseline: bool = True) -> dict[str, Any]:
-    """One row."""
-    rate = matmul_rate()
-    floor = stage_floor(
+def floor_of(work: Workload) -> float:
+    """Operations per token that the work cannot do without; see ``floor``."""
+    return stage_floor(
         work.hf, work.student,
         seq_length=work.seq_length, stage=work.stage, runs_student=work.runs_student,
         trainable=work.trainable,
     )
+
+
+def compare(work: Workload, *, with_baseline: bool = True) -> dict[str, Any]:
+    """One row."""
+    rate = matmul_rate()
+    floor = floor_of(work)
     our_figures = _measured(lambda: ours.build_training(work).step, work.tokens, floor, rate)
     their_figures = None
     if with_baseline and not work.runs_student:
