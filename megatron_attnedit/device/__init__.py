@@ -3,7 +3,7 @@
 from megatron_attnedit.device.accelerator import Accelerator, bootstrap, quiet_megatron
 from megatron_attnedit.device.communication import CommunicationShare, communication_share
 from megatron_attnedit.device.fusion import fused
-from megatron_attnedit.device.recording import Recorded, recording_stream
+from megatron_attnedit.device.recording import Recorded, forget_recordings, recording_stream
 from megatron_attnedit.device.weight_gradient import add_weight_gradient
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "add_weight_gradient",
     "bootstrap",
     "communication_share",
+    "forget_recordings",
     "fused",
     "quiet_megatron",
     "recording_stream",

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,11 +36,34 @@ def recording_stream(device: torch.device) -> Iterator[None]:
     module.current_stream().wait_stream(stream)
 
 
+@contextlib.contextmanager
+def _no_random_numbers() -> Iterator[None]:
+    """Megatron's sequence-parallel layers switch the generator's state, which a recording cannot.
+
+    They do whether they draw or not; without dropout nothing that is recorded draws.
+    """
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    tracker.fork = lambda *_: contextlib.nullcontext()
+    try:
+        yield
+    finally:
+        del tracker.fork
+
+
+def forget_recordings() -> None:
+    """Free every recording. NCCL waits for those of its work before it lets a process leave."""
+    for recorded in _all:
+        recorded.forget()
+
+
 @dataclass(frozen=True)
 class _Recording:
     inputs: list[Tensor]
     graph: Any
     output: Tensor
+    scratch: list[Tensor]  # kept: mcore drops its scratch memory when it wants more of it
 
 
 class Recorded:
@@ -58,6 +82,7 @@ class Recorded:
         self.function = function
         self._calls: Counter[Any] = Counter()
         self._recordings: dict[Any, _Recording] = {}
+        _all.add(self)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run or replay."""
@@ -74,14 +99,24 @@ class Recorded:
         recording.graph.replay()
         return recording.output
 
+    def forget(self) -> None:
+        """Free what is recorded; further calls record anew."""
+        self._recordings.clear()
+
     def _record(self, inputs: tuple[Tensor, ...]) -> _Recording:
+        from megatron.core.parallel_state import get_global_memory_buffer
+
         fixed = [t.clone() for t in inputs]
         device = fixed[0].device
         module = torch.get_device_module(device)
         graph = module.CUDAGraph()
         # Other threads, such as the one that watches collectives, may go on calling the driver.
-        with module.graph(
+        graphing = module.graph(
             graph, stream=_stream(device), capture_error_mode="thread_local"
-        ):
+        )
+        with _no_random_numbers(), graphing:
             output = self.function(*fixed)
-        return _Recording(fixed, graph, output)
+        return _Recording(fixed, graph, output, list(get_global_memory_buffer().buffer.values()))
+
+
+_all: weakref.WeakSet[Recorded] = weakref.WeakSet()

@@ -67,14 +67,17 @@ def can_be_recorded(config: TransformerConfig) -> bool:
 
     Experts get as many tokens as the router sends them, which only a grouped product of those of
     one process needs not know. Recording waits for the device, and an interleaved pipeline's device
-    for what a process sends that may be recording, too. Tensor parallelism's collectives hung when
-    they were recorded; context parallelism was not tried.
+    for what a process sends that may be recording, too. Context parallelism was not tried.
     """
     interleaved = config.virtual_pipeline_model_parallel_size is not None
-    shared = max(config.tensor_model_parallel_size, config.context_parallel_size) > 1
-    spread = max(config.expert_model_parallel_size, config.expert_tensor_parallel_size) > 1
-    known = config.moe_grouped_gemm and not spread
-    return not (interleaved or shared or (config.num_moe_experts and not known))
+    sizes = (
+        config.expert_model_parallel_size,
+        config.expert_tensor_parallel_size,
+        config.tensor_model_parallel_size,
+    )
+    known = config.moe_grouped_gemm and max(sizes) == 1
+    experts = config.num_moe_experts and not known
+    return not (interleaved or experts or config.context_parallel_size > 1)
 
 
 class _Through(Exception):

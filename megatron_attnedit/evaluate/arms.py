@@ -1,5 +1,6 @@
 """Comparison arms: runs that differ in one thing, each at its best learning rate."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +58,15 @@ def arm_of(student: Entry) -> Arm | None:
     )
 
 
+def number(value: float | None, form: str) -> str:
+    """Nothing for a number that JSON lacks: infinite, or not a number."""
+    return "" if value is None else format(value, form)
+
+
 def _validations(student: Entry) -> list[float]:
     lines = student["metrics"].get("stage2", [])
-    return [line["validation_loss"] for line in lines if "validation_loss" in line]
+    found = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    return [math.inf if loss is None else loss for loss in found]
 
 
 def validation_kl(student: Entry) -> float:
@@ -95,8 +102,8 @@ def arms(report: Entry) -> tuple[list[str], list[list[str]]]:
             f"{sum(end['tokens'] for end in stages) / 1e6:.1f}",
             f"{sum(end['seconds'] for end in stages) / 60:.1f}",
             f"{validation_kl(best):.3f}",
-            f"{best['perplexity_ratio']:.3f}",
-            f"{best['kl']:.3f}",
+            number(best["perplexity_ratio"], ".3f"),
+            number(best["kl"], ".3f"),
             f"{100 * best['top1_agreement']:.1f} %",
             f"{100 * recall['accuracy']:.1f} %" if recall else "",
         ])  # fmt: skip
@@ -138,7 +145,7 @@ def curve(report: Entry) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, student in report["students"].items():
         lines = student["metrics"].get("stage2", [])
-        points = [(x["tokens"], x["validation_loss"]) for x in lines if "validation_loss" in x]
+        points = [(x["tokens"], x["validation_loss"]) for x in lines if x.get("validation_loss")]
         if points:
             shown = (next(p for p in points if p[0] >= part * points[-1][0]) for part in PARTS)
             rows.append([name, *(f"{kl:.3f} ({spent / 1e6:.1f})" for spent, kl in shown)])
@@ -148,6 +155,11 @@ def curve(report: Entry) -> tuple[list[str], list[list[str]]]:
 def fits(report: Entry) -> tuple[list[str], list[list[str]]]:
     """MLA right after the edit, by the way its first weights were made."""
     teacher = report["teacher"]["perplexity"]
+
+    def excess(student: Entry) -> float | None:
+        perplexity = student["perplexity"]["after_edit"]
+        return None if perplexity is None else perplexity - teacher
+
     found = {}
     for student in report["students"].values():
         arm = arm_of(student)
@@ -155,14 +167,14 @@ def fits(report: Entry) -> tuple[list[str], list[list[str]]]:
             continue
         fit = student["runs"]["edit"]["student_attention"]["fit"]
         found["random" if arm.init == "random" else fit] = student
-    svd = found.get("svd")
+    svd = excess(found["svd"]) if "svd" in found else None
     rows = []
     for name, student in found.items():
-        excess = student["perplexity"]["after_edit"] - teacher
-        share = "" if svd is None else f"{excess / (svd['perplexity']['after_edit'] - teacher):.3f}"
+        above = excess(student)
         rows.append([
-            name, f"{teacher + excess:,.1f}", f"{excess:,.1f}", share,
-            f"{student['kl_after_edit']:.3f}",
+            name, number(student["perplexity"]["after_edit"], ",.1f"), number(above, ",.1f"),
+            f"{above / svd:.3f}" if above and svd else "",
+            number(student["kl_after_edit"], ".3f"),
             f"{100 * student['top1_agreement_after_edit']:.1f} %",
         ])  # fmt: skip
     return FITS, rows

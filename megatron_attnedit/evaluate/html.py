@@ -113,6 +113,9 @@ def _plots(report: dict[str, Any]) -> str:
         "Stage 1, layer-wise: training loss (dashed: validation)": plots.loss_curves(
             students, "stage1"
         ),
+        "Between the stages, on the student's own hidden states": plots.loss_curves(
+            students, "between"
+        ),
         "Stage 2, model-level: training loss (dashed: validation)": plots.loss_curves(
             students, "stage2"
         ),

@@ -48,11 +48,11 @@ def _draw_losses(axes: Axes, students: dict[str, Any], stage: str) -> None:
     for name, color in _colors(students).items():
         lines = students[name]["metrics"].get(stage, [])
         for key, style, label in (("loss", "-", name), ("validation_loss", "--", None)):
-            points = [(line["tokens"] / 1e6, line[key]) for line in lines if key in line]
+            points = [(line["tokens"] / 1e6, line[key]) for line in lines if line.get(key)]
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=color, label=label)
     axes.set(xlabel="tokens (millions)", yscale="log")
-    axes.set_ylabel("relative error" if stage == "stage1" else "KL (nats per token)")
+    axes.set_ylabel("KL (nats per token)" if stage == "stage2" else "relative error")
     axes.legend()
 
 

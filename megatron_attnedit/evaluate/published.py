@@ -78,7 +78,7 @@ def tokens_to_reach(student: dict[str, Any], loss: float) -> float | None:
     before = sum(lines[-1]["tokens"] for lines in earlier)
     last = None
     for line in student["metrics"].get("stage2", []):
-        if "validation_loss" not in line:
+        if line.get("validation_loss") is None:  # absent, or no finite number
             continue
         here = (before + line["tokens"], line["validation_loss"])
         if here[1] <= loss:

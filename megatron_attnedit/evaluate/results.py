@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.evaluate.arms import arms, curve, fits, rate, tokens
+from megatron_attnedit.evaluate.arms import arms, curve, fits, number, rate, tokens
 from megatron_attnedit.evaluate.students import RUNS
 from megatron_attnedit.evaluate.table import BEHAVIOUR_HEADER, behaviour_rows
 
@@ -54,10 +54,10 @@ def summary(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         kv = f"{entry['kv_bytes_per_token']:,.0f} ({100 * entry['kv_fraction']:.1f} %)"
         rows.append([
             name,
-            _number(states.get("after_edit"), ",.1f"),
-            *(_number(states.get(f"after_{stage}"), ",.2f") for stage in ("stage1", "stage2")),
-            _number(entry["perplexity_ratio"], ".3f"),
-            f"{entry['kl']:.3f}",
+            number(states.get("after_edit"), ",.1f"),
+            *(number(states.get(f"after_{stage}"), ",.2f") for stage in ("stage1", "stage2")),
+            number(entry["perplexity_ratio"], ".3f"),
+            number(entry["kl"], ".3f"),
             f"{100 * entry['top1_agreement']:.1f} %",
             kv,
         ])  # fmt: skip
@@ -97,10 +97,6 @@ KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "fits": fits,
     "curve": curve,
 }
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -204,8 +204,8 @@ class Stage1Recipe(Recipe):
     )
     record: bool = option(
         False,
-        "record a micro-batch once and replay it: NVIDIA; data and pipeline parallelism without "
-        "virtual stages; experts only if grouped and all in one process",
+        "record a micro-batch once and replay it: NVIDIA; no context parallelism, no virtual "
+        "stages; experts only if grouped and without tensor or expert parallelism",
     )
     student_input_start: float = option(
         0.0, "probability in the first iteration that a layer gets the student's own hidden states"

@@ -16,7 +16,7 @@ from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.fingerprint import fingerprint
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
-from megatron_attnedit.device import Accelerator, bootstrap
+from megatron_attnedit.device import Accelerator, bootstrap, forget_recordings
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
@@ -58,6 +58,7 @@ def start_processes(
 
 def stop_processes() -> None:
     """Leave the groups; without it a rank can die at exit."""
+    forget_recordings()
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -38,6 +38,7 @@ DENSE = {
     "DP2": (2, {}),
     "TP2": (2, TP2),
     "TP2 SP": (2, TP2 | SP),
+    "TP2 SP, recorded": (2, TP2 | SP | RECORDED),
     "PP2": (2, PP2),
     "PP2, recorded": (2, PP2 | RECORDED),
     "CP2": (2, {"context_parallel_size": 2}),
@@ -47,6 +48,8 @@ DENSE = {
     "PP4": (4, {"pipeline_model_parallel_size": 4}),
     "TP2 SP x PP2": (4, TP2 | SP | PP2),
     "PP4, recorded": (4, {"pipeline_model_parallel_size": 4} | RECORDED),
+    "TP2 SP x PP2, recorded": (4, TP2 | SP | PP2 | RECORDED),
+    "TP2 SP x DP2, recorded": (4, TP2 | SP | RECORDED),
 }
 EXPERTS = {
     "one process": (1, {}),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 
 import pytest
@@ -158,6 +159,22 @@ def test_arms_at_their_best_learning_rates(report, tmp_path):
         ["1 + 2", "measured", "attention", "50.0 %"], ["1 + 2", "uniform", "attention", ""]
     ]  # fmt: skip
     assert rows[-1][3:5] == ["", "all"] and rows[-1][10] == "0.100"
+
+
+def test_an_arm_that_ran_away(report, tmp_path):
+    lost = arm(0.4, lr=5e-4)
+    lost["perplexity"] = dict.fromkeys(lost["perplexity"], math.inf)
+    lost["perplexity_ratio"] = lost["kl"] = lost["kl_after_edit"] = math.inf
+    lost["top1_agreement_after_edit"] = 0.1
+    for line in lost["metrics"]["stage2"]:
+        for name in line.keys() & {"loss", "validation_loss"}:
+            line[name] = math.nan
+    report["students"] = {"lost": lost, "random": arm(0.7, init="random")}
+    add_report(report, tmp_path / "kept.json")
+    assert cells("arms", tmp_path)[0][10:13] == ["inf", "", ""]
+    assert cells("tokens", tmp_path)[0][5] == "never"
+    assert cells("fits", tmp_path)[0][:5] == ["attention", "", "", "", ""]
+    assert cells("summary", tmp_path)[1][4] == ""
 
 
 def test_an_arm_with_a_phase_between_the_stages(report, tmp_path):
