@@ -29,16 +29,13 @@ class KeptNumbers:
 
 
 def kept_by_teacher(hf: HFConfig) -> KeptNumbers:
-    """The teacher's attention with grouped queries; values stay in the projection's output.
-
-    Its queries lie between keys and values there, and are copied out before norm and rotation.
-    """
+    """The teacher's attention with grouped queries; values stay in the projection's output."""
     query = hf.num_attention_heads * hf.head_dim
     groups = hf.num_key_value_heads * hf.head_dim
     return KeptNumbers(
         query=query,
         key_value=groups,
         output=query,
-        besides=2 * query + 2 * groups,
+        besides=query + 2 * groups,  # that output; norm and rotation read where heads lie
         num_heads=hf.num_attention_heads,
     )
