@@ -52,9 +52,9 @@ def _serve(pipe: Connection, index: int) -> None:
 def process_group(rank: int, world_size: int, store: str) -> Iterator[None]:
     """A default process group, torn down with Megatron's groups at the end."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
-    from megatron_attnedit.device import bootstrap, forget_recordings
+    from megatron_attnedit.device import bootstrap
+    from megatron_attnedit.training.setup import stop_processes
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group(
@@ -63,9 +63,7 @@ def process_group(rank: int, world_size: int, store: str) -> Iterator[None]:
     try:
         yield
     finally:
-        forget_recordings()
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        stop_processes()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             del os.environ[name]
 

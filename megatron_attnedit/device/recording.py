@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 WARMUP = 2  # calls in which kernels are compiled and chosen
+_all: "weakref.WeakSet[Recorded]" = weakref.WeakSet()
 
 
 @functools.cache
@@ -118,5 +119,3 @@ class Recorded:
             output = self.function(*fixed)
         return _Recording(fixed, graph, output, list(get_global_memory_buffer().buffer.values()))
 
-
-_all: weakref.WeakSet[Recorded] = weakref.WeakSet()

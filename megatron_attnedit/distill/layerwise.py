@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -60,24 +59,6 @@ def relative_error(
     denominator = mask.sum() if per_token else (energy * mask).sum()
     gradient = (2 * difference * weight.unsqueeze(-1)).to(attn_output.dtype)
     return numerator, denominator, gradient
-
-
-def can_be_recorded(config: TransformerConfig) -> bool:
-    """Are a micro-batch's shapes known beforehand, and does nothing wait while it is recorded?
-
-    Experts get as many tokens as the router sends them, which only a grouped product of those of
-    one process needs not know. Recording waits for the device, and an interleaved pipeline's device
-    for what a process sends that may be recording, too. Context parallelism was not tried.
-    """
-    interleaved = config.virtual_pipeline_model_parallel_size is not None
-    sizes = (
-        config.expert_model_parallel_size,
-        config.expert_tensor_parallel_size,
-        config.tensor_model_parallel_size,
-    )
-    known = config.moe_grouped_gemm and max(sizes) == 1
-    experts = config.num_moe_experts and not known
-    return not (interleaved or experts or config.context_parallel_size > 1)
 
 
 class _Through(Exception):

@@ -20,12 +20,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from megatron_attnedit.device import Recorded
 from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.feature_matching import FeatureMatching
 from megatron_attnedit.distill.kl import chunked_divergence, chunked_lm_loss
 from megatron_attnedit.distill.masks import local_token_mask
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.teacher import backbone, output_weight
+from megatron_attnedit.models.teacher import backbone, first_hidden, output_weight, through_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ class ModelLevelDistillation(MegatronModule):
         config: The loss.
         vocab_size: Words without padding.
         num_edited: Edited layers of the whole model.
+        record: Record the teacher and replay it (see ``device.Recorded``); without feature
+            matching, which wants what is between its layers.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class ModelLevelDistillation(MegatronModule):
         config: ModelLevelConfig,
         vocab_size: int,
         num_edited: int,
+        record: bool = False,
     ) -> None:
         super().__init__(config=teacher.config)
         self.model_type = teacher.model_type
@@ -84,7 +88,7 @@ class ModelLevelDistillation(MegatronModule):
         self.loss_config = config
         self.vocab_size = vocab_size
         self._trained = trained
-        self._mask: Tensor | None = None
+        self._teacher_run = Recorded(self._run_teacher) if record else self._run_teacher
         self.features: FeatureMatching | None = None
         if config.feature_matching_weight:
             self.features = FeatureMatching(
@@ -142,11 +146,17 @@ class ModelLevelDistillation(MegatronModule):
         if self.features:
             self.features.start(local_token_mask(loss_mask, self.config))
         with torch.no_grad():
-            teacher_hidden = backbone(self.teacher, tokens, position_ids)
+            teacher_hidden = self._teacher_run(first_hidden(self.teacher, tokens, position_ids))
         student_hidden = backbone(self.student, tokens, position_ids)
         if self.features:
             self.features.stop()
         return torch.cat([student_hidden, teacher_hidden.detach()], dim=1)
+
+    def _run_teacher(self, hidden: Tensor) -> Tensor:
+        """Its layers on what enters them; their number of tokens says how long a sequence is."""
+        shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        seq_length = hidden.shape[0] * shards * self.config.context_parallel_size
+        return through_layers(self.teacher, hidden, seq_length)
 
     def loss(
         self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, *, with_lm_loss: bool = False

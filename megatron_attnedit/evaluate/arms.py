@@ -1,10 +1,9 @@
 """Comparison arms: runs that differ in one thing, each at its best learning rate."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_attnedit.evaluate.published import tokens_to_reach
+from megatron_attnedit.evaluate.published import tokens_to_reach, validations
 from megatron_attnedit.evaluate.students import RUNS
 
 Entry = dict[str, Any]
@@ -63,15 +62,9 @@ def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _validations(student: Entry) -> list[float]:
-    lines = student["metrics"].get("stage2", [])
-    found = [line["validation_loss"] for line in lines if "validation_loss" in line]
-    return [math.inf if loss is None else loss for loss in found]
-
-
 def validation_kl(student: Entry) -> float:
     """Stage 2's last, in nats."""
-    return _validations(student)[-1]
+    return validations(student)[-1][1]
 
 
 def by_arm(students: dict[str, Entry]) -> dict[Arm, list[Entry]]:
@@ -79,7 +72,7 @@ def by_arm(students: dict[str, Entry]) -> dict[Arm, list[Entry]]:
     found: dict[Arm, list[Entry]] = {}
     for student in students.values():
         arm = arm_of(student)
-        if arm is not None and _validations(student):
+        if arm is not None and validations(student):
             found.setdefault(arm, []).append(student)
     return {arm: sorted(entries, key=validation_kl) for arm, entries in found.items()}
 
@@ -144,9 +137,7 @@ def curve(report: Entry) -> tuple[list[str], list[list[str]]]:
     header += [f"{100 * part:g} %" for part in PARTS[1:]]
     rows = []
     for name, student in report["students"].items():
-        lines = student["metrics"].get("stage2", [])
-        points = [(x["tokens"], x["validation_loss"]) for x in lines if x.get("validation_loss")]
-        if points:
+        if points := validations(student):
             shown = (next(p for p in points if p[0] >= part * points[-1][0]) for part in PARTS)
             rows.append([name, *(f"{kl:.3f} ({spent / 1e6:.1f})" for spent, kl in shown)])
     return header, rows
@@ -173,7 +164,7 @@ def fits(report: Entry) -> tuple[list[str], list[list[str]]]:
         above = excess(student)
         rows.append([
             name, number(student["perplexity"]["after_edit"], ",.1f"), number(above, ",.1f"),
-            f"{above / svd:.3f}" if above and svd else "",
+            f"{above / svd:.3f}" if above is not None and svd else "",
             number(student["kl_after_edit"], ".3f"),
             f"{100 * student['top1_agreement_after_edit']:.1f} %",
         ])  # fmt: skip

@@ -48,7 +48,8 @@ def _draw_losses(axes: Axes, students: dict[str, Any], stage: str) -> None:
     for name, color in _colors(students).items():
         lines = students[name]["metrics"].get(stage, [])
         for key, style, label in (("loss", "-", name), ("validation_loss", "--", None)):
-            points = [(line["tokens"] / 1e6, line[key]) for line in lines if line.get(key)]
+            known = (line for line in lines if line.get(key) is not None)
+            points = [(line["tokens"] / 1e6, line[key]) for line in known]
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=color, label=label)
     axes.set(xlabel="tokens (millions)", yscale="log")

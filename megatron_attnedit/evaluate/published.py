@@ -1,6 +1,7 @@
 """Figures that are kept: reports of runs made small and put together in one file of data."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ def _thin(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def validations(student: dict[str, Any]) -> list[tuple[int, float]]:
+    """Tokens of stage 2 and its validation loss after them; infinite where it was no number."""
+    lines = student["metrics"].get("stage2", [])
+    found = [(x["tokens"], x["validation_loss"]) for x in lines if "validation_loss" in x]
+    return [(tokens, math.inf if loss is None else loss) for tokens, loss in found]
+
+
 def tokens_to_reach(student: dict[str, Any], loss: float) -> float | None:
     """Training tokens of all stages after which stage 2's validation loss is that low.
 
@@ -77,14 +85,13 @@ def tokens_to_reach(student: dict[str, Any], loss: float) -> float | None:
     earlier = [lines for run, lines in student["metrics"].items() if run != "stage2"]
     before = sum(lines[-1]["tokens"] for lines in earlier)
     last = None
-    for line in student["metrics"].get("stage2", []):
-        if line.get("validation_loss") is None:  # absent, or no finite number
+    for tokens, here in validations(student):
+        if not math.isfinite(here):
             continue
-        here = (before + line["tokens"], line["validation_loss"])
-        if here[1] <= loss:
+        if here <= loss:
             if last is None:
-                return here[0]
-            share = (last[1] - loss) / (last[1] - here[1])
-            return last[0] + share * (here[0] - last[0])
-        last = here
+                return before + tokens
+            share = (last[1] - loss) / (last[1] - here)
+            return before + last[0] + share * (tokens - last[0])
+        last = (tokens, here)
     return None

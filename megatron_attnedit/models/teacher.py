@@ -166,6 +166,24 @@ def load_from_hf(
     )
 
 
+def can_be_recorded(config: TransformerConfig) -> bool:
+    """Are the teacher's shapes known beforehand, and does nothing wait while it is recorded?
+
+    Experts get as many tokens as the router sends them, which only a grouped product of those of
+    one process needs not know. Recording waits for the device, and an interleaved pipeline's device
+    for what a process sends that may be recording, too. Context parallelism was not tried.
+    """
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    sizes = (
+        config.expert_model_parallel_size,
+        config.expert_tensor_parallel_size,
+        config.tensor_model_parallel_size,
+    )
+    known = config.moe_grouped_gemm and max(sizes) == 1
+    experts = config.num_moe_experts and not known
+    return not (interleaved or experts or config.context_parallel_size > 1)
+
+
 def first_hidden(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:
     """What enters this pipeline stage's first layer: embedded tokens, or what was received.
 

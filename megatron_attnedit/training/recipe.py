@@ -94,6 +94,12 @@ class Recipe:
     attention_backend: str = option(
         "auto", "attention kernel", ("auto", "sdpa", "flex", "te", "reference", "npu_fusion")
     )
+    record: bool = option(
+        False,
+        "record once and replay, in stage 1 a micro-batch, in stage 2 the teacher: NVIDIA; no "
+        "context parallelism, no virtual stages; experts only if grouped and without tensor or "
+        "expert parallelism",
+    )
 
     log_interval: int = option(10, "iterations between log lines")
     eval_interval: int = option(100, "iterations between validations; also runs first and last")
@@ -202,11 +208,6 @@ class Stage1Recipe(Recipe):
     normalisation: str = option(
         "layer", "error divided by the layer's or by each token's energy", NORMALISATIONS
     )
-    record: bool = option(
-        False,
-        "record a micro-batch once and replay it: NVIDIA; no context parallelism, no virtual "
-        "stages; experts only if grouped and without tensor or expert parallelism",
-    )
     student_input_start: float = option(
         0.0, "probability in the first iteration that a layer gets the student's own hidden states"
     )
@@ -255,6 +256,11 @@ class Stage2Recipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.record and self.feature_matching_weight:
+            raise UserError(
+                "--record does not go with --feature-matching-weight: a replay hands out nothing "
+                "between the teacher's layers"
+            )
         if self.recompute == "full" and self.feature_matching_weight:
             raise UserError(
                 "--recompute full does not go with --feature-matching-weight: its targets are gone "

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_attnedit.device import Accelerator, bootstrap
-from megatron_attnedit.distill.layerwise import LayerwiseDistillation, can_be_recorded
+from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.errors import STOPPED, UserError
 from megatron_attnedit.models.flops import stage1_flops, stage2_flops
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import edited_attentions
+from megatron_attnedit.models.teacher import can_be_recorded
 from megatron_attnedit.training.data import DataConfig, build_datasets, data_identity
 from megatron_attnedit.training.health import Health
 from megatron_attnedit.training.heartbeat import FAILED, Heartbeat
@@ -174,13 +174,12 @@ Parts = tuple[list[Any], Callable[[Any], Stage], float]
 
 def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> Parts:
     student.trained_modules()
-    record = recipe.record and _records(teacher.chunks[0].config)
     modules = [
         LayerwiseDistillation(
             chunk,
             edited_attentions(mine, student.attention),
             normalisation=recipe.normalisation,
-            record=record,
+            record=_records(recipe, teacher),
             student=mine if recipe.runs_student else None,
         )
         for chunk, mine in zip(teacher.chunks, student.chunks, strict=True)
@@ -195,12 +194,12 @@ def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> Parts:
     return modules, stage_of, flops
 
 
-def _records(config: TransformerConfig) -> bool:
+def _records(recipe: Recipe, teacher: Teacher) -> bool:
     """``--record`` is for speed alone: where it does not go, the run goes on without."""
-    possible = bootstrap().records and can_be_recorded(config)
-    if not possible:
+    possible = bootstrap().records and can_be_recorded(teacher.chunks[0].config)
+    if recipe.record and not possible:
         logger.warning("warning: --record is ignored: not on this device, or this model and grid")
-    return possible
+    return recipe.record and possible
 
 
 def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> Parts:
@@ -218,6 +217,7 @@ def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> Parts:
             ),
             vocab_size=teacher.hf.vocab_size,
             num_edited=len(_edited(teacher, student)),
+            record=_records(recipe, teacher),
         )
         for chunk, student_chunk, own in zip(teacher.chunks, student.chunks, trained, strict=True)
     ]

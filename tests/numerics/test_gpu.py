@@ -230,15 +230,16 @@ def test_a_run_equals_the_cpu_s(inputs, tmp_path, student, stage, dtype, bar):
     compare_runs(inputs, tmp_path, student, stage, [dtype], bar)
 
 
-@pytest.mark.parametrize("student", ["mla", "gate_swa"])
-def test_a_recorded_run_equals_the_cpu_s(inputs, tmp_path, student):
-    """Two iterations run, the rest are replayed."""
-    compare_runs(inputs, tmp_path, student, 1, ["--no-bf16", "--record"], 1e-3)
+@pytest.mark.parametrize("student, stage", [("mla", 1), ("gate_swa", 1), ("mla", 2)])
+def test_a_recorded_run_equals_the_cpu_s(inputs, tmp_path, student, stage):
+    """Two micro-batches run, the rest are replayed."""
+    compare_runs(inputs, tmp_path, student, stage, ["--no-bf16", "--record"], 1e-3)
 
 
-def test_recorded_experts_equal_the_cpu_s(expert_inputs, tmp_path):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_recorded_experts_equal_the_cpu_s(expert_inputs, tmp_path, stage):
     flags = ["--bf16", "--moe-grouped-gemm", "--record"]
-    compare_runs(expert_inputs, tmp_path, "mla", 1, flags, 2e-2)
+    compare_runs(expert_inputs, tmp_path, "mla", stage, flags, 2e-2)
 
 
 @pytest.mark.parametrize(

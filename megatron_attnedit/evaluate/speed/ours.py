@@ -14,12 +14,12 @@ from torch import nn
 from megatron_attnedit.attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.device import bootstrap
-from megatron_attnedit.distill.layerwise import LayerwiseDistillation, can_be_recorded
+from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import build_student, edited_attentions
-from megatron_attnedit.models.teacher import build_teacher
+from megatron_attnedit.models.teacher import build_teacher, can_be_recorded
 from megatron_attnedit.training.data import Batch
 from megatron_attnedit.training.optimizer import wrap
 from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
@@ -163,8 +163,8 @@ def build_training(work: Workload, *, attention_backend: str = "auto") -> Traini
     else:
         model_level = [
             ModelLevelDistillation(
-                *parts, config=ModelLevelConfig(),
-                vocab_size=work.hf.vocab_size, num_edited=len(edited),
+                *parts, config=ModelLevelConfig(), vocab_size=work.hf.vocab_size,
+                num_edited=len(edited), record=_records(config),
             )
             for parts in zip(teachers, students, trained, strict=True)
         ]
@@ -183,13 +183,17 @@ def _layerwise(
     attentions: list[dict[int, Any]],
 ) -> list[LayerwiseDistillation]:
     """Stage 1 of each piece, recorded where that is possible."""
-    record = bootstrap().records and can_be_recorded(config) and not work.overlap_grad_reduce
+    record = _records(config) and not work.overlap_grad_reduce
     return [
         LayerwiseDistillation(
             teacher, mine, record=record, student=student if work.runs_student else None
         )
         for teacher, student, mine in zip(teachers, students, attentions, strict=True)
     ]
+
+
+def _records(config: TransformerConfig) -> bool:
+    return bootstrap().records and can_be_recorded(config)
 
 
 def _config(work: Workload) -> TransformerConfig:

@@ -8,7 +8,7 @@ from torch import nn
 
 from megatron_attnedit.attention import student_attention_class
 from megatron_attnedit.convert.hf_config import read_hf_config
-from megatron_attnedit.distill.layerwise import LayerwiseDistillation, can_be_recorded
+from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.evaluate.speed.ours import Workload, build_training
 from megatron_attnedit.training import run
 from tests import processes
@@ -61,36 +61,8 @@ def test_the_teacher_stops_where_nothing_is_left_to_imitate(models, name, flags,
         assert gradient.any() and torch.equal(gradients[key], gradient), key
 
 
-GROUPED = {"num_moe_experts": 8, "moe_grouped_gemm": True}
-
-
-@pytest.mark.parametrize(
-    "fields, possible",
-    [
-        ({}, True),
-        ({"num_moe_experts": 8}, False),
-        (GROUPED, True),
-        (GROUPED | {"expert_model_parallel_size": 2}, False),
-        (GROUPED | {"expert_tensor_parallel_size": 2}, False),
-        ({"tensor_model_parallel_size": 2}, True),
-        (GROUPED | {"tensor_model_parallel_size": 2}, False),
-        ({"virtual_pipeline_model_parallel_size": 2}, False),
-        ({"context_parallel_size": 2}, False),
-    ],
-)
-def test_what_can_be_recorded(fields, possible):
-    usual = {
-        "num_moe_experts": None,
-        "moe_grouped_gemm": False,
-        "expert_model_parallel_size": 1,
-        "expert_tensor_parallel_size": 1,
-        "virtual_pipeline_model_parallel_size": None,
-        "tensor_model_parallel_size": 1,
-        "context_parallel_size": 1,
-    }
-    assert can_be_recorded(SimpleNamespace(**usual | fields)) == possible
-
-
 def test_a_flag_that_does_nothing_is_said(one_process, caplog):
-    assert not run._records(SimpleNamespace(num_moe_experts=8))
+    teacher = SimpleNamespace(chunks=[SimpleNamespace(config=SimpleNamespace())])
+    assert not run._records(SimpleNamespace(record=False), teacher) and not caplog.text
+    assert not run._records(SimpleNamespace(record=True), teacher)
     assert "--record is ignored" in caplog.text

@@ -90,6 +90,12 @@ def test_a_recorded_run_cannot_overlap():
         parse("--record", "--overlap-grad-reduce", cls=Stage1Recipe)
 
 
+def test_a_recorded_teacher_has_no_features():
+    with pytest.raises(UserError, match="--record does not go with --feature-matching-weight"):
+        parse("--record", "--feature-matching-weight", "0.1", cls=Stage2Recipe)
+    assert parse("--record", "--overlap-grad-reduce", cls=Stage2Recipe).record
+
+
 @pytest.mark.parametrize("flag", ["--student-input-start", "--student-input-end"])
 @pytest.mark.parametrize("value", ["1.5", "-0.1", "nan"])
 def test_probabilities_are_from_0_to_1(flag, value):
