@@ -92,8 +92,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         for device in dict.fromkeys(r["device"] for r in rows if r["suite"] == suite):
             mine = [r for r in rows if (r["suite"], r["device"]) == (suite, device)]
             versions = ", ".join(f"{k} {v}" for k, v in mine[0]["versions"].items())
-            dates = " and ".join(dict.fromkeys(r["date"] for r in mine))
-            parts.append(f"### {title}: {device}, {dates}, {versions}\n")
+            parts.append(f"### {title}: {device}, {_dates(mine)}, {versions}\n")
             names = [name for _, name, _ in _columns(suite)]
             heads = [f"{who} {name}" for who in ("ours", "baseline") for name in names]
             parts.append("| case | " + " | ".join([*heads, "ratio"]) + " |")
@@ -110,7 +109,7 @@ def _scaling_tables(rows: list[dict[str, Any]]) -> list[str]:
     for task, device in dict.fromkeys((r["task"], r["device"]) for r in mine):
         same = [r for r in mine if (r["task"], r["device"]) == (task, device)]
         heads = ["grid", "processes", *(name for _, name, _ in SCALING_COLUMNS), "efficiency"]
-        parts += [f"### Scaling: {device}, {same[0]['date']}, {task}\n"]
+        parts += [f"### Scaling: {device}, {_dates(same)}, {task}\n"]
         parts += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for r in same:
             ours = r["ours"]
@@ -119,6 +118,10 @@ def _scaling_tables(rows: list[dict[str, Any]]) -> list[str]:
             parts.append("| " + " | ".join([r["grid"], str(r["processes"]), *cells, ratio]) + " |")
         parts.append("")
     return parts
+
+
+def _dates(rows: list[dict[str, Any]]) -> str:
+    return " and ".join(dict.fromkeys(r["date"] for r in rows))
 
 
 def _line(entry: dict[str, Any]) -> str:
