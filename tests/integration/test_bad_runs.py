@@ -1,14 +1,12 @@
 """The tools on bad input: exit code 2, one clear line, nothing half-written."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.numerics.inputs import make_inputs
+from tests.tools import call_tool
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +15,7 @@ def inputs(tmp_path_factory):
 
 
 def tool(name, *argv):
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, f"tools/{name}.py", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
+    return call_tool(f"tools/{name}.py", *argv)
 
 
 def refused(answer, *words):

@@ -13,6 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.training.preprocess import PreprocessConfig, preprocess
 from megatron_attnedit.training.tokenizer import load_tokenizer
+from tests.tools import call_tool
 from tests.unit.training.conftest import corpus
 
 ROOT = Path(__file__).parents[3]
@@ -199,16 +200,13 @@ def test_existing_output_stays_unless_overwritten(tmp_path, hf_tokenizer):
 
 
 def test_command_line(tmp_path, hf_tokenizer):
-    tool = [sys.executable, "tools/preprocess_data.py", "--tokenizer", hf_tokenizer]
+    tool = ["tools/preprocess_data.py", "--tokenizer", hf_tokenizer]
     tool += ["--output", str(tmp_path / "out"), "--input"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    missing = subprocess.run(
-        [*tool, "nothing.jsonl"], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    missing = call_tool(*tool, "nothing.jsonl")
     assert missing.returncode == 2
     assert missing.stderr == "error: --input nothing.jsonl: no such file\n"
     source = write_jsonl(tmp_path / "a.jsonl", corpus(5))
-    done = subprocess.run([*tool, source], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = call_tool(*tool, source)
     assert done.returncode == 0, done.stderr
     assert "5 documents" in done.stdout
     assert "MB/s" in done.stderr
