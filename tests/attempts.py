@@ -1,11 +1,6 @@
-"""Runs in processes of their own that can be killed.
-
-They are forked from a server that has imported everything and done nothing, so that a start takes a
-second. (A process that has trained cannot be forked: autograd's threads are not there any more.)
-"""
+"""Runs in processes of their own that can be killed."""
 
 import json
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -18,16 +13,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import run_tool
-
-torch.set_num_threads(1)
-bootstrap()
-
-from megatron_attnedit.training.run import run  # noqa: E402
-
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.attempts"])
+from tests.forked import FORKED
 
 
 class Attempt:
@@ -43,7 +30,7 @@ class Attempt:
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
         self.ranks = [
-            _SERVER.Process(target=_rank, args=(rank, world_size, store, recipe, log))
+            FORKED.Process(target=_rank, args=(rank, world_size, store, recipe, log))
             for rank in range(world_size)
         ]
         for process in self.ranks:
@@ -84,6 +71,8 @@ class Attempt:
 
 def _rank(rank: int, world_size: int, store: str, recipe: Any, log: Path) -> None:
     import torch.distributed as dist
+
+    from megatron_attnedit.training.run import run
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

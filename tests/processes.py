@@ -22,6 +22,16 @@ AFTER_A_FAILURE_S = 10  # the others may be waiting for the one that failed
 _workers: list[tuple[Any, Connection]] = []
 
 
+def _context() -> Any:
+    from megatron_attnedit.device import bootstrap
+
+    if bootstrap().kind != "cpu":  # a device's context does not outlive a fork
+        return multiprocessing.get_context("spawn")
+    from tests.forked import FORKED
+
+    return FORKED
+
+
 def _serve(pipe: Connection, index: int) -> None:
     import torch
 
@@ -82,7 +92,7 @@ def start(workers: Sequence[int], function: Callable[..., Any], *args: Any) -> J
     ``function`` must be importable by name, arguments and results picklable. Jobs on other
     processes may run meanwhile.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     while len(_workers) <= max(workers):
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, len(_workers)), daemon=False)

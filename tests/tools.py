@@ -1,10 +1,8 @@
 """Call a tool the way its command line does, without waiting for its imports.
 
-The process that runs it is forked from one that has imported torch and Megatron, which costs a new
-interpreter seconds; everything else is the tool's own, exit code and output among it.
+Exit code and output are the tool's own.
 """
 
-import multiprocessing
 import os
 import runpy
 import subprocess
@@ -13,8 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.imported"])
+from tests.forked import FORKED
 
 
 def call_tool(*argv: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
@@ -26,7 +23,7 @@ def call_tool(*argv: object, timeout_s: float = 120) -> subprocess.CompletedProc
     words = [str(word) for word in argv]
     with tempfile.TemporaryDirectory() as folder:
         out, err = (Path(folder, name) for name in ("out", "err"))
-        process = _context.Process(target=_run, args=(words, out, err, dict(os.environ)))
+        process = FORKED.Process(target=_run, args=(words, out, err, dict(os.environ)))
         process.start()
         process.join(timeout_s)
         if process.is_alive():
