@@ -118,4 +118,3 @@ class Recorded:
         with _no_random_numbers(), graphing:
             output = self.function(*fixed)
         return _Recording(fixed, graph, output, list(get_global_memory_buffer().buffer.values()))
-

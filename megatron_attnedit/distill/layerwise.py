@@ -198,10 +198,9 @@ class LayerwiseDistillation(MegatronModule):
         self._mask = local_token_mask(loss_mask, self.config)
         if self._stream:
             hidden = self._stream.start(hidden, *own)
-        seq_length = loss_mask.shape[1] * self.config.context_parallel_size
         try:
             with torch.no_grad():
-                hidden = through_layers(self.teacher, hidden, seq_length)
+                hidden = through_layers(self.teacher, hidden)
                 return self._stream.stop(hidden) if self._stream else hidden
         except _Through:
             return self.sums

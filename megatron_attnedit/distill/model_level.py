@@ -5,6 +5,7 @@ teacher behind student on the batch dimension, the teacher's half without a grad
 """
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,8 @@ class ModelLevelDistillation(MegatronModule):
         self.loss_config = config
         self.vocab_size = vocab_size
         self._trained = trained
-        self._teacher_run = Recorded(self._run_teacher) if record else self._run_teacher
+        teacher_run = functools.partial(through_layers, teacher)
+        self._teacher_run = Recorded(teacher_run) if record else teacher_run
         self.features: FeatureMatching | None = None
         if config.feature_matching_weight:
             self.features = FeatureMatching(
@@ -151,12 +153,6 @@ class ModelLevelDistillation(MegatronModule):
         if self.features:
             self.features.stop()
         return torch.cat([student_hidden, teacher_hidden.detach()], dim=1)
-
-    def _run_teacher(self, hidden: Tensor) -> Tensor:
-        """Its layers on what enters them; their number of tokens says how long a sequence is."""
-        shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        seq_length = hidden.shape[0] * shards * self.config.context_parallel_size
-        return through_layers(self.teacher, hidden, seq_length)
 
     def loss(
         self, hidden: Tensor, labels: Tensor, loss_mask: Tensor, *, with_lm_loss: bool = False

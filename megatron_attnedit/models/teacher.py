@@ -200,18 +200,20 @@ def first_hidden(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tenso
     return model.decoder.input_tensor
 
 
-def through_layers(model: GPTModel, hidden: Tensor, seq_length: int) -> Tensor:
+def through_layers(model: GPTModel, hidden: Tensor) -> Tensor:
     """Hidden states after this pipeline stage's last layer, without the output head.
 
     Args:
         model: Teacher or student.
-        hidden: As from ``first_hidden``.
-        seq_length: Tokens of a whole sequence.
+        hidden: As from ``first_hidden``; it says how long a sequence is.
 
     Returns:
         As hidden; normed on the last stage.
     """
-    recompute = model.config.recompute_granularity == "full" and torch.is_grad_enabled()
+    config = model.config
+    shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    seq_length = hidden.shape[0] * shards * config.context_parallel_size
+    recompute = config.recompute_granularity == "full" and torch.is_grad_enabled()
     if model.pre_process and recompute and not hidden.requires_grad:
         # The embedding is frozen, and recomputed layers need something to hang a gradient on.
         hidden.requires_grad_()
@@ -226,8 +228,7 @@ def through_layers(model: GPTModel, hidden: Tensor, seq_length: int) -> Tensor:
 
 def backbone(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:
     """Hidden states after this pipeline stage's last layer; arguments as of ``first_hidden``."""
-    hidden = first_hidden(model, tokens, position_ids)
-    return through_layers(model, hidden, tokens.shape[1] * model.config.context_parallel_size)
+    return through_layers(model, first_hidden(model, tokens, position_ids))
 
 
 def output_weight(model: GPTModel) -> Tensor:
