@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError, run_tool
+from megatron_attnedit.files import write_output
 from megatron_attnedit.logs import start_logging
 
 
@@ -103,8 +104,8 @@ def main() -> None:
     result["teacher"]["name"] = args.teacher.resolve().name
     text = report.to_json(result)
     for file in filter(None, (args.output / "report.json", args.json)):
-        report.write_text(file, text)
-    report.write_text(args.output / "report.html", html.render(result))
+        write_output(file, text)
+    write_output(args.output / "report.html", html.render(result))
     print(table.plain(result))
     print(f"wrote {args.output / 'report.json'} and {args.output / 'report.html'}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import run_tool
+from megatron_attnedit.files import write_output
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
         parts = (f"{part} {value / 1e9:.2f}" for part, value in vars(memory).items())
         print(f"  {name}: {', '.join(parts)}, together {memory.total / 1e9:.2f}")
     if args["json"]:
-        args["json"].write_text(json.dumps(dataclasses.asdict(sizes), indent=2) + "\n")
+        write_output(args["json"], json.dumps(dataclasses.asdict(sizes), indent=2) + "\n")
 
 
 def parser_for(*groups: type) -> argparse.ArgumentParser:

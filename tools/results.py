@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError, run_tool
+from megatron_attnedit.files import write_output
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,7 +45,6 @@ def main() -> None:
     args = parse_args()
     bootstrap()
     from megatron_attnedit.evaluate.published import add_report
-    from megatron_attnedit.evaluate.report import write_text
     from megatron_attnedit.evaluate.results import filled
 
     if args.command == "add":
@@ -57,7 +57,7 @@ def main() -> None:
         print(f"wrote {args.data}")
         return
     for page in args.pages:
-        write_text(page, filled(read(page), args.data))
+        write_output(page, filled(read(page), args.data))
         print(f"wrote {page}")
 
 

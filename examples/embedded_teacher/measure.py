@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_attnedit.errors import UserError, run_tool
+from megatron_attnedit.files import write_output
 
 HERE = Path(__file__).parent
 WINDOW = 1024  # tokens
@@ -127,9 +128,7 @@ def main() -> None:
     for sample in samples:
         print(f"\n{sample['prompt']} [...] {sample['continuation']}")
     if args.json:
-        temporary = args.json.with_name(args.json.name + ".tmp")
-        temporary.write_text(json.dumps({**figures, "samples": samples}, indent=1) + "\n")
-        temporary.replace(args.json)
+        write_output(args.json, json.dumps({**figures, "samples": samples}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

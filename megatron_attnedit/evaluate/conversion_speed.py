@@ -17,6 +17,7 @@ from megatron_attnedit.convert.hf_writer import HFWriter
 from megatron_attnedit.convert.pieces import Piece
 from megatron_attnedit.convert.reading import DTYPES
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import write_output
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -60,7 +61,7 @@ def add_run(file: Path, run: dict[str, Any]) -> None:
         runs[kinds.index(kind)] = run
     else:
         runs.append(run)
-    file.write_text(json.dumps(runs, indent=1) + "\n")
+    write_output(file, json.dumps(runs, indent=1) + "\n")
 
 
 def table_row(run: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_attnedit.attention.flags import NAMES
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.evaluate.report import to_json, write_text
+from megatron_attnedit.evaluate.report import to_json
+from megatron_attnedit.files import write_output
 
 # Points of a training curve; validations are all kept.
 CURVE_POINTS = 40
@@ -43,7 +44,7 @@ def add_report(report: dict[str, Any], file: Path, names: dict[str, str] | None 
         raise UserError(f"{file}: its teacher is {found['teacher']['name']}")
     found["students"] |= students
     found["continuations"] = []
-    write_text(file, to_json(found))
+    write_output(file, to_json(found))
 
 
 def smaller(student: dict[str, Any]) -> dict[str, Any]:

@@ -169,14 +169,6 @@ def describe(teacher: Any, windows: Tensor, file: Path) -> dict[str, Any]:
     }
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file that is either complete or not there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".writing-{file.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(file)
-
-
 def to_json(report: dict[str, Any]) -> str:
     """The report as JSON; a number that JSON lacks (infinite, not a number) becomes null."""
     return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"

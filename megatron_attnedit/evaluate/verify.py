@@ -11,6 +11,7 @@ from megatron_attnedit.convert.pieces import pieces_of
 from megatron_attnedit.convert.reading import DTYPES, Reading
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.models import hf_directory, load_model, load_tokenizer
+from megatron_attnedit.files import write_output
 from megatron_attnedit.training.opened import open_checkpoint
 
 TOKENS = 512
@@ -41,7 +42,7 @@ def verify(
     if text:
         result["largest_logit_difference"] = logit_difference(a, b, text, teacher)
     if json_file:
-        json_file.write_text(json.dumps(result, indent=1) + "\n")
+        write_output(json_file, json.dumps(result, indent=1) + "\n")
     print(f"{len(result['same'])} tensors are the same, bit for bit")
     for what in ("only in a", "only in b", "differ"):
         names = result[what]

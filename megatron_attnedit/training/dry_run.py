@@ -14,6 +14,7 @@ from megatron_attnedit.attention import StudentAttention, student_attention_clas
 from megatron_attnedit.attention.flags import NAMES, add_student_flags
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import write_output
 from megatron_attnedit.models.activations import Workload
 from megatron_attnedit.models.communication import Traffic, traffic_of_stages
 from megatron_attnedit.models.config import transformer_config
@@ -78,7 +79,7 @@ def dry_run(cls: type[Recipe], description: str, argv: list[str] | None = None) 
     report += [*_memory_lines(found), *_traffic_lines(found)]
     print("\n".join(report), flush=True)
     if target:
-        target.write_text(json.dumps(_as_json(found), indent=2) + "\n")
+        write_output(target, json.dumps(_as_json(found), indent=2) + "\n")
     refuse_too_large(found, limit)
 
 

@@ -7,6 +7,8 @@ import socket
 import time
 from pathlib import Path
 
+from megatron_attnedit.files import write_whole
+
 logger = logging.getLogger(__name__)
 
 FILE = "heartbeat.json"
@@ -45,9 +47,7 @@ class Heartbeat:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        new = self._file.with_name(f".{FILE}")
         try:
-            new.write_text(json.dumps(content) + "\n")
-            new.rename(self._file)
+            write_whole(self._file, json.dumps(content) + "\n")
         except OSError as error:
             logger.warning("warning: %s cannot be written: %s", self._file, error)

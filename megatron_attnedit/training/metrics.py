@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,7 @@ class JsonLines:
         self.seconds = 0.0  # of earlier attempts
         if self._file.is_file():
             kept = [entry for entry in self._entries() if entry["iteration"] < first_iteration]
-            new = directory / ".metrics.jsonl"
-            new.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            new.rename(self._file)
+            write_whole(self._file, "".join(json.dumps(entry) + "\n" for entry in kept))
             self.seconds = kept[-1]["seconds"] if kept else 0.0
 
     def _entries(self) -> Iterator[Values]:

@@ -5,6 +5,7 @@ import logging
 
 import torch.distributed as dist
 
+from megatron_attnedit.files import write_output
 from megatron_attnedit.training import checkpoint, run_folder
 from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.metrics import MetricsLog, Sink
@@ -32,7 +33,7 @@ def start_or_resume(run: Run) -> None:
     recipe = run.recipe
     others: list[Sink] = []
     if is_first:
-        (run.directory / "recipe.yaml").write_text(to_yaml(recipe))
+        write_output(run.directory / "recipe.yaml", to_yaml(recipe))
         if recipe.wandb_project:
             config = dataclasses.asdict(recipe)
             project, name = recipe.wandb_project, recipe.wandb_exp_name

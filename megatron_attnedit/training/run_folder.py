@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_attnedit.convert.integrity import check_hashes, check_sizes, is_sealed
 from megatron_attnedit.convert.output import is_first
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import write_whole
 from megatron_attnedit.training.lineage import FILE
 
 logger = logging.getLogger(__name__)
@@ -65,9 +66,7 @@ def tracked(directory: Path) -> Path | None:
 
 def track(directory: Path, iteration: int) -> None:
     """Make an iteration the latest."""
-    new = directory / f".{TRACKER}"
-    new.write_text(f"{iteration}\n")
-    new.rename(directory / TRACKER)
+    write_whole(directory / TRACKER, f"{iteration}\n")
 
 
 def find(directory: str, flag: str) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import write_whole
 from megatron_attnedit.training.metrics import Values, scalars
 
 ID_FILE = "wandb-id.txt"
@@ -42,7 +43,7 @@ class WeightsAndBiases:
             dir=str(directory),
             config=config,
         )
-        id_file.write_text(f"{self._run.id}\n")
+        write_whole(id_file, f"{self._run.id}\n")
 
     def write(self, iteration: int, values: Values) -> None:
         self._run.log(dict(scalars(values)), step=iteration)

@@ -22,7 +22,7 @@ LAYERS = [
     "tools",
 ]
 # Plain helpers that import nothing of the package but errors.
-HELPERS = ["logs"]
+HELPERS = ["logs", "files"]
 OPTIONAL = ["transformer_engine", "torch_npu", "mindspeed", "apex", "wandb", "lm_eval"]
 
 

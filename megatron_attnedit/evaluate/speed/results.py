@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attnedit.device import bootstrap
+from megatron_attnedit.files import write_output
 
 PACKAGES = ("torch", "megatron-core", "transformers")
 
@@ -34,9 +35,7 @@ def add_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     for entry in rows:
         entry = {**entry, **where}
         found = [old for old in found if _key(old) != _key(entry)] + [entry]
-    partial = file.with_name(f".{file.name}")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.rename(file)
+    write_output(file, json.dumps(found, indent=1) + "\n")
 
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -82,7 +81,8 @@ def write_page(file: Path, page: Path) -> None:
     """Put the tables of the figures in ``file`` between the marks of a page."""
     text = page.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{tables(json.loads(file.read_text()))}\n{END}{after}")
+    made = tables(json.loads(file.read_text()))
+    write_output(page, f"{before}{BEGIN}\n\n{made}\n{END}{after}")
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
