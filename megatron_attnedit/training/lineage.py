@@ -11,6 +11,9 @@ from megatron_attnedit.errors import UserError
 
 FILE = "attnedit.json"
 STAGES = ("teacher", "edit", "stage1", "stage2")
+# What a run that goes on keeps; of its recipe, what says how far in the data an iteration is.
+SAME_RUN = ("stage", "teacher_fingerprint", "student_attention", "trainable")
+SAME_PLACE = ("global_batch_size", "seq_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +62,9 @@ class Lineage:
         Raises:
             UserError: names what differs.
         """
-        for name in ("stage", "teacher_fingerprint", "student_attention", "trainable"):
-            mine, theirs = getattr(self, name), getattr(other, name)
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in SAME_RUN]
+        pairs += [(name, self.recipe.get(name), other.recipe.get(name)) for name in SAME_PLACE]
+        for name, mine, theirs in pairs:
             if mine != theirs:
                 raise UserError(
                     f"{where}: holds a run with another {name.replace('_', ' ')} "

@@ -235,6 +235,15 @@ def test_another_run_in_the_folder_is_refused(inputs, tmp_path):
         processes.run(1, train_to_the_end, "stage 2", inputs, save, {})
 
 
+@pytest.mark.parametrize(("name", "value"), [("global_batch_size", 8), ("seq_length", 64)])
+def test_another_place_in_the_data_is_refused(inputs, tmp_path, name, value):
+    save = tmp_path / "run"
+    processes.run(1, train_to_the_end, "stage 1", inputs, save, {})
+    words = f"another {name.replace('_', ' ')} .{value}, this run has {2 * value}"
+    with pytest.raises(AssertionError, match=words):
+        processes.run(1, train_to_the_end, "stage 1", inputs, save, {name: 2 * value})
+
+
 def test_tracker_that_names_a_missing_checkpoint(tmp_path):
     (tmp_path / run_folder.TRACKER).write_text("7\n")
     with pytest.raises(UserError, match="iter_0000007, which is missing"):
