@@ -2,7 +2,7 @@
 # Comparison arms on SmolLM2-135M, all with the same tokens: both attentions, started from the teacher
 # and at random, through both stages and through stage 2 alone, each at three learning rates; besides,
 # full layers by measurement, sink tokens beside, everything trained in stage 2, layers on the student's own
-# hidden states between the stages, and other fits of MLA without training.
+# hidden states between the stages, MLA with other numbers in its cache, and its other fits without training.
 #
 #   bash examples/smollm2_135m/arms.sh [options]
 #
@@ -16,7 +16,7 @@
 #   --report PREFIX    only measure the arms of --iterations N that are finished and whose names begin
 #                      so; edits: MLA's fits
 #
-# One GPU; about an hour and a half. Reports are in WORK/report_*/; `tools/results.py add` keeps them.
+# One GPU; about an hour and three quarters. Reports are in WORK/report_*/; `tools/results.py add` keeps them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -51,7 +51,7 @@ is_trained() {
 }
 if [ -n "$report" ]; then
     arms=("$work/$report"*)
-    if [ "$report" = edits ]; then arms=("$work"/mla_*_edit); fi
+    if [ "$report" = edits ]; then arms=("$work"/mla_{teacher,random,svd,pca,covariance}_edit); fi
     students=()
     for arm in "${arms[@]}"; do
         states=name=${arm##*/}
@@ -93,6 +93,10 @@ start() { # NAME ATTENTION FLAGS: an edit without training
     if [ "$2" = gate_swa ]; then flags+=" $gate_swa"; fi
     arm "$1_edit" edit - "$2" --no-stage1 --no-stage2 --edit "$flags"
 }
+first() { # NAME ATTENTION LR: stage 1
+    arm "$1_stage1" train "$1_edit" "$2" --edit-of "$1_edit" --no-stage2 \
+        --stage1 "--train-iters $stage1_iterations --lr $3 $stage"
+}
 both() { # NAME ATTENTION LR SUFFIX FLAGS: stage 2 after stage 1
     arm "$1_both$4_$3" train "$1_stage1" "$2" --stage1-of "$1_stage1" \
         --stage2 "$same --train-iters $stage2_iterations --lr $3 --eval-interval 20 $5 $stage"
@@ -120,11 +124,8 @@ start gate_swa_auto gate_swa "--full-layers auto"
 start gate_swa_sinks gate_swa "--full-layers auto --sink-tokens 4"
 for fit in svd pca covariance; do start mla_$fit mla "--mla-fit $fit"; done
 for name in "${starts[@]}" gate_swa_auto gate_swa_sinks; do
-    rate=1e-3
-    case $name in *random) rate=2e-3 ;; esac
-    edited=${name}_edit
-    arm "${name}_stage1" train "$edited" "${name%_*}" --edit-of "$edited" --no-stage2 \
-        --stage1 "--train-iters $stage1_iterations --lr $rate $stage"
+    case $name in *random) rate=2e-3 ;; *) rate=1e-3 ;; esac
+    first "$name" "${name%_*}" "$rate"
 done
 for n in 1 2 3; do
     for name in "${starts[@]}"; do
@@ -140,8 +141,15 @@ for n in 1 2 3; do
         own "$name" "${name%_*}" "$(rates "$name" | cut -d ' ' -f $n)"
     done
 done
+# Latent and rotary numbers per token and layer: the same cache cut in other ways, then larger ones.
+for numbers in 118_16 70_64 230_32 352_32; do
+    name=mla_cache_$numbers
+    start "$name" mla "--kv-lora-rank ${numbers%_*} --qk-pos-emb-head-dim ${numbers#*_}"
+    first "$name" mla 1e-3
+    both "$name" mla 6e-4 _all '--trainable all'
+done
 for name in "${starts[@]/%/_both}" "${starts[@]/%/_alone}" {mla,gate_swa}_teacher_own \
-    gate_swa_{auto,sinks}_both edits; do
+    gate_swa_{auto,sinks}_both mla_cache edits; do
     step "report_$name" report - bash $this/arms.sh --work "$work" --report "$name" \
         --iterations "$iterations" --evaluate "$evaluate"
 done

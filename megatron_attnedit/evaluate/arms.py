@@ -7,7 +7,7 @@ from megatron_attnedit.evaluate.published import tokens_to_reach, validations
 from megatron_attnedit.evaluate.students import RUNS
 
 Entry = dict[str, Any]
-ARMS = ["student", "start", "stages", "full layers", "trains", "learning rates", "best", "seed"]
+ARMS = ["student", "start", "stages", "shape", "cache", "trains", "learning rates", "best", "seed"]
 ARMS += ["tokens (M)", "minutes", "validation KL", "ratio", "KL (nats)", "top-1", "recall"]
 TOKENS = ["", "random start", "its KL", "its tokens (M)", "start from the teacher"]
 TOKENS += ["tokens to reach it (M)", "share"]
@@ -26,14 +26,15 @@ class Arm:
         init: ``teacher`` or ``random``.
         stages: ``1 + 2``, ``1 + own + 2`` (own: on the student's own hidden states), ``1`` or
             ``2``; empty without training.
-        full_layers: GateSWA: ``uniform`` or ``measured``, and sink tokens; else empty.
+        shape: MLA: latent + rotary numbers per token and layer; GateSWA: how its full layers were
+            chosen, ``uniform`` or ``measured``, and sink tokens.
         trainable: In stage 2, ``attention`` or ``all``.
     """
 
     attention: str
     init: str
     stages: str
-    full_layers: str
+    shape: str
     trainable: str
 
 
@@ -43,18 +44,22 @@ def arm_of(student: Entry) -> Arm | None:
     edit = runs.get("edit", {})
     if not {"init", "student_attention"} <= edit.keys():
         return None
-    full_layers = ""
-    if "full_layers" in edit["student_attention"]:
-        full_layers = "measured" if edit.get("full_layer_scores") else "uniform"
-        if sinks := edit["student_attention"].get("sink_tokens"):
-            full_layers += f", {sinks} sink tokens"
     return Arm(
         attention=edit["student_attention"]["name"],
         init=edit["init"],
         stages=" + ".join(SHORT[name] for name in RUNS if name in runs),
-        full_layers=full_layers,
+        shape=_shape(edit),
         trainable=runs.get("stage2", {}).get("trainable", "attention"),
     )
+
+
+def _shape(edit: Entry) -> str:
+    attention = edit["student_attention"]
+    if attention["name"] == "mla":
+        return f"{attention['kv_lora_rank']} + {attention['qk_pos_emb_head_dim']}"
+    chosen = "measured" if edit.get("full_layer_scores") else "uniform"
+    sinks = attention.get("sink_tokens")
+    return f"{chosen}, {sinks} sink tokens" if sinks else chosen
 
 
 def number(value: float | None, form: str) -> str:
@@ -88,8 +93,8 @@ def arms(report: Entry) -> tuple[list[str], list[list[str]]]:
         rates = sorted({run["runs"]["stage2"]["lr"] for run in tried})
         recall = best.get("recall")
         rows.append([
-            arm.attention, arm.init, arm.stages, arm.full_layers, arm.trainable,
-            ", ".join(map(rate, rates)),
+            arm.attention, arm.init, arm.stages, arm.shape,
+            f"{100 * best['kv_fraction']:.1f} %", arm.trainable, ", ".join(map(rate, rates)),
             " + ".join(rate(runs[name]["lr"]) for name in logged if name in runs),
             ", ".join(map(str, sorted({run["runs"]["stage2"]["seed"] for run in tried}))),
             f"{sum(end['tokens'] for end in stages) / 1e6:.1f}",
@@ -118,7 +123,7 @@ def tokens(report: Entry) -> tuple[list[str], list[list[str]]]:
         spent = tokens_to_reach(ended[0], target)
         assert spent is not None
         for arm, tried in groups.items():
-            same = (arm.attention, arm.full_layers) == (random.attention, random.full_layers)
+            same = (arm.attention, arm.shape) == (random.attention, random.shape)
             if arm.init != "teacher" or arm.trainable != "attention" or not same:
                 continue
             needed = [n for n in (tokens_to_reach(one, target) for one in tried) if n is not None]

@@ -125,7 +125,7 @@ def arm(final, *, name="mla", init="teacher", stages=(1, 2), lr=1e-3, **changes)
     entry = student(final, kl=final / 2, **changes)
     dims = {"name": name, "full_layers": [0]}
     if name == "mla":
-        dims = {"name": name, "fit": "attention"}
+        dims = {"name": name, "fit": "attention", "kv_lora_rank": 8, "qk_pos_emb_head_dim": 4}
     entry["runs"]["edit"] = {"init": init, "seed": 3, "student_attention": dims}
     entry["runs"]["stage2"] = {"lr": lr, "seed": 3}
     for stage in {1, 2} - {*stages}:
@@ -143,22 +143,27 @@ def test_arms_at_their_best_learning_rates(report, tmp_path):
     measured["runs"]["edit"]["full_layer_scores"] = [0.1]
     everything = arm(0.1)
     everything["runs"]["stage2"]["trainable"] = "all"
+    larger = arm(0.15, kv_fraction=0.25)
+    larger["runs"]["edit"]["student_attention"]["kv_lora_rank"] = 20
     report["students"] = {
         "worse": arm(0.3), "better": arm(0.2, lr=5e-4), "random": arm(0.7, init="random"),
         "measured": measured, "uniform": arm(0.5, name="gate_swa"), "everything": everything,
-        "unknown": student(0.0),
+        "larger": larger, "unknown": student(0.0),
     }  # fmt: skip
     add_report(report, tmp_path / "kept.json")
     rows = cells("arms", tmp_path)
-    assert len(rows) == 5
-    mla = ["mla", "teacher", "1 + 2", "", "attention", "5e-4, 1e-3", "2e-3 + 5e-4", "3"]
-    assert rows[0] == [*mla, "2.0", "1.7", "0.200", "1.086", "0.100", "90.1 %", ""]
-    assert rows[1][:7] == ["mla", "random", "1 + 2", "", "attention", "1e-3", "2e-3 + 1e-3"]
-    swa = [row[2:5] + row[-1:] for row in rows if row[0] == "gate_swa"]
+    assert len(rows) == 6
+    mla = ["mla", "teacher", "1 + 2", "8 + 4", "12.5 %", "attention"]
+    rates = ["5e-4, 1e-3", "2e-3 + 5e-4", "3"]
+    assert rows[0] == [*mla, *rates, "2.0", "1.7", "0.200", "1.086", "0.100", "90.1 %", ""]
+    assert rows[1][:4] == ["mla", "random", "1 + 2", "8 + 4"]
+    assert rows[1][5:8] == ["attention", "1e-3", "2e-3 + 1e-3"]
+    swa = [row[2:4] + row[5:6] + row[-1:] for row in rows if row[0] == "gate_swa"]
     assert swa == [
         ["1 + 2", "measured", "attention", "50.0 %"], ["1 + 2", "uniform", "attention", ""]
     ]  # fmt: skip
-    assert rows[-1][3:5] == ["", "all"] and rows[-1][10] == "0.100"
+    assert rows[-2][5] == "all" and rows[-2][11] == "0.100"
+    assert rows[-1][3:6] == ["20 + 4", "25.0 %", "attention"] and rows[-1][11] == "0.150"
 
 
 def test_an_arm_that_ran_away(report, tmp_path):
@@ -171,7 +176,7 @@ def test_an_arm_that_ran_away(report, tmp_path):
             line[name] = math.nan
     report["students"] = {"lost": lost, "random": arm(0.7, init="random")}
     add_report(report, tmp_path / "kept.json")
-    assert cells("arms", tmp_path)[0][10:13] == ["inf", "", ""]
+    assert cells("arms", tmp_path)[0][11:14] == ["inf", "", ""]
     assert cells("tokens", tmp_path)[0][5] == "never"
     assert cells("fits", tmp_path)[0][:5] == ["attention", "", "", "", ""]
     assert cells("summary", tmp_path)[1][4] == ""
@@ -188,7 +193,7 @@ def test_an_arm_with_a_phase_between_the_stages(report, tmp_path):
     assert kept["runs"]["between"]["student_input_end"] == 1
     rows = cells("arms", tmp_path)
     assert [row[2] for row in rows] == ["1 + own + 2", "1 + 2"]
-    assert rows[0][6] == "2e-3 + 4e-3 + 1e-3" and rows[0][8] == "2.5"
+    assert rows[0][7] == "2e-3 + 4e-3 + 1e-3" and rows[0][9] == "2.5"
     assert cells("cost", tmp_path)[0][3] == "1.00 + 0.50 + 1.00"
 
 
