@@ -95,13 +95,27 @@ def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 def load_params(path: Path, module_state: dict[str, Any]) -> None:
     """Fill a model's own tensors from a checkpoint, and check that none is left out."""
-    params = {name: sharded.data for name, sharded in module_state.items() if _holds(sharded)}
-    loaded = load(path, module_state)
-    with torch.no_grad():
-        for name, param in params.items():
-            if loaded[name] is not param:
-                param.copy_(loaded[name])
-            check_finite(param, where=str(path), name=name)
+    params = own_tensors(module_state)
+    fill(params, load(path, module_state))
+    for name, param in params.items():
+        check_finite(param, where=str(path), name=name)
+
+
+def own_tensors(module_state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A model's own tensors by name; to be asked before loading, which replaces them in the state."""
+    return {name: sharded.data for name, sharded in module_state.items() if _holds(sharded)}
+
+
+@torch.no_grad()
+def fill(params: Mapping[str, torch.Tensor], loaded: Mapping[str, Any]) -> None:
+    """Put what was loaded into a model's own tensors.
+
+    Most are loaded in place; of those that are stored in another layout, such as grouped experts',
+    Megatron loads copies.
+    """
+    for name, param in params.items():
+        if loaded[name] is not param:
+            param.copy_(loaded[name])
 
 
 def _holds(sharded: Any) -> bool:

@@ -56,7 +56,10 @@ def _load(run: Run) -> None:
         return
     run.lineage.refuse_other(read_lineage(found), where=str(found))
     # A fresh optimizer's state is built by mcore while the sharded state is made.
-    loaded = checkpoint.load(found, run.sharded_state(is_loading=True))
+    state = run.sharded_state(is_loading=True)
+    params = checkpoint.own_tensors(state["model"])
+    loaded = checkpoint.load(found, state)
+    checkpoint.fill(params, loaded["model"])
     if trains_anything(run.stage.models):
         run.optimizer.load_state_dict(fitted(loaded["optimizer"], run.optimizer))
         for group in run.optimizer.param_groups:  # mcore keeps them there, too

@@ -199,6 +199,23 @@ def test_trained_experts_continue(tmp_path, grid, distributed):
             assert math.isclose(loss, found[name][iteration], rel_tol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "fields"),
+    [(1, {}), (2, EP2 | {"use_distributed_optimizer": True})],
+    ids=["one process", "EP2 distributed optimizer"],
+)
+def test_grouped_experts_continue_bit_for_bit(tmp_path, world_size, fields):
+    """They are stored in another layout than they are trained in."""
+    folder = make_inputs(tmp_path / "inputs", "qwen3_moe", num_hidden_layers=2)
+    fields = {**fields, "trainable": "all", "moe_grouped_gemm": True, "bf16": True}
+    arguments = world_size, train_to_the_end, "stage 2", folder, tmp_path / "run", fields
+    whole = processes.run(*arguments)
+    logged = metrics(tmp_path / "run")
+    cut_off(tmp_path / "run", 2)
+    assert_equal(whole, processes.run(*arguments))
+    assert metrics(tmp_path / "run") == logged
+
+
 OTHER_GRIDS = {
     "one process": (1, {}),
     "TP2": (2, {"tensor_model_parallel_size": 2}),
