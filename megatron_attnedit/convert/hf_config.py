@@ -10,6 +10,8 @@ from megatron_attnedit.errors import UserError
 FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 QK_NORM = ("qwen3", "qwen3_moe")
 DTYPES = ("float32", "bfloat16", "float16")
+NUMBERS: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+NUMBERS += ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +124,9 @@ def read_hf_config(directory: str | Path) -> HFConfig:
         raise UserError(f"{file}: no such file; expected a Hugging Face model directory")
     try:
         raw = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of the JSON, or of its encoding
         raise UserError(f"{file}: not valid JSON: {error}") from None
+    _check_types(raw, file)
     rope_theta, rope_scaling = _rope(raw, file)
     try:
         heads = raw["num_attention_heads"]
@@ -148,6 +151,15 @@ def read_hf_config(directory: str | Path) -> HFConfig:
         )
     except KeyError as error:
         raise UserError(f"{file}: field {error} is missing") from None
+
+
+def _check_types(raw: Any, file: Path) -> None:
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: expected an object, found {raw!r}")
+    for name in NUMBERS:
+        value = raw.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise UserError(f"{file}: {name} is {value!r}, expected a whole number")
 
 
 def _experts(raw: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import check_output_folder
+
+# One of these is in every folder that holds a model: Hugging Face's, and Megatron's tracker.
+RESULTS = ("config.json", "latest_checkpointed_iteration.txt")
 
 
 def refuse_existing(output: Path, *, overwrite: bool, needed: Sequence[Path] = ()) -> None:
@@ -19,13 +23,25 @@ def refuse_existing(output: Path, *, overwrite: bool, needed: Sequence[Path] = (
         needed: What must not go with what is replaced.
 
     Raises:
-        UserError: ``output`` exists and is not to be replaced.
+        UserError: ``output`` exists and is not to be replaced, or something needed is in it.
     """
+    check_output_folder(output.parent, "--output")
     if output.exists() and not overwrite:
         raise UserError(f"--output {output}: exists; give --overwrite to replace it")
+    if output.exists() and not _is_result(output):
+        raise UserError(
+            f"--output {output}: neither a model nor a checkpoint; --overwrite would remove it"
+        )
     for path in needed:
-        if output.resolve() in path.resolve().parents:
+        if output.resolve() in (path.resolve(), *path.resolve().parents):
             raise UserError(f"--output {output}: --overwrite would remove {path}, which is read")
+
+
+def _is_result(output: Path) -> bool:
+    """Could a conversion have written it?"""
+    if output.is_file():
+        return output.suffix == ".safetensors"
+    return not any(output.iterdir()) or any((output / name).is_file() for name in RESULTS)
 
 
 @contextlib.contextmanager

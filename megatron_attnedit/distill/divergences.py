@@ -5,6 +5,7 @@ rank; so does a divergence. Hence three steps with a sum over ranks after the fi
 t tokens, v words on this rank. Logits are float32 inside and of any type outside.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -31,7 +32,7 @@ def _reverse_gradient(ls: Tensor, lt: Tensor, parts: Tensor) -> Tensor:
 
 
 def _mixture(ls: Tensor, lt: Tensor) -> Tensor:
-    return ((ls.exp() + lt.exp()) / 2).log()
+    return torch.logaddexp(ls, lt) - math.log(2)
 
 
 def _jsd_parts(ls: Tensor, lt: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class ModelLevelDistillation(MegatronModule):
         trained: The student's own modules, which ``train()`` switches.
         config: The loss.
         vocab_size: Words without padding.
-        num_edited: Edited layers of the whole model.
+        num_matched: Layers of the whole model that feature matching compares: those not shared.
         record: Record the teacher and replay it (see ``device.Recorded``); without feature
             matching, which wants what is between its layers.
     """
@@ -79,7 +79,7 @@ class ModelLevelDistillation(MegatronModule):
         *,
         config: ModelLevelConfig,
         vocab_size: int,
-        num_edited: int,
+        num_matched: int,
         record: bool = False,
     ) -> None:
         super().__init__(config=teacher.config)
@@ -97,7 +97,7 @@ class ModelLevelDistillation(MegatronModule):
                 teacher.decoder.layers,
                 student.decoder.layers,
                 weight=config.feature_matching_weight,
-                num_layers=num_edited,
+                num_layers=num_matched,
             )
 
     def train(self, mode: bool = True) -> Self:

@@ -27,10 +27,11 @@ def convert(config: ConversionConfig) -> None:
     Raises:
         UserError: the source is incomplete or does not fit, or the output cannot be written.
     """
-    needed = [config.source, *([Path(config.teacher)] if config.teacher else [])]
-    refuse_existing(config.output, overwrite=config.overwrite, needed=needed)
+    refuse_existing(config.output, overwrite=config.overwrite, needed=[config.source])
     with _processes():
         opened = open_checkpoint(config.source, flag="--input", teacher=config.teacher)
+        read = [config.source, Path(opened.hf.path)]  # the second: a student's teacher
+        refuse_existing(config.output, overwrite=config.overwrite, needed=read)
         _check(opened, config)
         with new_directory(config.output) as target:
             if config.format == "hf":

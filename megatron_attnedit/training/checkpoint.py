@@ -102,7 +102,7 @@ def load_params(path: Path, module_state: dict[str, Any]) -> None:
 
 
 def own_tensors(module_state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A model's own tensors by name; to be asked before loading, which replaces them in the state."""
+    """A model's own tensors by name; for before loading, which replaces them in the state."""
     return {name: sharded.data for name, sharded in module_state.items() if _holds(sharded)}
 
 

@@ -11,9 +11,9 @@ from megatron_attnedit.errors import UserError
 
 FILE = "attnedit.json"
 STAGES = ("teacher", "edit", "stage1", "stage2")
-# What a run that goes on keeps; of its recipe, what says how far in the data an iteration is.
+# What a run that goes on keeps; of its recipe, what says which samples an iteration has.
 SAME_RUN = ("stage", "teacher_fingerprint", "student_attention", "trainable")
-SAME_PLACE = ("global_batch_size", "seq_length")
+SAME_PLACE = ("global_batch_size", "seq_length", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)

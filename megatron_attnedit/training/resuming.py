@@ -54,7 +54,10 @@ def _load(run: Run) -> None:
     found = run_folder.last_good(run.directory)
     if found is None:
         return
-    run.lineage.refuse_other(read_lineage(found), where=str(found))
+    before = read_lineage(found)
+    run.lineage.refuse_other(before, where=str(found))
+    if [*before.data.values()] != [*run.lineage.data.values()]:
+        logger.warning("warning: %s was trained on other data: the order of samples is new", found)
     # A fresh optimizer's state is built by mcore while the sharded state is made.
     state = run.sharded_state(is_loading=True)
     params = checkpoint.own_tensors(state["model"])

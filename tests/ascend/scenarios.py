@@ -227,7 +227,7 @@ def _losses(folder: Path, teacher: Teacher, name: str) -> dict[str, list[Tensor]
     (chunk,) = student.chunks
     model_level = ModelLevelDistillation(
         teacher.model, chunk, trained, config=ModelLevelConfig(feature_matching_weight=0.5),
-        vocab_size=teacher.hf.vocab_size, num_edited=len(student.attentions),
+        vocab_size=teacher.hf.vocab_size, num_matched=len(student.attentions),
     ).train()
     loss, sums = model_level.loss(
         model_level(tokens, positions, mask), tokens, mask, with_lm_loss=False

@@ -21,7 +21,7 @@ from megatron_attnedit.errors import UserError, run_tool
 from megatron_attnedit.evaluate.verify import manifest_of, verify
 from tests.conversions import change, change_config, make
 from tests.models import tiny_hf_dir
-from tests.numerics.inputs import make_inputs
+from tests.numerics.inputs import make_inputs, make_student
 from tools import convert_checkpoint
 
 
@@ -144,6 +144,34 @@ def test_existing_output(model, tmp_path):
     make(model, tmp_path / "out", overwrite=True)
     assert manifest_of(tmp_path / "out") != before
     assert verify(model, tmp_path / "out")
+
+
+def test_what_is_no_model_is_not_overwritten(model, tmp_path):
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    make(model, folder, overwrite=True)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for place in (folder / "a.txt", tmp_path / "plain"):
+        place.write_text("mine")
+    for output in (folder, tmp_path / "plain"):
+        with pytest.raises(UserError, match=f"--output {output}: neither a model nor a checkpoint"):
+            make(model, output, overwrite=True)
+    assert (folder / "a.txt").read_text() == (tmp_path / "plain").read_text() == "mine"
+    with pytest.raises(UserError, match=r"--output .*plain is not a folder"):
+        make(model, tmp_path / "plain" / "out")
+
+
+@pytest.mark.parametrize("output", ["teachers", "teachers/hf"])
+def test_a_teacher_is_not_overwritten(good, tmp_path, output):
+    """A student's teacher is read, too, named or not."""
+    shutil.copytree(good["qwen3"], tmp_path / "teachers")
+    teacher = shutil.copytree(good["qwen3"], tmp_path / "teachers" / "hf")
+    make_student(tmp_path, "student", "mla", {}, teacher="teachers/hf")
+    before = manifest_of(teacher)
+    with pytest.raises(UserError, match="--overwrite would remove .*hf, which is read"):
+        make(tmp_path / "student", tmp_path / output, format="hf", overwrite=True)
+    assert manifest_of(teacher) == before
 
 
 @pytest.mark.parametrize(

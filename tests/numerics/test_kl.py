@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
+from megatron_attnedit.distill.divergences import divergence_and_gradient
 from megatron_attnedit.distill.kl import chunked_divergence, chunked_lm_loss
 from tests import processes
 from tests.models import start_megatron
@@ -92,6 +93,28 @@ def test_equal_models_have_no_divergence():
     for kind in ("forward", "reverse", "jsd"):
         value = processes.run(1, divergence_from_itself, kind)[0]
         assert abs(value) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_words_that_no_model_expects(kind):
+    """Probabilities that float32 does not have: nothing is added, and nothing is infinite."""
+    ((near, far),) = processes.run(1, with_and_without_such_words, kind)
+    assert far[0] == pytest.approx(near[0].item(), rel=1e-6) and near[0] > 0
+    assert torch.allclose(far[1][:, :4], near[1]) and (far[1][:, 4:] == 0).all()
+
+
+def with_and_without_such_words(kind):
+    start_megatron()
+    group = parallel_state.get_tensor_model_parallel_group()
+    logits = torch.zeros(2, 4)
+    logits[0, 0] = 1
+    more = torch.cat([logits, torch.full((2, 3), -300.0)], dim=1)
+    return [
+        divergence_and_gradient(
+            *found.split(1), torch.ones(1), kind=kind, temperature=1.0, group=group
+        )
+        for found in (logits, more)
+    ]
 
 
 def divergence_from_itself(kind):

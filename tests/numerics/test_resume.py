@@ -1,6 +1,7 @@
 """A run that was cut off continues as if it had not been, bit for bit."""
 
 import json
+import logging
 import math
 import random
 import shutil
@@ -252,13 +253,41 @@ def test_another_run_in_the_folder_is_refused(inputs, tmp_path):
         processes.run(1, train_to_the_end, "stage 2", inputs, save, {})
 
 
-@pytest.mark.parametrize(("name", "value"), [("global_batch_size", 8), ("seq_length", 64)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("global_batch_size", 8), ("seq_length", 64), ("seed", 1234)]
+)
 def test_another_place_in_the_data_is_refused(inputs, tmp_path, name, value):
     save = tmp_path / "run"
     processes.run(1, train_to_the_end, "stage 1", inputs, save, {})
     words = f"another {name.replace('_', ' ')} .{value}, this run has {2 * value}"
     with pytest.raises(AssertionError, match=words):
         processes.run(1, train_to_the_end, "stage 1", inputs, save, {name: 2 * value})
+
+
+def test_other_data_is_a_warning(inputs, tmp_path):
+    save = tmp_path / "run"
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{inputs / 'data'}{suffix}", f"{tmp_path / 'data'}{suffix}")
+    processes.run(1, train_to_the_end, "stage 1", inputs, save, {})
+    for changed in (False, True):  # the same data may lie elsewhere
+        if changed:
+            about = json.loads((tmp_path / "data.json").read_text())
+            (tmp_path / "data.json").write_text(json.dumps({**about, "source": "another"}))
+        fields = {"train_data_path": [str(tmp_path / "data")]}
+        (lines,) = processes.run(1, warnings_of_resuming, inputs, save, fields)
+        assert any("was trained on other data" in line for line in lines) is changed
+
+
+def warnings_of_resuming(inputs, save, fields):
+    lines = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("megatron_attnedit").addHandler(handler)
+    try:
+        train_to_the_end("stage 1", inputs, save, {"train_data_path": [], **fields})
+    finally:
+        logging.getLogger("megatron_attnedit").removeHandler(handler)
+    return lines
 
 
 def test_tracker_that_names_a_missing_checkpoint(tmp_path):

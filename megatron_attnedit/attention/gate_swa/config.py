@@ -62,9 +62,10 @@ class GateSWA(StudentAttention):
             full_layers = parse_layers(
                 flags["full_layers"], num_layers=num_layers, flag="--full-layers"
             )
+        window = flags.get("sliding_window")
         return cls(
             num_layers=num_layers,
-            sliding_window=flags.get("sliding_window") or 128,
+            sliding_window=128 if window is None else window,
             full_layers=full_layers,
             output_gate=flags.get("output_gate") or "elementwise",
             sink_tokens=flags.get("sink_tokens") or 0,

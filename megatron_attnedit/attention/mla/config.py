@@ -68,6 +68,11 @@ class MLA(MLADims, StudentAttention):
                 f"--v-head-dim {given['v_head_dim']}: the output projection is inherited, so it "
                 f"must be the teacher's head_dim {teacher.head_dim}"
             )
+        if not 1 <= given["qk_head_dim"] <= 2 * teacher.head_dim:
+            raise UserError(
+                f"--qk-head-dim {given['qk_head_dim']}: expected 1 to {2 * teacher.head_dim}, "
+                "twice the teacher's head_dim"
+            )
         rotary = given["qk_pos_emb_head_dim"]
         if rotary % 2 or not 2 <= rotary <= teacher.head_dim:
             raise UserError(

@@ -164,7 +164,7 @@ def build_training(work: Workload, *, attention_backend: str = "auto") -> Traini
         model_level = [
             ModelLevelDistillation(
                 *parts, config=ModelLevelConfig(), vocab_size=work.hf.vocab_size,
-                num_edited=len(edited), record=_records(config),
+                num_matched=len(edited), record=_records(config),
             )
             for parts in zip(teachers, students, trained, strict=True)
         ]

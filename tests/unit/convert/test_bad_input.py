@@ -69,6 +69,20 @@ def test_config_is_not_json(model):
 
 
 @pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"a": "\xff"}', "not valid JSON"),
+        (b"[]", "expected an object"),
+        (b'{"hidden_size": "a"}', "hidden_size is 'a', expected a whole number"),
+        (b'{"head_dim": 2.5}', "head_dim is 2.5"),
+    ],
+)
+def test_config_of_another_kind(model, content, words):
+    (model / "config.json").write_bytes(content)
+    refused(model, "config.json", words)
+
+
+@pytest.mark.parametrize(
     "fields, words",
     [
         ({"model_type": "mamba"}, ["model_type 'mamba'", "qwen3"]),
