@@ -1,5 +1,6 @@
-"""Text files that are either complete or as they were."""
+"""Files that a user names: text that is either complete or as it was, and where outputs go."""
 
+import os
 from pathlib import Path
 
 from megatron_attnedit.errors import UserError
@@ -20,6 +21,20 @@ def write_whole(file: Path, text: str) -> None:
         raise
 
 
+def read_input(file: Path) -> str:
+    """The text of a file that a user names.
+
+    Raises:
+        UserError: it cannot be read, or is no text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8: {error}") from None
+
+
 def write_output(file: Path, text: str) -> None:
     """The same for a file that a user names; its folder is made.
 
@@ -31,3 +46,18 @@ def write_output(file: Path, text: str) -> None:
         write_whole(file, text)
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error}") from None
+
+
+def check_output_folder(folder: Path, flag: str) -> None:
+    """Find out before the work whether a folder that a user names can be one; nothing is made.
+
+    Args:
+        folder: It need not be there.
+        flag: Where the user names it, as in ``--output``.
+
+    Raises:
+        UserError: it or a folder above it is there and is no folder.
+    """
+    for part in (folder, *folder.parents):
+        if os.path.lexists(part) and not os.path.isdir(part):
+            raise UserError(f"{flag} {folder}: {part} is not a folder")

@@ -2,6 +2,7 @@
 """Replace a teacher's attention and write the student's first checkpoint (one process)."""
 
 import argparse
+import dataclasses
 
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import run_tool
@@ -41,11 +42,12 @@ def main() -> None:
     add_student_flags(parser)
     args = vars(parser.parse_args())
     flags = {name: args.pop(name) for name in NAMES}
+    config = EditConfig(**args, flags=flags)
     if flags["full_layers"] == "auto":
         measured_on = {key: value for key, value in args.items() if key in MEASURED_ON}
         sizes = {name: flags[name] for name in ("sliding_window", "sink_tokens")}
-        flags |= measured_full_layers(**sizes, **measured_on)
-    config = EditConfig(**args, flags=flags)
+        measured = measured_full_layers(**sizes, **measured_on)
+        config = dataclasses.replace(config, flags=flags | measured)
     print(f"wrote {edit(config)}")
 
 

@@ -1,5 +1,6 @@
 """A sample of what enters each teacher attention, for initialisations that fit it."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,34 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from megatron_attnedit.models.teacher import backbone
+from megatron_attnedit.training.data import DataConfig, check_train_data
+
+
+def calibration_data(
+    data_path: list[str], *, save: str, seq_length: int, seed: int, vocab_size: int
+) -> DataConfig:
+    """The data of ``--calibration-data-path``, checked; no teacher is needed for that.
+
+    Args:
+        data_path: Data prefix.
+        save: Folder of the student; holds the data cache.
+        seq_length: Tokens of a sample.
+        seed: Of the order of samples.
+        vocab_size: The teacher's.
+
+    Raises:
+        UserError: files are missing, too short, or of another tokenizer than the teacher's.
+    """
+    config = DataConfig(
+        train_data_path=data_path,
+        seq_length=seq_length,
+        seed=seed,
+        vocab_size=vocab_size,
+        data_cache_path=str(Path(save) / "data-cache"),
+        train_flag="--calibration-data-path",
+    )
+    check_train_data(config)
+    return config
 
 
 @torch.no_grad()

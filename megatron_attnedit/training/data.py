@@ -42,6 +42,7 @@ class DataConfig:
         eod_mask_loss: Leave out the loss of predicting past the end of a document.
         data_cache_path: Folder for sample indices, shared by all ranks.
         max_epochs: How often training data may be read; 0: any number of times.
+        train_flag: Whose value ``train_data_path`` is, for messages.
     """
 
     train_data_path: list[str]
@@ -52,6 +53,7 @@ class DataConfig:
     valid_data_path: list[str] = field(default_factory=list)
     eod_mask_loss: bool = False
     max_epochs: float = 0.0
+    train_flag: str = "--train-data-path"
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _blend(data_path: list[str], flag: str) -> tuple[list[str], list[float] | No
 
 def data_identity(config: DataConfig) -> dict[str, Any]:
     """For a checkpoint's lineage: every training file's description."""
-    flag = "--train-data-path"
+    flag = config.train_flag
     return {p: describe(p, flag) for p in _blend(config.train_data_path, flag)[0]}
 
 
@@ -135,6 +137,15 @@ def _checked_blend(
     return (prefixes, weights), _Tokenizer(eod, first["vocab_size"], identifiers)
 
 
+def check_train_data(config: DataConfig) -> None:
+    """Find out before anything is loaded whether training data can be read.
+
+    Raises:
+        UserError: files are missing, too short, or of another tokenizer than the model's.
+    """
+    _checked_blend(config, config.train_data_path, config.train_flag)
+
+
 def _build(
     config: DataConfig,
     blend: tuple[list[str], list[float] | None],
@@ -155,7 +166,7 @@ def _build(
     )
     sizes = [num_samples if index == split else 0 for index in range(3)]
     builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, gpt_config)
-    flag = "--valid-data-path" if split else "--train-data-path"
+    flag = "--valid-data-path" if split else config.train_flag
     where = f"{flag} {' '.join(blend[0])[:200]}"
     return CheckedDataset(builder.build()[split], config.vocab_size, where)
 
@@ -175,7 +186,7 @@ def build_datasets(
     if is_first():
         drop_bad_indices(Path(config.data_cache_path))
     barrier()
-    flag = "--train-data-path"
+    flag = config.train_flag
     blend, tokenizer = _checked_blend(config, config.train_data_path, flag)
     check_amount(
         [(prefix, describe(prefix, flag)["tokens"]) for prefix in blend[0]],

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import _IndexReader
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -48,6 +48,8 @@ def describe(prefix: str, flag: str) -> dict[str, Any]:
         raise UserError(
             f"{flag} {prefix}: {prefix}.bin has {size} bytes, not those of {tokens} tokens"
         )
+    if not size:
+        raise UserError(f"{flag} {prefix}: {prefix}.bin has no tokens")
     _check_index(prefix, size, tokens, flag)
     return found
 
@@ -60,7 +62,8 @@ def _check_index(prefix: str, size: int, tokens: int, flag: str) -> None:
     """
     file = f"{flag} {prefix}: {prefix}.idx"
     try:
-        index = IndexedDataset(prefix).index
+        # Not its IndexedDataset: half constructed, that cannot be deleted without a traceback.
+        index = _IndexReader(prefix + ".idx", multimodal=False)
         lengths = index.sequence_lengths.astype(numpy.int64)
         starts, documents = index.sequence_pointers, index.document_indices
         width = size // max(tokens, 1)
@@ -110,11 +113,11 @@ def check_amount(
 
 
 def drop_bad_indices(folder: Path) -> None:
-    """Remove cached indices that are no plain arrays; they are made again; one process.
+    """Remove Megatron's cached indices that are no plain arrays; one process. It makes them again.
 
     A killed run may have left half of one, and Megatron's datasets would unpickle what is no array.
     """
-    for file in folder.glob("**/*.npy"):
+    for file in folder.glob("*-*Dataset-*_index.npy"):
         try:
             numpy.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError):

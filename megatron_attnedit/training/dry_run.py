@@ -118,6 +118,7 @@ def plan_run(
     recipe = cls(**{**defaults, **values})
     if world_size < 1:
         raise UserError(f"--world-size {world_size}: expected a positive number")
+    recipe.check_folders()
     hf = read_hf_config(teacher_hf_dir(recipe.teacher))
     student = _student(recipe.load, flags, hf)
     names = (item.name for item in dataclasses.fields(ParallelConfig))

@@ -11,9 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_attnedit.attention import StudentAttention, student_attention_class
-from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.convert.reading import DTYPES
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import check_output_folder
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import (
     build_student,
@@ -23,8 +24,9 @@ from megatron_attnedit.models.student import (
 )
 from megatron_attnedit.models.teacher import global_params
 from megatron_attnedit.training import checkpoint, run_folder
-from megatron_attnedit.training.calibration import attention_inputs
+from megatron_attnedit.training.calibration import attention_inputs, calibration_data
 from megatron_attnedit.training.data import DataConfig, build_datasets
+from megatron_attnedit.training.random_state import check_seed
 from megatron_attnedit.training.setup import (
     Teacher,
     load_teacher,
@@ -66,8 +68,19 @@ class EditConfig:
     def __post_init__(self) -> None:
         if self.init == "teacher" and not self.calibration_data_path:
             raise UserError("--calibration-data-path is required with --init teacher")
+        for name in ("calibration_tokens", "seq_length") if self.calibrates else ():
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {getattr(self, name)}: expected a positive number")
+        check_seed(self.seed)
+        check_output_folder(Path(self.save), "--save")
         if run_folder.latest(self.save) is not None:
             raise UserError(f"--save {self.save}: holds a checkpoint already")
+
+    @property
+    def calibrates(self) -> bool:
+        """Is anything fitted to, or measured on, the calibration data?"""
+        return self.init == "teacher" or self.flags.get("full_layers") == "auto"
 
 
 def edit(config: EditConfig) -> Path:
@@ -80,6 +93,7 @@ def edit(config: EditConfig) -> Path:
     student_attention = student_attention_class(config.student_attention).from_flags(
         config.flags, hf
     )
+    data_config = _calibration_data(config, hf) if config.init == "teacher" else None
     parallel = ParallelConfig()
     accelerator = start_processes(parallel, config.seed)
     try:
@@ -90,6 +104,7 @@ def edit(config: EditConfig) -> Path:
             attentions,
             _weights(
                 config,
+                data_config,
                 student_attention,
                 teacher,
                 sorted(attentions),
@@ -112,6 +127,7 @@ def edit(config: EditConfig) -> Path:
 
 def _weights(
     config: EditConfig,
+    data_config: DataConfig | None,
     student_attention: StudentAttention,
     teacher: Teacher,
     layers: list[int],
@@ -119,9 +135,9 @@ def _weights(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Layer index and initial weights, one layer at a time; what is fitted is so on ``device``."""
     generator = torch.Generator().manual_seed(config.seed)
-    inputs = _calibration_inputs(config, teacher) if config.init == "teacher" else {}
+    inputs = _calibration_inputs(config, data_config, teacher) if data_config else {}
     for layer_idx in tqdm(layers, "edit", unit="layer"):
-        if config.init == "random":
+        if data_config is None:
             weights = _teacher_attention(teacher, layer_idx, generator.device)
             yield layer_idx, student_attention.init_random(weights, teacher.hf, generator)
         else:
@@ -142,17 +158,21 @@ def _teacher_attention(
     }
 
 
-def _calibration_inputs(config: EditConfig, teacher: Teacher) -> dict[int, Tensor]:
-    count = max(1, config.calibration_tokens // config.seq_length)
-    data_config = DataConfig(
-        train_data_path=config.calibration_data_path,
+def _calibration_data(config: EditConfig, hf: HFConfig) -> DataConfig:
+    return calibration_data(
+        config.calibration_data_path,
+        save=config.save,
         seq_length=config.seq_length,
         seed=config.seed,
-        vocab_size=teacher.hf.vocab_size,
-        data_cache_path=str(Path(config.save) / "data-cache"),
+        vocab_size=hf.vocab_size,
     )
+
+
+def _calibration_inputs(
+    config: EditConfig, data_config: DataConfig, teacher: Teacher
+) -> dict[int, Tensor]:
+    count = max(1, config.calibration_tokens // config.seq_length)
     dataset, _ = build_datasets(data_config, train_samples=count, valid_samples=0)
     device = next(teacher.model.parameters()).device
     samples = torch.stack([torch.as_tensor(dataset[i]["tokens"]) for i in range(count)])
     return attention_inputs(teacher.model, samples.to(device), progress=True)
-

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from megatron_attnedit.distill.kl import chunked_lm_loss
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import backbone, output_weight
-from megatron_attnedit.training.data import DataConfig, build_datasets
+from megatron_attnedit.training.calibration import calibration_data
+from megatron_attnedit.training.data import build_datasets
 from megatron_attnedit.training.setup import (
     load_teacher,
     start_processes,
@@ -69,17 +69,17 @@ def measured_full_layers(
             + (f" and {sinks} sink tokens" if sinks else "")
         )
     hf = read_hf_config(teacher_hf_dir(teacher))
+    data_config = calibration_data(
+        calibration_data_path,
+        save=save,
+        seq_length=seq_length,
+        seed=seed,
+        vocab_size=hf.vocab_size,
+    )
     accelerator = start_processes(ParallelConfig(), seed)
     try:
         model = load_teacher(teacher, ParallelConfig(), DTYPES[hf.dtype], accelerator).model
         count = max(1, calibration_tokens // seq_length)
-        data_config = DataConfig(
-            train_data_path=calibration_data_path,
-            seq_length=seq_length,
-            seed=seed,
-            vocab_size=hf.vocab_size,
-            data_cache_path=str(Path(save) / "data-cache"),
-        )
         dataset: Any = build_datasets(data_config, train_samples=count, valid_samples=0)[0]
         tokens, labels = (
             torch.stack([torch.as_tensor(dataset[i][name]) for i in range(count)])

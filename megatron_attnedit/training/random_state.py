@@ -9,8 +9,20 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 from megatron_attnedit.device import bootstrap
+from megatron_attnedit.errors import UserError
 
 State = dict[str, Any]
+LARGEST_SEED = 2**32 - 1  # numpy's
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what numpy's generator would not take.
+
+    Raises:
+        UserError: names ``--seed``.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"--seed {seed}: expected 0 to {LARGEST_SEED}")
 
 
 def start(seed: int) -> None:

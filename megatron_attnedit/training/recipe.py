@@ -2,12 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.layerwise import NORMALISATIONS
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import check_output_folder
 from megatron_attnedit.models.grid import num_microbatches
+from megatron_attnedit.training.random_state import check_seed
 
 POLICIES = ("stop", "skip")  # for bad iterations
 COUNTS = (
@@ -155,6 +158,7 @@ class Recipe:
             if getattr(self, name) < 0:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: expected 0 or a positive number")
+        check_seed(self.seed)
         if self.keep_every and not self.keep_last:
             raise UserError(f"--keep-every {self.keep_every}: all stay without --keep-last")
         if 0 < self.loss_spike_factor <= 1:
@@ -189,6 +193,16 @@ class Recipe:
             )
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"--min-lr {self.min_lr}: expected from 0 to --lr {self.lr}")
+
+    def check_folders(self) -> None:
+        """Find out before anything is loaded whether the folders that a run writes can be made.
+
+        Raises:
+            UserError: names the flag and what is in the way.
+        """
+        check_output_folder(Path(self.save), "--save")
+        if self.data_cache_path:
+            check_output_folder(Path(self.data_cache_path), "--data-cache-path")
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Micro-batches of one process in an iteration.

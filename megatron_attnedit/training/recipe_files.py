@@ -1,8 +1,13 @@
-"""A run is one recipe: YAML with Megatron's flag names, overridden by the command line."""
+"""A run is one recipe: YAML with Megatron's flag names, overridden by the command line.
+
+Keys are the names with underscores, flags those with dashes.
+"""
 
 import argparse
 import dataclasses
+import difflib
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +40,55 @@ def _checked(name: str, value: Any, kind: Any, where: str) -> Any:
     )
 
 
+def _repeated_key(text: str) -> str | None:
+    """The first key that is there twice; PyYAML would keep the last value without a word."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    return next((key for key in keys if keys.count(key) > 1), None)
+
+
+def _suggestion(key: Any, known: Iterable[str]) -> str:
+    """The known key that was probably meant, else all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(key).lower().replace("-", "_"), names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(names)}"
+
+
+def _read_yaml(path: Path) -> Any:
+    """What a YAML file holds; every key once.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        repeated = _repeated_key(text)
+        content = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text, from byte {error.start} on") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter of dates and numbers
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if repeated is not None:
+        raise UserError(f"{path}: key {repeated!r} is there more than once")
+    return content
+
+
 def read_recipe_file(cls: type[Recipe], file: str | Path) -> dict[str, Any]:
     """Keys and values of a YAML recipe.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key or a value of another type.
+        UserError: no such file, not YAML, a key unknown or repeated, or a value of another type.
     """
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    content = _read_yaml(path) or {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values")
     kinds = _field_types(cls)
     for key in content:
         if key not in kinds:
-            raise UserError(f"{path}: unknown key {key!r}; known keys: {', '.join(sorted(kinds))}")
+            raise UserError(f"{path}: unknown key {key!r}; {_suggestion(key, kinds)}")
     defaults = {item.name: item.default for item in dataclasses.fields(cls)}
     return {
         key: _checked(key, value, kinds[key], str(path))

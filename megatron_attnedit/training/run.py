@@ -81,6 +81,7 @@ def prepare(recipe: Recipe, started: float = 0.0) -> Run:
         recipe: What to run.
         started: ``time.monotonic()`` at the start of the program; a time limit counts from it.
     """
+    recipe.check_folders()
     start, before = find_student(recipe.load)
     parallel = parallel_config(recipe)
     parallel.check_sequence(recipe.seq_length)
@@ -204,6 +205,9 @@ def _records(recipe: Recipe, teacher: Teacher) -> bool:
 
 def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> Parts:
     trained = student.trained_modules()
+    num_matched = len(_edited(teacher, student))
+    if recipe.trainable == "all":  # no layer is the teacher's
+        num_matched = teacher.hf.num_hidden_layers
     modules = [
         ModelLevelDistillation(
             chunk,
@@ -216,7 +220,7 @@ def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> Parts:
                 kl_chunk_tokens=recipe.kl_chunk_tokens,
             ),
             vocab_size=teacher.hf.vocab_size,
-            num_edited=len(_edited(teacher, student)),
+            num_matched=num_matched,
             record=_records(recipe, teacher),
         )
         for chunk, student_chunk, own in zip(teacher.chunks, student.chunks, trained, strict=True)

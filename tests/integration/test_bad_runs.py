@@ -57,6 +57,17 @@ def test_import_of_a_truncated_file(inputs, tmp_path):
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.parametrize("flag", ["--save", "--data-cache-path"])
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_folder_that_cannot_be_made(inputs, tmp_path, flag, below):
+    """Found before the teacher is, which is not there."""
+    file = tmp_path / "file"
+    file.write_text("kept")
+    given = [flag, file / below, "--teacher", tmp_path / "nowhere"]
+    refused(stage1(inputs, tmp_path / "run", *given), flag, f"{file} is not a folder")
+    assert [*tmp_path.iterdir()] == [file] and file.read_text() == "kept"
+
+
 def test_a_sequence_shorter_than_the_window(inputs, tmp_path):
     answer = stage1(inputs, tmp_path / "run", "--seq-length", 8)
     refused(answer, "--seq-length 8", "sliding window 8")

@@ -15,6 +15,7 @@ from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.convert.hf_checkpoint import INDEX
 from megatron_attnedit.convert.integrity import MARKER, seal
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.training.data_files import drop_bad_indices
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage1Recipe
 from megatron_attnedit.training.recipe_files import parse_recipe
@@ -201,6 +202,16 @@ def test_a_data_cache_that_would_run_code(inputs, tmp_path, evil):
         train_here(tmp_path, inputs)
         assert not (tmp_path / "ran").exists()
         assert {file: file.read_bytes() for file in files} == files
+
+
+def test_foreign_arrays_in_the_data_cache_stay(tmp_path):
+    """Only indices of Megatron's are made again."""
+    theirs = tmp_path / "labels.npy", tmp_path / "mine" / "0a-GPTDataset-train-sample_index.npy"
+    for file in theirs:
+        file.parent.mkdir(exist_ok=True)
+        numpy.save(file, numpy.array([{}], dtype=object))
+    drop_bad_indices(tmp_path)
+    assert all(file.is_file() for file in theirs)
 
 
 def test_an_index_that_points_outside(inputs, tmp_path):

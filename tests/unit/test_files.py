@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.files import write_output, write_whole
+from megatron_attnedit.files import check_output_folder, read_input, write_output, write_whole
 
 
 def test_content_and_nothing_beside(tmp_path):
@@ -34,3 +34,33 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/out.json: cannot be written: .*file.$"):
         write_output(tmp_path / "file" / "out.json", "")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "latin").write_bytes("\u00e4".encode("latin-1"))
+    for name, problem in (("none", "No such file"), ("latin", "not UTF-8"), (".", "directory")):
+        with pytest.raises(UserError) as refused:
+            read_input(tmp_path / name)
+        message = str(refused.value)
+        assert message.startswith(f"{tmp_path / name}: ") and problem in message
+
+
+@pytest.mark.parametrize("below", ["", "out", "out/run"])
+def test_an_output_folder_at_or_below_a_file_is_refused(tmp_path, below):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError) as refused:
+        check_output_folder(file / below, "--output")
+    assert str(refused.value) == f"--output {file / below}: {file} is not a folder"
+
+
+def test_an_output_folder_may_be_there_or_not_and_is_not_made(tmp_path):
+    for folder in (tmp_path, tmp_path / "a" / "b"):
+        check_output_folder(folder, "--output")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_leads_nowhere_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"--save .*link/run: .*link is not a folder"):
+        check_output_folder(tmp_path / "link" / "run", "--save")

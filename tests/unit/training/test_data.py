@@ -1,4 +1,6 @@
+import gc
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -233,6 +235,45 @@ def test_damaged_data(config, make_data, suffix, content, message):
     prefix = make_data("damaged", corpus(20))
     Path(prefix + suffix).write_bytes(content)
     with pytest.raises(UserError, match=message):
+        build_datasets(config(train_data_path=[prefix]), train_samples=1, valid_samples=0)
+
+
+def with_byte(content, place, value):
+    return content[:place] + bytes([value]) + content[place + 1 :]
+
+
+BAD_INDICES = {
+    "empty": lambda content: b"",
+    "header cut off": lambda content: content[:20],
+    "another file": lambda content: b"PK" + content,
+    "another version": lambda content: with_byte(content, 9, 2),
+    "no such type": lambda content: with_byte(content, 17, 99),
+    "cut off": lambda content: content[:100],
+    "countless sequences": lambda content: with_byte(content, 25, 255),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INDICES)
+def test_a_damaged_index_says_one_thing(config, make_data, monkeypatch, case):
+    """Nothing half constructed is left, whose end Python would complain about."""
+    prefix = make_data("damaged", corpus(20))
+    file = Path(prefix + ".idx")
+    file.write_bytes(BAD_INDICES[case](file.read_bytes()))
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    changed = config(train_data_path=[prefix])
+    with pytest.raises(UserError, match=r"--train-data-path .*\.idx is damaged: \S"):
+        build_datasets(changed, train_samples=1, valid_samples=0)
+    gc.collect()
+    assert ignored == []
+
+
+def test_data_of_no_tokens(config, make_data):
+    prefix = make_data("none", corpus(20))
+    Path(prefix + ".bin").write_bytes(b"")
+    file = Path(prefix + ".json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokens": 0}))
+    with pytest.raises(UserError, match="none.bin has no tokens"):
         build_datasets(config(train_data_path=[prefix]), train_samples=1, valid_samples=0)
 
 

@@ -121,6 +121,7 @@ def test_an_optimizer_on_the_host_leaves_the_device(tmp_path, capsys):
         (["--world-size", 8, "--global-batch-size", 12], "--global-batch-size 12"),
         (["--context-parallel-size", 8, "--seq-length", 4090], "--seq-length 4090"),
         (["--expert-model-parallel-size", 8], "--expert-model-parallel-size"),
+        (["--seed", -1], "--seed -1: expected 0 to"),
         (["--lr-warmup-iters", 1000], "--lr-warmup-iters 1000"),
         (["--device-memory-gib", 20], "--device-memory-gib 20"),
     ],
@@ -131,6 +132,17 @@ def test_refused(flags, message):
     with pytest.raises(UserError, match=message) as error:
         dry(Stage1Recipe, *MLA, "--bf16", *flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--save", "--data-cache-path"])
+def test_a_folder_that_cannot_be_made(tmp_path, flag):
+    file = tmp_path / "file"
+    file.write_text("")
+    flags = [*MLA, "--bf16", "--device-memory-gib", 1000]
+    dry(Stage1Recipe, *flags, flag, tmp_path / "new" / "folder")
+    for folder in (file, file / "run"):
+        with pytest.raises(UserError, match=f"^{flag} {folder}: {file} is not a folder$"):
+            dry(Stage1Recipe, *flags, flag, folder)
 
 
 def test_a_window_that_covers_the_sequence():

@@ -53,6 +53,37 @@ def test_wrong_value_type(tmp_path, line):
     refused(["run.yaml", line.split(":")[0], "expected"], "--recipe", file)
 
 
+@pytest.mark.parametrize("key", ["train-iters", "Train_Iters", "train_iter"])
+def test_a_key_close_to_a_known_one(tmp_path, key):
+    file = recipe_file(tmp_path, f"{key}: 5\n")
+    refused([f"run.yaml: unknown key '{key}'; did you mean 'train_iters'?"], "--recipe", file)
+
+
+def test_a_key_that_resembles_none(tmp_path):
+    file = recipe_file(tmp_path, "1: 5\n")
+    refused(["unknown key 1; known keys: ", "train_iters"], "--recipe", file)
+
+
+def test_a_key_given_twice(tmp_path):
+    file = recipe_file(tmp_path, "lr: 1\nseed: 2\n'lr': 3\n")
+    refused(["run.yaml: key 'lr' is there more than once"], "--recipe", file)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n"])
+def test_an_empty_file_gives_nothing(tmp_path, text):
+    assert parse("--recipe", recipe_file(tmp_path, text)) == parse()
+
+
+def test_not_utf_8(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_bytes("lr: 1  # gr\u00f6\u00dfer\n".encode("latin-1"))
+    refused(["run.yaml: not UTF-8 text, from byte 11 on"], "--recipe", str(file))
+
+
+def test_a_date_that_is_none(tmp_path):
+    refused(["run.yaml", "not valid YAML"], "--recipe", recipe_file(tmp_path, "lr: 2024-13-45\n"))
+
+
 def test_not_yaml(tmp_path):
     refused(["run.yaml", "not valid YAML"], "--recipe", recipe_file(tmp_path, "a: [1\n"))
 
@@ -72,6 +103,8 @@ def test_required(missing):
     "argv, words",
     [
         (["--train-iters", "0"], ["--train-iters 0", "positive"]),
+        (["--seed", "-1"], ["--seed -1", "0 to 4294967295"]),
+        (["--seed", str(2**32)], ["--seed 4294967296", "0 to 4294967295"]),
         (["--min-lr", "1"], ["--min-lr 1.0", "--lr"]),
         (["--kl", "sideways"], ["--kl 'sideways'", "forward"]),
         (["--trainable", "mlp"], ["--trainable 'mlp'", "attention, all"]),

@@ -1,0 +1,82 @@
+"""Edits that cannot work: one line that names the tool's own flag, before the teacher is loaded."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.training import edit as edit_module
+from megatron_attnedit.training import full_layers
+from tests.models import tiny_data
+from tools import edit_checkpoint
+
+
+@pytest.fixture
+def refused(models, tmp_path, monkeypatch):
+    """The tool on these flags ends with this message, and no teacher was loaded."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("the teacher is loaded")
+
+    for module in (edit_module, full_layers):
+        monkeypatch.setattr(module, "load_teacher", load)
+
+    def check(message, *flags, student="mla"):
+        given = ["--teacher", models("qwen3"), "--save", tmp_path / "edit"]
+        given += ["--student-attention", student, *flags]
+        monkeypatch.setattr(sys, "argv", ["edit_checkpoint.py", *map(str, given)])
+        with pytest.raises(UserError, match=message) as error:
+            edit_checkpoint.main()
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "edit").exists()
+
+    return check
+
+
+RANDOM = ["--init", "random"]
+AUTO = ["--full-layers", "auto", "--seq-length", "256"]
+
+
+@pytest.mark.parametrize("below", ["", "x"])
+@pytest.mark.parametrize(("student", "flags"), [("mla", RANDOM), ("gate_swa", [*RANDOM, *AUTO])])
+def test_a_folder_that_cannot_be_made(refused, tmp_path, below, student, flags):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    message = f"^--save {file / below}: {file} is not a folder$"
+    refused(message, *flags, "--save", file / below, student=student)
+    assert file.read_text() == "kept"
+
+
+@pytest.mark.parametrize(("student", "flags"), [("mla", []), ("gate_swa", AUTO)])
+def test_calibration_data_has_its_own_flag(refused, models, tmp_path, student, flags):
+    nowhere = tmp_path / "nope"
+    message = f"^--calibration-data-path {nowhere}: {nowhere}.bin is missing$"
+    refused(message, "--calibration-data-path", nowhere, *flags, student=student)
+    data = tiny_data(tmp_path / "data", models("qwen3"))
+    given = ["--calibration-data-path", data, *flags, "--seq-length", 10**6]
+    refused(f"^--calibration-data-path {data}: .* too few for one sample", *given, student=student)
+
+
+@pytest.mark.parametrize("flag", ["--calibration-tokens", "--seq-length"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_nothing_to_calibrate_on(refused, flag, value):
+    data = ["--calibration-data-path", "data"]
+    message = f"^{flag} {value}: expected a positive number$"
+    refused(message, *data, flag, value)
+    refused(message, *data, *RANDOM, *AUTO, flag, value, student="gate_swa")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_does_not_take(refused, seed):
+    refused(f"^--seed {seed}: expected 0 to 4294967295$", *RANDOM, "--seed", seed)
+
+
+def test_a_random_start_needs_no_calibration(tmp_path):
+    config = edit_module.EditConfig(
+        teacher="hf", save=str(tmp_path / "edit"), student_attention="mla", flags={},
+        init="random", seed=2**32 - 1, calibration_data_path=[], calibration_tokens=0, seq_length=0,
+    )
+    assert not config.calibrates
+    with pytest.raises(UserError, match="--calibration-data-path is required"):
+        dataclasses.replace(config, init="teacher")
