@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError, run_tool
-from megatron_attnedit.files import write_output
+from megatron_attnedit.files import check_output_folder, write_output
 from megatron_attnedit.logs import start_logging
 
 
@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse numbers that make no evaluation."""
+    """Refuse numbers that make no evaluation, and outputs that have no place."""
     from megatron_attnedit.evaluate.recall import SHORTEST_PROBE
 
     least_of = {"seq_length": 2, "max_windows": 1, "batch_size": 1}
@@ -71,6 +71,11 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--seq-length {args.seq_length}: --recall-probes needs {SHORTEST_PROBE} tokens, or 0"
         )
+    check_output_folder(args.output, "--output")
+    if args.json:
+        check_output_folder(args.json.parent, "--json")
+        if args.json.is_dir():
+            raise UserError(f"--json {args.json}: is a folder; expected a file")
 
 
 def main() -> None:
@@ -82,10 +87,11 @@ def main() -> None:
 
     from megatron_attnedit.evaluate import html, report, table
     from megatron_attnedit.evaluate.models import hf_directory, load_model, load_tokenizer
-    from megatron_attnedit.evaluate.students import parse_student
+    from megatron_attnedit.evaluate.students import check_students, parse_student
     from megatron_attnedit.evaluate.text import token_windows
 
     students = [parse_student(text) for text in args.student]
+    check_students(students)
     dtype = args.dtype or ("float32" if accelerator.kind == "cpu" else "bfloat16")
     with tempfile.TemporaryDirectory() as folder:
         directory = hf_directory(args.teacher, Path(folder))

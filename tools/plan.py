@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from megatron_attnedit.device import bootstrap
-from megatron_attnedit.errors import run_tool
+from megatron_attnedit.errors import UserError, run_tool
 from megatron_attnedit.files import write_output
 
 
@@ -19,6 +19,11 @@ def main() -> None:
     from megatron_attnedit.models.plan import RunSize, plan
 
     args = vars(parser_for(ParallelConfig, RunSize).parse_args())
+    if args["full_layers"] == "auto":
+        raise UserError(
+            "--full-layers auto: works in an edit only, which has the model to measure; "
+            "give layer indices such as 4,9, or leave it out: as many layers, every fifth"
+        )
     teacher = read_hf_config(args["teacher"])
     student = student_attention_class(args["student_attention"]).from_flags(args, teacher)
     names = (item.name for item in dataclasses.fields(ParallelConfig))

@@ -6,12 +6,11 @@
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError, run_tool
-from megatron_attnedit.files import write_output
+from megatron_attnedit.files import read_input, write_output
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,32 +32,44 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read(file: Path) -> str:
-    """A file's text."""
+def add(files: list[Path], data: Path, rename: list[str]) -> None:
+    """Put the students of reports into a file of data; all reports are read before the first."""
+    from megatron_attnedit.evaluate.published import add_report, read_report
+
+    pairs = [item.partition("=") for item in rename]
+    if bad := [old for old, equals, new in pairs if not (old and equals and new)]:
+        raise UserError(f"--rename {bad[0]}: expected OLD=NEW")
+    names = {old: new for old, _, new in pairs}
+    reports = [read_report(file) for file in files]
+    for old, new in names.items():
+        if not any(old in report["students"] for report in reports):
+            raise UserError(f"--rename {old}={new}: no report has a student {old}")
+    for report in reports:
+        add_report(report, data, names)
+    print(f"wrote {data}")
+
+
+def fill(page: Path, data: Path) -> None:
+    """Make the tables of a page anew."""
+    from megatron_attnedit.evaluate.results import filled
+
+    text = read_input(page)
     try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
+        text = filled(text, data)
+    except UserError as error:
+        raise UserError(f"{page}: {error}") from None
+    write_output(page, text)
+    print(f"wrote {page}")
 
 
 def main() -> None:
     args = parse_args()
     bootstrap()
-    from megatron_attnedit.evaluate.published import add_report
-    from megatron_attnedit.evaluate.results import filled
-
     if args.command == "add":
-        pairs = [item.partition("=") for item in args.rename]
-        if bad := [old for old, equals, new in pairs if not (old and equals and new)]:
-            raise UserError(f"--rename {bad[0]}: expected OLD=NEW")
-        names = {old: new for old, _, new in pairs}
-        for report in args.reports:
-            add_report(json.loads(read(report)), args.data, names)
-        print(f"wrote {args.data}")
+        add(args.reports, args.data, args.rename)
         return
     for page in args.pages:
-        write_output(page, filled(read(page), args.data))
-        print(f"wrote {page}")
+        fill(page, args.data)
 
 
 if __name__ == "__main__":

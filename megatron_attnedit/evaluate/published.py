@@ -8,7 +8,9 @@ from typing import Any
 from megatron_attnedit.attention.flags import NAMES
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.report import to_json
-from megatron_attnedit.files import write_output
+from megatron_attnedit.files import read_input, write_output
+
+Kinds = dict[str, Any]  # by key, what ``isinstance`` takes
 
 # Points of a training curve; validations are all kept.
 CURVE_POINTS = 40
@@ -19,6 +21,56 @@ SETTINGS += ("lr", "min_lr", "lr_warmup_iters", "train_iters", "global_batch_siz
 SETTINGS += ("trainable", "kl", "temperature", "feature_matching_weight", "normalisation", "bf16")
 SETTINGS += ("lr_decay_style", "lr_wsd_decay_iters", "student_input_start", "student_input_end")
 SAME = ("data", "dtype")
+# What every table or `add_report` looks at; a number that JSON lacks is null.
+FIGURE, FIGURE_OR_NULL = (int, float), (int, float, type(None))
+REPORT: Kinds = {"teacher": dict, "students": dict, "data": dict, "dtype": str}
+TEACHER: Kinds = {"name": str, "perplexity": FIGURE, "kv_bytes_per_token": FIGURE}
+STUDENT: Kinds = {"perplexity": dict, "metrics": dict, "top1_agreement": FIGURE}
+STUDENT |= {"perplexity_ratio": FIGURE_OR_NULL, "kl": FIGURE_OR_NULL}
+STUDENT |= {"kv_bytes_per_token": FIGURE, "kv_fraction": FIGURE}
+LINE: Kinds = {"tokens": FIGURE, "seconds": FIGURE}
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """A report, or a file of data: the same without what no table shows.
+
+    Raises:
+        UserError: it cannot be read, or lacks what tables are made of.
+    """
+    try:
+        report = json.loads(read_input(file))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    _check(report, REPORT, f"{file}")
+    _check(report["teacher"], TEACHER, f"{file}: teacher")
+    for name, student in report["students"].items():
+        _check_student(student, f"{file}: student {name}")
+    return report
+
+
+def _check_student(student: Any, where: str) -> None:
+    _check(student, STUDENT, where)
+    runs = student.get("runs", {})
+    _check(runs, {}, f"{where}: runs")
+    for stage, run in runs.items():
+        _check(run, {}, f"{where}: runs of {stage}")
+    for stage, lines in student["metrics"].items():
+        if not isinstance(lines, list) or not lines:
+            raise UserError(f"{where}: metrics of {stage}: expected a list of lines")
+        for line in lines:
+            _check(line, LINE, f"{where}: metrics of {stage}")
+
+
+def _check(found: Any, kinds: Kinds, where: str) -> None:
+    """An object with these keys, of these kinds?"""
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: expected an object")
+    if missing := [key for key in kinds if key not in found]:
+        raise UserError(f"{where}: no {', '.join(missing)}; expected what tools/evaluate.py writes")
+    for key, kind in kinds.items():
+        if not isinstance(found[key], kind):
+            wanted = {dict: "an object", str: "a string"}.get(kind, "a number")
+            raise UserError(f"{where}: {key}: expected {wanted}")
 
 
 def add_report(report: dict[str, Any], file: Path, names: dict[str, str] | None = None) -> None:
@@ -30,13 +82,13 @@ def add_report(report: dict[str, Any], file: Path, names: dict[str, str] | None 
         names: New names of students.
 
     Raises:
-        UserError: the file holds figures of other text or of another teacher.
+        UserError: the file holds figures of other text or of another teacher, or none at all.
     """
     students = {
         (names or {}).get(name, name): smaller(entry)
         for name, entry in report["students"].items()
     }
-    found = json.loads(file.read_text()) if file.is_file() else {**report, "students": {}}
+    found = read_report(file) if file.is_file() else {**report, "students": {}}
     for key in SAME:
         if found[key] != report[key]:
             raise UserError(f"{file}: its figures are of {key} {found[key]}, not {report[key]}")

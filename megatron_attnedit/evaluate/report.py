@@ -33,13 +33,18 @@ def load_students(
 ) -> dict[str, Models]:
     """Every state of every student, by name and state, in the teacher's dtype and place.
 
+    Args:
+        students: Of different names (see ``students.check_students``).
+        teacher: Reference model.
+        tokenizer: The teacher's.
+        teacher_dir: Its Hugging Face directory.
+        scratch: Existing folder for exports.
+
     Raises:
-        UserError: a state is missing or does not fit the teacher.
+        UserError: a state cannot be loaded or does not fit the teacher.
     """
     loaded: dict[str, Models] = {}
     for student in students:
-        if student.name in loaded:
-            raise UserError(f"--student name={student.name}: given twice")
         loaded[student.name] = {}
         for state, path in student.directories.items():
             directory = hf_directory(path, scratch, str(teacher_dir))

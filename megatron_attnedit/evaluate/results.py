@@ -4,7 +4,6 @@ A table stands between two marks, the first of which says what it is made of:
 ``<!-- table: KIND FILE -->``, FILE in the folder of data, and ``<!-- end of table -->``.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any
 
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.arms import arms, curve, fits, number, rate, tokens
+from megatron_attnedit.evaluate.published import read_report
 from megatron_attnedit.evaluate.students import RUNS
 from megatron_attnedit.evaluate.table import BEHAVIOUR_HEADER, behaviour_rows
 
+MARK, END = re.compile(r"<!-- table: \S+ \S+ -->"), "<!-- end of table -->"
 MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 SUMMARY = ["", "perplexity after edit", "after stage 1", "after stage 2", "ratio", "KL (nats)"]
 SUMMARY += ["top-1", "KV bytes per token"]
@@ -29,8 +30,10 @@ def filled(page: str, data: Path) -> str:
         data: Folder of the files that the marks name.
 
     Raises:
-        UserError: an unknown kind of table, or no such file.
+        UserError: an unknown kind of table, a mark without an end, or a file that is missing or
+            lacks figures.
     """
+    _check_ends(page)
 
     def table(match: re.Match[str]) -> str:
         begin, kind, name, end = match.groups()
@@ -38,10 +41,22 @@ def filled(page: str, data: Path) -> str:
             raise UserError(f"{begin.strip()}: expected one of {', '.join(KINDS)}")
         if not (data / name).is_file():
             raise UserError(f"{begin.strip()}: {data / name} is missing")
-        report = json.loads((data / name).read_text())
-        return f"{begin}\n{_markdown(*KINDS[kind](report))}\n\n{end}"
+        try:
+            made = _markdown(*KINDS[kind](read_report(data / name)))
+        except KeyError as error:  # a key of this kind of table; those of all are checked
+            raise UserError(f"{begin.strip()}: {data / name} lacks {error}") from None
+        return f"{begin}\n{made}\n\n{end}"
 
     return MARKED.sub(table, page)
+
+
+def _check_ends(page: str) -> None:
+    """Refuse a mark that would be passed over, or that would swallow the next one."""
+    marks = list(MARK.finditer(page))
+    ends = [mark.start() for mark in marks[1:]] + [len(page)]
+    for mark, end in zip(marks, ends, strict=True):
+        if not MARKED.match(page, mark.start(), end):
+            raise UserError(f"{mark[0]}: expected a line of its own and {END} after it")
 
 
 def summary(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

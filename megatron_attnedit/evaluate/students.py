@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.training import run_folder
-from megatron_attnedit.training.opened import find_lineage, is_hf
+from megatron_attnedit.training.opened import find_lineage, is_hf, start_of
 
 STATES = ("after_edit", "after_stage1", "after_between", "after_stage2")
 # A run that logs, and the stage that its lines are of.
@@ -58,6 +58,23 @@ def parse_student(text: str) -> StudentStates:
     if not directories:
         raise UserError(f"--student {text}: none of {', '.join(STATES)}")
     return StudentStates(fields["name"], directories)
+
+
+def check_students(students: list[StudentStates]) -> None:
+    """Refuse students before any model is loaded, by their names and folders alone.
+
+    Raises:
+        UserError: two of one name, or a state without a checkpoint.
+    """
+    names = [student.name for student in students]
+    for student in students:
+        if names.count(student.name) > 1:
+            raise UserError(f"--student name={student.name}: given twice")
+        for state, path in student.directories.items():
+            flag = f"--student name={student.name}: {state}"
+            # ``start_of`` takes a file of edited weights by its name, there or not.
+            if not start_of(path, flag).exists():
+                raise UserError(f"{flag} {path}: no such file")
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What a plan says, against counting by hand, and the grids it refuses."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.plan import RunSize, plan
+from tools import plan as tool
 
 RECIPES = Path("examples/recipes")
 HF = read_hf_config(RECIPES / "qwen3_8b")
@@ -80,3 +82,10 @@ def test_experts_are_cut():
 def test_refused(hf, fields, message):
     with pytest.raises(UserError, match=message):
         of(hf, MLA.from_flags({}, hf), **fields)
+
+
+def test_layers_chosen_by_measuring_need_the_model(monkeypatch):
+    flags = ["--teacher", str(RECIPES / "qwen3_8b"), "--student-attention", "gate_swa"]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *flags, "--full-layers", "auto"])
+    with pytest.raises(UserError, match="^--full-layers auto: works in an edit only.*such as 4,9"):
+        tool.main()

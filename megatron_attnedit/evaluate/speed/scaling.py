@@ -63,7 +63,7 @@ def _row(
             mean = statistics.mean(getattr(share, name) for share in shares)
             ours[f"communication_{name}"] = round(mean, 4)
     grid = grid_name(work, world_size)
-    task = f"stage {work.stage}, {describe(work)} and process"
+    task = f"stage {work.stage}, {describe(work)}, of each process"
     found = row("scaling", f"{task}, {grid}", ours, None)
     return {
         **found, "task": task, "grid": grid, "processes": world_size,

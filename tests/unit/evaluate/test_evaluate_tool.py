@@ -11,8 +11,9 @@ import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.evaluate import models
 from megatron_attnedit.evaluate.report import to_json
-from megatron_attnedit.evaluate.students import parse_student, stage_metrics
+from megatron_attnedit.evaluate.students import check_students, parse_student, stage_metrics
 from tests.unit.evaluate.conftest import DIMS
 from tools import evaluate
 
@@ -142,12 +143,51 @@ def refused(teacher_dir, text_file, tmp_path, monkeypatch):
 
 
 def test_directory_without_config(refused, tmp_path):
-    refused(f"{tmp_path}: no config.json", f"name=a,after_edit={tmp_path}")
+    message = f"--student name=a: after_edit {tmp_path}: neither config.json"
+    refused(message, f"name=a,after_edit={tmp_path}")
 
 
 def test_directory_without_weights(refused, teacher_dir, tmp_path):
     shutil.copy(teacher_dir / "config.json", tmp_path)
     refused(f"{tmp_path}: cannot be loaded", f"name=a,after_edit={tmp_path}")
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    def load(*_):
+        raise AssertionError("loaded before everything was looked at")
+
+    monkeypatch.setattr(models, "load_tokenizer", load)
+    monkeypatch.setattr(models, "load_model", load)
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_students_are_looked_at_before_anything_is_loaded(refused, teacher_dir, tmp_path):
+    student = f"name=a,after_edit={teacher_dir}"
+    refused("--student name=a: given twice", student, "--student", student)
+    for name in ("none", "none.safetensors"):
+        missing = f"{student},after_stage2={tmp_path / name}"
+        refused(f"--student name=a: after_stage2 {tmp_path / name}: ", missing)
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_outputs_are_looked_at_before_anything_is_loaded(refused, teacher_dir, tmp_path):
+    student, file = f"name=a,after_edit={teacher_dir}", tmp_path / "file"
+    file.write_text("")
+    for path in (file, file / "out"):
+        refused(f"--output {path}: {file} is not a folder", student, "--output", path)
+    refused(f"--json {file}: {file} is not a folder", student, "--json", file / "a.json")
+    refused(f"--json {tmp_path}: is a folder", student, "--json", tmp_path)
+
+
+def test_students_of_any_kind_of_checkpoint_pass(teacher_dir, tmp_path):
+    iteration, edited = tmp_path / "iter_0000003", tmp_path / "edited.safetensors"
+    iteration.mkdir()
+    (iteration / "attnedit.json").write_text("{}")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3\n")
+    edited.write_bytes(b"")
+    kinds = (teacher_dir, iteration, tmp_path, edited)
+    check_students([parse_student(f"name={i},after_edit={kind}") for i, kind in enumerate(kinds)])
 
 
 @pytest.mark.parametrize("content", ["", '{"text": ""}\n', '{"text": "w1 w2"}\n'])
@@ -202,5 +242,6 @@ def test_the_tool_says_one_line_and_exits_2(teacher_dir, text_file, tmp_path):
         list(map(str, command)), capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'none'}: no config.json")
+    message = f"error: --student name=a: after_edit {tmp_path / 'none'}: neither config.json"
+    assert done.stderr.splitlines()[-1].startswith(message)
     assert "Traceback" not in done.stderr
