@@ -82,12 +82,15 @@ def add_report(report: dict[str, Any], file: Path, names: dict[str, str] | None 
         names: New names of students.
 
     Raises:
-        UserError: the file holds figures of other text or of another teacher, or none at all.
+        UserError: the file holds figures of other text or of another teacher, or none at all; or
+            two students get one name.
     """
     students = {
         (names or {}).get(name, name): smaller(entry)
         for name, entry in report["students"].items()
     }
+    if len(students) < len(report["students"]):
+        raise UserError(f"{file}: two of {', '.join(report['students'])} get one name")
     found = read_report(file) if file.is_file() else {**report, "students": {}}
     for key in SAME:
         if found[key] != report[key]:

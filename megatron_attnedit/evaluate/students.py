@@ -64,12 +64,14 @@ def check_students(students: list[StudentStates]) -> None:
     """Refuse students before any model is loaded, by their names and folders alone.
 
     Raises:
-        UserError: two of one name, or a state without a checkpoint.
+        UserError: two of one name, one of the teacher's, or a state without a checkpoint.
     """
     names = [student.name for student in students]
     for student in students:
         if names.count(student.name) > 1:
             raise UserError(f"--student name={student.name}: given twice")
+        if student.name == "teacher":
+            raise UserError("--student name=teacher: that is the teacher's name in a report")
         for state, path in student.directories.items():
             flag = f"--student name={student.name}: {state}"
             # ``start_of`` takes a file of edited weights by its name, there or not.

@@ -108,12 +108,14 @@ def test_a_mark_without_an_end_is_refused(tmp_path, monkeypatch, text):
 
 def test_nothing_is_written_of_bad_reports_or_names(tmp_path, monkeypatch):
     good, bad, kept = (tmp_path / f"{name}.json" for name in ("good", "bad", "kept"))
-    good.write_text(json.dumps(REPORT))
+    students = dict.fromkeys(("a", "other"), REPORT["students"]["a"])
+    good.write_text(json.dumps({**REPORT, "students": students}))
     bad.write_text("{")
     command = ["results.py", "add", "--data", kept, good]
     for flags, message in (
         ([bad], f"{bad}: not valid JSON"),
         (["--rename", "a=c", "b=d"], "--rename b=d: no report has a student b"),
+        (["--rename", "a=other"], f"{kept}: two of a, other get one name"),
     ):
         monkeypatch.setattr(sys, "argv", list(map(str, [*command, *flags])))
         with pytest.raises(UserError) as refused:

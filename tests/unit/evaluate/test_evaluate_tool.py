@@ -165,6 +165,7 @@ def nothing_is_loaded(monkeypatch):
 def test_students_are_looked_at_before_anything_is_loaded(refused, teacher_dir, tmp_path):
     student = f"name=a,after_edit={teacher_dir}"
     refused("--student name=a: given twice", student, "--student", student)
+    refused("--student name=teacher: that is the teacher's", student.replace("=a,", "=teacher,"))
     for name in ("none", "none.safetensors"):
         missing = f"{student},after_stage2={tmp_path / name}"
         refused(f"--student name=a: after_stage2 {tmp_path / name}: ", missing)

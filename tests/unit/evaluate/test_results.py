@@ -179,6 +179,9 @@ def test_an_arm_that_ran_away(report, tmp_path):
     assert cells("arms", tmp_path)[0][11:14] == ["inf", "", ""]
     assert cells("tokens", tmp_path)[0][5] == "never"
     assert cells("fits", tmp_path)[0][:5] == ["attention", "", "", "", ""]
+    lost["runs"]["edit"]["init"] = "random"
+    add_report({**report, "students": {"random": lost}}, tmp_path / "kept.json")
+    assert cells("tokens", tmp_path) == []
     assert cells("summary", tmp_path)[1][4] == ""
 
 
