@@ -8,12 +8,13 @@ from torch import Tensor
 
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.training.documents import DatasetOptions, read_documents
+from megatron_attnedit.training.tokenizer import end_of_document
 
 
 def token_windows(
     file: Path, tokenizer: Any, seq_length: int, max_windows: int | None, key: str = "text"
 ) -> Tensor:
-    """Tokens of the documents, an end-of-text token after each, cut into windows.
+    """Tokens of the documents, after each the token that ends it in training, cut into windows.
 
     Args:
         file: ``.jsonl`` with the text under ``key``, or ``.txt``; also with ``.gz`` or ``.zst``.
@@ -32,7 +33,8 @@ def token_windows(
     if not file.is_file():
         raise UserError(f"--text {file}: no such file")
     needed = max_windows * seq_length + 1 if max_windows else None
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    eod = end_of_document(tokenizer)
+    end = [] if eod is None else [eod]
     ids: list[int] = []
     try:
         for _, text in read_documents(str(file), key, DatasetOptions()):

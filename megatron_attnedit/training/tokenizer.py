@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_attnedit.errors import UserError
 
@@ -96,14 +97,21 @@ def _hugging_face(directory: Path) -> Tokenizer:
     def encode_batch(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    ends = (vocab[token] for token in DOCUMENT_ENDS if token in vocab)
     return Tokenizer(
         files=files,
         vocab_size=max(vocab.values()) + 1,
-        eod=next(ends, tokenizer.eos_token_id),
+        eod=end_of_document(tokenizer),
         encode_batch=encode_batch,
         decode=tokenizer.decode,
     )
+
+
+def end_of_document(tokenizer: Any) -> int | None:
+    """The token between documents, in training and in evaluation; of a transformers tokenizer."""
+    vocab = tokenizer.get_vocab()
+    ends = (vocab[token] for token in DOCUMENT_ENDS if token in vocab)
+    found: int | None = next(ends, tokenizer.eos_token_id)
+    return found
 
 
 def _sentencepiece(file: Path) -> Tokenizer:

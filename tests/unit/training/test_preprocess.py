@@ -11,6 +11,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.evaluate.text import token_windows
 from megatron_attnedit.training.preprocess import PreprocessConfig, preprocess
 from megatron_attnedit.training.tokenizer import load_tokenizer
 from tests.tools import call_tool
@@ -65,6 +66,15 @@ def test_a_document_ends_with_the_token_for_documents_not_for_turns(hf_tokenizer
     assert kind.eod == stock.convert_tokens_to_ids("<|endoftext|>") != stock.eos_token_id
     assert kind.encode("the layer") == stock.encode("the layer", add_special_tokens=False)
     assert kind.vocab_size == len(stock)
+
+
+def test_evaluation_reads_text_as_training_does(tmp_path, hf_tokenizer):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "a.jsonl").write_text('{"text": "the layer"}\n{"text": "the head"}\n')
+    stock, kind = AutoTokenizer.from_pretrained(hf_tokenizer), load_tokenizer(hf_tokenizer)
+    windows = token_windows(tmp_path / "a.jsonl", stock, 3, 1)
+    assert windows.tolist() == [[*kind.encode("the layer"), kind.eod, kind.encode("the")[0]]]
 
 
 def test_workers_change_nothing(tmp_path, hf_tokenizer, monkeypatch):
