@@ -53,6 +53,10 @@ if [ -z "$attention" ]; then
     echo "error: name an attention, mla or gate_swa; see --help" >&2
     exit 2
 fi
+if [ ${#between[@]} -gt 0 ] && [ -n "$longer$from" ]; then
+    echo "error: --between: comes before a stage 2 that starts anew; not with --longer or --from" >&2
+    exit 2
+fi
 if [ ! -f "$work/data/train.json" ]; then
     echo "error: --work $work: no data there; run prepare.sh first" >&2
     exit 2
@@ -112,10 +116,10 @@ train() {
 if [[ $stages = *1* ]]; then
     train 1 stage1 "${stage1[@]}"
     student+=,after_stage1=$load
-    if [ ${#between[@]} -gt 0 ]; then
-        train 1 between "${between[@]}"
-        student+=,after_between=$load
-    fi
+fi
+if [ ${#between[@]} -gt 0 ]; then
+    train 1 between "${between[@]}"
+    student+=,after_between=$load
 fi
 if [[ $stages = *2* ]]; then
     train 2 stage2 "${stage2[@]}"

@@ -23,7 +23,7 @@ class LegacyGrid:
     """The grid that the files are for; experts are cut over tensor parallelism, too.
 
     Raises:
-        UserError: a size does not divide the layers or the experts.
+        UserError: a size does not divide the layers, the experts or their width.
     """
 
     tp: int
@@ -36,6 +36,11 @@ class LegacyGrid:
             raise UserError(
                 f"--pipeline-model-parallel-size {self.pp} does not divide "
                 f"num_hidden_layers {self.hf.num_hidden_layers}"
+            )
+        if self.hf.num_experts and self.hf.moe_intermediate_size % self.tp:
+            raise UserError(
+                f"--tensor-model-parallel-size {self.tp} does not divide moe_intermediate_size "
+                f"{self.hf.moe_intermediate_size} of {self.hf.path}"
             )
         if self.hf.num_experts % self.ep or (self.ep > 1 and not self.hf.num_experts):
             raise UserError(

@@ -97,7 +97,6 @@ def _stage(run: _Run, stage: int, chunks: Sequence[range]) -> Traffic:
     sizes = {
         "tensor": run.parallel.tensor_model_parallel_size,
         "context": run.parallel.context_parallel_size,
-        "expert": run.parallel.expert_model_parallel_size,
     }
     return Traffic(**{name: n for name, n in total.items() if sizes.get(name, 2) > 1})
 
@@ -224,7 +223,12 @@ def _mlp(run: _Run, *, backward: bool = False) -> Counter[str]:
         return Counter({"tensor": (gathers + trained) * run.hidden})
     visits = run.sizes.own_tokens * run.hf.num_experts_per_tok
     tokens = visits * run.hf.hidden_size * run.sizes.number
-    return Counter({"expert": 2 * tokens + visits * FLOAT32})
+    there_and_back = 2 * tokens + visits * FLOAT32
+    # To the processes of other experts, and to those that hold the other parts of an expert.
+    ways = int(run.parallel.expert_model_parallel_size > 1)
+    if run.parallel.expert_tensor_parallel_size > 1:
+        ways += run.parallel.expert_tensor_parallel_size
+    return Counter({"expert": ways * there_and_back})
 
 
 def _gradients(run: _Run, layers: range, *, first: bool, last: bool) -> Counter[str]:

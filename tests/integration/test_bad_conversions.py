@@ -187,6 +187,12 @@ def test_a_grid_that_does_not_fit(model, tmp_path, fields, words):
     refused(model, tmp_path / "out", *words, format="torch", **fields)
 
 
+def test_a_grid_that_does_not_cut_the_experts(tmp_path):
+    model = tiny_hf_dir(tmp_path / "model", "qwen3_moe", moe_intermediate_size=9)
+    words = "--tensor-model-parallel-size 2", "moe_intermediate_size 9"
+    refused(model, tmp_path / "out", *words, format="torch", tensor_model_parallel_size=2)
+
+
 def test_a_grid_for_a_format_that_needs_none(model, tmp_path):
     flag = "--pipeline-model-parallel-size 3"
     refused(model, tmp_path / "out", flag, "torch_dist", pipeline_model_parallel_size=3)

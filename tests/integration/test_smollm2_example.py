@@ -47,6 +47,7 @@ def test_bad_commands(tmp_path):
         (["mla"], "no data there; run prepare.sh first"),
         ([], "name an attention"),
         (["--lr", "1"], "unknown argument --lr"),
+        (["--longer", "a", "--between", "--lr 1", "mla"], "--between: comes before"),
     ):
         done = run("--work", tmp_path, *flags)
         assert done.returncode == 2 and message in done.stderr

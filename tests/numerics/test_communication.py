@@ -42,7 +42,9 @@ class Counting(TorchDispatchMode):
         state = parallel_state
         groups = {
             "pipeline": [state.get_pipeline_model_parallel_group()],
-            "expert": [state.get_expert_model_parallel_group()],
+            "expert": [
+                state.get_expert_model_parallel_group(), state.get_expert_tensor_parallel_group(),
+            ],
             "context": [state.get_context_parallel_group()],
             "tensor": [state.get_tensor_model_parallel_group()],
             "data": [
@@ -61,15 +63,17 @@ class Counting(TorchDispatchMode):
         name = function._schema.name.removeprefix("c10d::")
         if name in NO_PAYLOAD:
             return
-        size = sum(t.numel() * t.element_size() for t in tree_leaves(args[PAYLOADS[name]]))
+        payload = tree_leaves(args[PAYLOADS[name]])
+        size = sum(t.numel() * t.element_size() for t in payload)
         (group,) = (
             dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject)
             and "ProcessGroup" in str(a._type())
         )
-        # To experts any number of tokens may go.
-        if group.size() > 1 and (size >= SMALL or name == "alltoall_base_"):
-            # Of two stages mcore sends one way in the group of all processes.
-            kind = "pipeline" if name == "send" else self.kinds[group.group_name]
+        # Of two stages mcore sends one way in the group of all processes.
+        kind = "pipeline" if name == "send" else self.kinds.get(group.group_name)
+        # To experts any number of tokens may go; how many is told in whole numbers.
+        to_experts = kind == "expert" and payload[0].is_floating_point()
+        if group.size() > 1 and (size >= SMALL or to_experts):
             self.bytes[kind] = self.bytes.get(kind, 0) + size
 
 
@@ -125,13 +129,13 @@ MORE = {
 QUICK = [
     ("stage 1", "TP2", "mla"), ("stage 1", "TP2 SP", "gate_swa"), ("stage 2", "TP2 SP", "mla"),
     ("stage 2", "PP2", "gate_swa"), ("stage 1", "DP2 distributed optimizer", "mla"),
-    ("stage 2", "CP2", "gate_swa"), ("stage 2", "EP2", "mla"),
+    ("stage 2", "CP2", "gate_swa"), ("stage 2", "EP2", "mla"), ("stage 1", "ETP2, TP1", "mla"),
     ("stage 1 on own inputs", "TP2 SP x PP2", "gate_swa"),
 ]
 EVERY = [
     *((stage, grid, student) for stage in ("stage 1", "stage 2")
       for grid in [*GRIDS, *MORE] for student in ("mla", "gate_swa")
-      if not grid.startswith("ETP") and "uneven" not in grid),
+      if "uneven" not in grid),
     *((stage, grid, "mla") for stage in STAGES if stage not in ("stage 1", "stage 2")
       and "jsd" not in stage for grid in ("TP2", "TP2 SP", "CP2", "PP2 interleaved")),
 ]
