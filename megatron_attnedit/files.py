@@ -32,7 +32,7 @@ def read_input(file: Path) -> str:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8: {error}") from None
+        raise UserError(f"{file}: not UTF-8 text, from byte {error.start} on") from None
 
 
 def write_output(file: Path, text: str) -> None:

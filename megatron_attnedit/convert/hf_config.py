@@ -1,7 +1,7 @@
 """``config.json`` of a supported Hugging Face model, read and checked once."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,6 @@ from megatron_attnedit.errors import UserError
 FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 QK_NORM = ("qwen3", "qwen3_moe")
 DTYPES = ("float32", "bfloat16", "float16")
-NUMBERS: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-NUMBERS += ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +154,7 @@ def read_hf_config(directory: str | Path) -> HFConfig:
 def _check_types(raw: Any, file: Path) -> None:
     if not isinstance(raw, dict):
         raise UserError(f"{file}: expected an object, found {raw!r}")
-    for name in NUMBERS:
+    for name in (item.name for item in fields(HFConfig) if item.type is int):
         value = raw.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int | None):
             raise UserError(f"{file}: {name} is {value!r}, expected a whole number")

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_output_folder
 
-# One of these is in every folder that holds a model: Hugging Face's, and Megatron's tracker.
-RESULTS = ("config.json", "latest_checkpointed_iteration.txt")
+TRACKER = "latest_checkpointed_iteration.txt"  # of a folder of Megatron checkpoints
 
 
 def refuse_existing(output: Path, *, overwrite: bool, needed: Sequence[Path] = ()) -> None:
@@ -41,7 +40,8 @@ def _is_result(output: Path) -> bool:
     """Could a conversion have written it?"""
     if output.is_file():
         return output.suffix == ".safetensors"
-    return not any(output.iterdir()) or any((output / name).is_file() for name in RESULTS)
+    names = ("config.json", TRACKER)
+    return not any(output.iterdir()) or any((output / name).is_file() for name in names)
 
 
 @contextlib.contextmanager

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_attnedit.convert.output import TRACKER
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.attention import attention_implementation
 from megatron_attnedit.export.hf import register
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-MEGATRON_FILES = ("attnedit.json", "latest_checkpointed_iteration.txt")
+MEGATRON_FILES = ("attnedit.json", TRACKER)
 
 
 def hf_directory(path: Path, scratch: Path, teacher: str | None = None) -> Path:

@@ -30,8 +30,8 @@ def convert(config: ConversionConfig) -> None:
     refuse_existing(config.output, overwrite=config.overwrite, needed=[config.source])
     with _processes():
         opened = open_checkpoint(config.source, flag="--input", teacher=config.teacher)
-        read = [config.source, Path(opened.hf.path)]  # the second: a student's teacher
-        refuse_existing(config.output, overwrite=config.overwrite, needed=read)
+        teacher = Path(opened.hf.path)  # of a student, named by --teacher or by the lineage
+        refuse_existing(config.output, overwrite=config.overwrite, needed=[teacher])
         _check(opened, config)
         with new_directory(config.output) as target:
             if config.format == "hf":

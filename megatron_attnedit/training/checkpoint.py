@@ -77,11 +77,28 @@ class _PlainValues(TorchCommonLoadStrategy):
 
 
 def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Read a checkpoint into the shape of ``state``; collective.
+    """Read a checkpoint into the shape of ``state``, and the model's own tensors; collective.
+
+    Most of those are loaded in place; of what is stored in another layout, such as grouped
+    experts, Megatron loads copies.
+
+    Args:
+        path: The iteration's folder.
+        state: ``model`` in it is of sharded tensors, by name.
 
     Raises:
         UserError: it does not fit, is damaged, or holds pickled objects.
     """
+    params = _own_tensors(state["model"])  # loading replaces them in the state
+    loaded = _load(path, state)
+    with torch.no_grad():
+        for name, param in params.items():
+            if loaded["model"][name] is not param:
+                param.copy_(loaded["model"][name])
+    return loaded
+
+
+def _load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     read_metadata(path, tensors_only=True)  # before Megatron unpickles it without looking
     try:
         return dist_checkpointing.load(state, str(path), common_strategy=_PlainValues())
@@ -95,27 +112,14 @@ def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 def load_params(path: Path, module_state: dict[str, Any]) -> None:
     """Fill a model's own tensors from a checkpoint, and check that none is left out."""
-    params = own_tensors(module_state)
-    fill(params, load(path, module_state))
+    params = _own_tensors(module_state)
+    load(path, {"model": module_state})
     for name, param in params.items():
         check_finite(param, where=str(path), name=name)
 
 
-def own_tensors(module_state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A model's own tensors by name; for before loading, which replaces them in the state."""
+def _own_tensors(module_state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: sharded.data for name, sharded in module_state.items() if _holds(sharded)}
-
-
-@torch.no_grad()
-def fill(params: Mapping[str, torch.Tensor], loaded: Mapping[str, Any]) -> None:
-    """Put what was loaded into a model's own tensors.
-
-    Most are loaded in place; of those that are stored in another layout, such as grouped experts',
-    Megatron loads copies.
-    """
-    for name, param in params.items():
-        if loaded[name] is not param:
-            param.copy_(loaded[name])
 
 
 def _holds(sharded: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import read_input
 from megatron_attnedit.training.recipe import Recipe
 
 
@@ -60,12 +61,10 @@ def _read_yaml(path: Path) -> Any:
     Raises:
         UserError: it holds something else.
     """
+    text = read_input(path)
     try:
-        text = path.read_text(encoding="utf-8")
         repeated = _repeated_key(text)
         content = yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text, from byte {error.start} on") from None
     except (yaml.YAMLError, ValueError) as error:  # the latter of dates and numbers
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if repeated is not None:

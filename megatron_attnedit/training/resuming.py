@@ -59,10 +59,7 @@ def _load(run: Run) -> None:
     if [*before.data.values()] != [*run.lineage.data.values()]:
         logger.warning("warning: %s was trained on other data: the order of samples is new", found)
     # A fresh optimizer's state is built by mcore while the sharded state is made.
-    state = run.sharded_state(is_loading=True)
-    params = checkpoint.own_tensors(state["model"])
-    loaded = checkpoint.load(found, state)
-    checkpoint.fill(params, loaded["model"])
+    loaded = checkpoint.load(found, run.sharded_state(is_loading=True))
     if trains_anything(run.stage.models):
         run.optimizer.load_state_dict(fitted(loaded["optimizer"], run.optimizer))
         for group in run.optimizer.param_groups:  # mcore keeps them there, too

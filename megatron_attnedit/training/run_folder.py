@@ -13,14 +13,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_attnedit.convert.integrity import check_hashes, check_sizes, is_sealed
-from megatron_attnedit.convert.output import is_first
+from megatron_attnedit.convert.output import TRACKER, is_first
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import write_whole
 from megatron_attnedit.training.lineage import FILE
 
 logger = logging.getLogger(__name__)
 
-TRACKER = "latest_checkpointed_iteration.txt"
 WRITING, REPLACED, DELETING = ".writing-", ".replaced-", ".deleting-"
 ITERATION_DIR = re.compile(r"iter_(\d{7,})")
 
