@@ -98,7 +98,10 @@ def download(work: Path, packages: list[Path]) -> list[Path]:
         try:
             subprocess.run(["apt-get", "download", "-q", *missing], cwd=debs, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"{packages[-1]}: apt-get download failed, see above") from error
+            raise UserError(
+                f"{packages[-1]}: apt-get download failed, see above "
+                "(`apt-get update` first: its list of packages may be missing or old)"
+            ) from error
     return sorted(path for path in debs.glob("*.deb") if pin_of(path) in pins)
 
 

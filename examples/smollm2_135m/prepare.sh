@@ -6,7 +6,8 @@
 #   --work DIR     everything goes there, 5 GB (default: outputs/smollm2_135m)
 #   --workers N    processes that tokenize (default: 2)
 #
-# Needs Debian 12 for the text (README.md) and `pip install -r examples/smollm2_135m/requirements.txt`.
+# Needs Debian 12 for the text (README.md), its list of packages (`apt-get update`), and
+# `pip install -r examples/smollm2_135m/requirements.txt`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -16,7 +17,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         --work) work=${2:?--work needs a directory}; shift 2 ;;
         --workers) workers=${2:?--workers needs a number}; shift 2 ;;
-        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
     esac
 done

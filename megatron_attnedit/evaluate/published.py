@@ -14,7 +14,9 @@ Kinds = dict[str, Any]  # by key, what ``isinstance`` takes
 
 # Points of a training curve; validations are all kept.
 CURVE_POINTS = 40
-CURVE = ("iteration", "stage", "seconds", "tokens", "loss", "validation_loss")
+# Without feature matching the same as the loss.
+VALIDATION_KL = "validation_logits_distillation_loss"
+CURVE = ("iteration", "stage", "seconds", "tokens", "loss", "validation_loss", VALIDATION_KL)
 # What of a run's settings is said; the rest is folders and defaults of the program.
 SETTINGS: tuple[str, ...] = ("init", "seed", "student_attention", "full_layer_scores", *NAMES)
 SETTINGS += ("lr", "min_lr", "lr_warmup_iters", "train_iters", "global_batch_size", "seq_length")
@@ -124,9 +126,13 @@ def _thin(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def validations(student: dict[str, Any]) -> list[tuple[int, float]]:
-    """Tokens of stage 2 and its validation loss after them; infinite where it was no number."""
+    """Tokens of stage 2 and its validation KL after them; infinite where it was no number."""
     lines = student["metrics"].get("stage2", [])
-    found = [(x["tokens"], x["validation_loss"]) for x in lines if "validation_loss" in x]
+    found = [
+        (x["tokens"], x.get(VALIDATION_KL, x["validation_loss"]))
+        for x in lines
+        if "validation_loss" in x
+    ]
     return [(tokens, math.inf if loss is None else loss) for tokens, loss in found]
 
 

@@ -15,24 +15,31 @@ SHORTEST_PROBE = 4 * (KEY_TOKENS + VALUE_TOKENS)
 NEAREST = 0.25
 
 
-def probes(windows: Tensor, count: int, seed: int = 0) -> Tensor:
+def probes(windows: Tensor, count: int, end: int | None, seed: int = 0) -> Tensor:
     """Sequences [count, s] of held-out text with a key and value, ended by key and value.
 
     The first pair starts at places spread evenly from the beginning to a quarter of the context
-    before the second. Windows are taken in turn.
+    before the second. Windows are taken in turn. A random token stands where a document ends,
+    because models learn to look no further back than an end.
 
     Args:
         windows: [n, s + 1] token ids; s at least ``SHORTEST_PROBE``.
         count: How many sequences.
+        end: The token between documents, where there is one.
         seed: Of keys and values.
     """
     pair = KEY_TOKENS + VALUE_TOKENS
     length = windows.shape[1] - 1
     assert length >= SHORTEST_PROBE, f"windows of {length} tokens are too short for a probe"
     generator = torch.Generator().manual_seed(seed)
-    known = windows.flatten().unique()
-    drawn = torch.randint(known.numel(), (count, pair), generator=generator)
-    pairs = known[drawn]
+    ends = windows == end if end is not None else torch.zeros_like(windows, dtype=torch.bool)
+    known = windows[~ends].unique()
+
+    def draw(*shape: int) -> Tensor:
+        return known[torch.randint(known.numel(), shape, generator=generator)]
+
+    pairs = draw(count, pair)
+    windows = torch.where(ends, draw(*windows.shape), windows)
     last = int((length - pair) * (1 - NEAREST)) - pair
     starts = torch.linspace(0, last, count).round().long()
     rows = windows[torch.arange(count) % windows.shape[0], :length].clone()

@@ -20,6 +20,7 @@ from megatron_attnedit.evaluate.models import check_same_vocabulary, hf_director
 from megatron_attnedit.evaluate.recall import probes, recall
 from megatron_attnedit.evaluate.repetition import repetition_rate
 from megatron_attnedit.evaluate.students import StudentStates, stage_metrics, training_runs
+from megatron_attnedit.training.tokenizer import end_of_document
 
 Models = dict[str, Any]
 
@@ -115,7 +116,7 @@ def evaluate(
                 "repetition_rate": repetition_rate(generated),
             }
     if recall_probes:
-        sequences = probes(windows, recall_probes)
+        sequences = probes(windows, recall_probes, end_of_document(tokenizer))
         for name, model in last.items():
             entries[name]["recall"] = recall(model, sequences, batch_size)
     starts = prompts_from(windows, prompts) if prompts else windows[:0, :1]

@@ -209,7 +209,7 @@ class Copier(torch.nn.Module):
 
 def test_recall_needs_what_is_far_back(teacher_dir, text_file):
     windows = token_windows(text_file, load_tokenizer(teacher_dir), 96, 5)
-    sequences = recall.probes(windows, 7)
+    sequences = recall.probes(windows, 7, end=None)
     pair = recall.KEY_TOKENS + recall.VALUE_TOKENS
     assert sequences.shape == (7, 96)
     starts = []
@@ -228,9 +228,21 @@ def test_recall_needs_what_is_far_back(teacher_dir, text_file):
     assert near["accuracy"] < 0.2 and near["nll"] > math.log(len(WORDS)) - 0.5
 
 
+def test_no_document_ends_inside_a_probe(teacher_dir, text_file):
+    windows = token_windows(text_file, load_tokenizer(teacher_dir), 96, 5)
+    end = int(windows.flatten().mode().values)  # any token that stands there often
+    windows[0, 40:42] = end
+    sequences = recall.probes(windows, 7, end)
+    assert (windows == end).any(dim=1).all() and not (sequences == end).any()
+    pair = recall.KEY_TOKENS + recall.VALUE_TOKENS
+    for i, row in enumerate(sequences):
+        changed = row[:-pair] != windows[i % 5, : 96 - pair]
+        assert changed.sum() <= pair + (windows[i % 5] == end).sum()
+
+
 def test_recall_of_a_real_model(load, teacher_dir, windows):
     teacher = load(teacher_dir)
-    sequences = recall.probes(torch.cat([windows, windows], dim=1), 3)
+    sequences = recall.probes(torch.cat([windows, windows], dim=1), 3, end=None)
     found = recall.recall(teacher, sequences, batch_size=2)
     with torch.no_grad():
         logits = teacher(sequences[:, :-1]).logits[:, -recall.VALUE_TOKENS :]

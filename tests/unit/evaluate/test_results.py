@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.evaluate.published import add_report, tokens_to_reach
+from megatron_attnedit.evaluate.published import add_report, tokens_to_reach, validations
 from megatron_attnedit.evaluate.results import filled
 from tools import results
 
@@ -75,6 +75,18 @@ def test_added_students_are_thin_and_complete(report, tmp_path):
     add_report({**report, "students": {"b": student(0.2, kl=9.0)}}, file)
     kept = json.loads(file.read_text())["students"]
     assert list(kept) == ["b", "a_random"] and kept["b"]["kl"] == 9
+
+
+def test_curves_of_runs_with_feature_matching_are_of_the_kl(report, tmp_path):
+    lines = report["students"]["a"]["metrics"]["stage2"]
+    for line in lines:
+        if "validation_loss" in line:
+            line["validation_logits_distillation_loss"] = line["validation_loss"] - 0.05
+            line["validation_feature_matching_loss"] = 0.05
+    add_report(report, tmp_path / "kept.json")
+    kept = json.loads((tmp_path / "kept.json").read_text())["students"]
+    assert validations(kept["a"])[-1] == (1_000_000, pytest.approx(0.15))
+    assert validations(kept["a_random"])[-1] == (1_000_000, pytest.approx(0.7))
 
 
 def test_figures_of_other_text_are_refused(report, tmp_path):
