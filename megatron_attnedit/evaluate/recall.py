@@ -32,17 +32,19 @@ def probes(windows: Tensor, count: int, end: int | None, seed: int = 0) -> Tenso
     length = windows.shape[1] - 1
     assert length >= SHORTEST_PROBE, f"windows of {length} tokens are too short for a probe"
     generator = torch.Generator().manual_seed(seed)
-    ends = windows == end if end is not None else torch.zeros_like(windows, dtype=torch.bool)
-    known = windows[~ends].unique()
+    known = windows.unique()
+    if end is not None:
+        known = known[known != end]
 
     def draw(*shape: int) -> Tensor:
         return known[torch.randint(known.numel(), shape, generator=generator)]
 
     pairs = draw(count, pair)
-    windows = torch.where(ends, draw(*windows.shape), windows)
     last = int((length - pair) * (1 - NEAREST)) - pair
     starts = torch.linspace(0, last, count).round().long()
     rows = windows[torch.arange(count) % windows.shape[0], :length].clone()
+    if end is not None:
+        rows = torch.where(rows == end, draw(*rows.shape), rows)
     for row, start, tokens in zip(rows, starts.tolist(), pairs, strict=True):
         row[start : start + pair] = tokens
         row[-pair:] = tokens
