@@ -11,6 +11,8 @@ import torch
 
 from megatron_attnedit.device import bootstrap
 
+pytest_plugins = ["tests.support.tokenizers", "tests.support.hf_students"]
+
 torch.set_num_threads(1)
 bootstrap()
 
@@ -30,8 +32,8 @@ def pytest_configure(config):
 @pytest.fixture
 def one_process(tmp_path):
     """Megatron's groups in this process alone."""
-    from tests.models import start_megatron
-    from tests.processes import process_group
+    from tests.support.models import start_megatron
+    from tests.support.processes import process_group
 
     with process_group(0, 1, str(tmp_path / "store")):
         start_megatron()
@@ -41,7 +43,7 @@ def one_process(tmp_path):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Tiny bfloat16 models of four layers by family and tying, made once; not to be changed."""
-    from tests.models import tiny_hf_dir
+    from tests.support.models import tiny_hf_dir
 
     @functools.cache
     def model(family, tied=False):

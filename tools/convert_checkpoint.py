@@ -84,8 +84,8 @@ def main() -> None:
     # Ends as an exception, so that what is half-written is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     bootstrap()
+    from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
     from megatron_attnedit.evaluate.verify import verify
-    from megatron_attnedit.export.conversion import ConversionConfig, convert
 
     if args.pop("command") == "verify":
         sys.exit(0 if verify(**args) else 1)

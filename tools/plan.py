@@ -16,7 +16,7 @@ def main() -> None:
     from megatron_attnedit.attention import student_attention_class
     from megatron_attnedit.convert.hf_config import read_hf_config
     from megatron_attnedit.models.grid import ParallelConfig
-    from megatron_attnedit.models.plan import RunSize, plan
+    from megatron_attnedit.planning.plan import RunSize, plan
 
     args = vars(parser_for(ParallelConfig, RunSize).parse_args())
     if args["full_layers"] == "auto":

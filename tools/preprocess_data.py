@@ -3,11 +3,11 @@
 
 import argparse
 
+from megatron_attnedit.data.documents import DatasetOptions
+from megatron_attnedit.data.preprocess import PreprocessConfig, preprocess
 from megatron_attnedit.device import quiet_megatron
 from megatron_attnedit.errors import run_tool
 from megatron_attnedit.logs import start_logging
-from megatron_attnedit.training.documents import DatasetOptions
-from megatron_attnedit.training.preprocess import PreprocessConfig, preprocess
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@
 #   --report PREFIX    only measure the arms of --iterations N that are finished and whose names begin
 #                      so; edits: MLA's fits
 #
-# One GPU; about an hour and three quarters. Reports are in WORK/report_*/; `tools/results.py add` keeps them.
+# One GPU; about an hour and three quarters. Reports are in WORK/report_*/; `-m tools.benchmark.results add` keeps them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -32,8 +32,8 @@ def hf_directory(path: Path, scratch: Path, teacher: str | None = None) -> Path:
     edited = path.suffix == ".safetensors" and path.is_file()
     if not edited and not any((path / name).is_file() for name in MEGATRON_FILES):
         raise UserError(f"{path}: no config.json and no Megatron checkpoint")
-    from megatron_attnedit.export.conversion import ConversionConfig, convert
-    from megatron_attnedit.training.opened import find_lineage, start_of
+    from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
+    from megatron_attnedit.checkpoint.reader import find_lineage, start_of
 
     lineage = find_lineage(start_of(path, "checkpoint"))
     if lineage is None or Path(lineage.teacher).exists():

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 import megatron_attnedit
+from megatron_attnedit.data.tokenizer import end_of_document
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.agreement import agreement
 from megatron_attnedit.evaluate.compare import Measured, compare, compared
@@ -20,7 +21,6 @@ from megatron_attnedit.evaluate.models import check_same_vocabulary, hf_director
 from megatron_attnedit.evaluate.recall import probes, recall
 from megatron_attnedit.evaluate.repetition import repetition_rate
 from megatron_attnedit.evaluate.students import StudentStates, stage_metrics, training_runs
-from megatron_attnedit.training.tokenizer import end_of_document
 
 Models = dict[str, Any]
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_attnedit.checkpoint import run_folder
+from megatron_attnedit.checkpoint.reader import find_lineage, is_hf, start_of
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.training import run_folder
-from megatron_attnedit.training.opened import find_lineage, is_hf, start_of
 
 STATES = ("after_edit", "after_stage1", "after_between", "after_stage2")
 # A run that logs, and the stage that its lines are of.

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_attnedit.data.documents import DatasetOptions, read_documents
+from megatron_attnedit.data.tokenizer import end_of_document
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.training.documents import DatasetOptions, read_documents
-from megatron_attnedit.training.tokenizer import end_of_document
 
 
 def token_windows(

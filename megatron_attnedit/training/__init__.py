@@ -1,1 +1,1 @@
-"""Recipe, data, loop, checkpoints."""
+"""The training loop and what it needs: recipe, stages, optimizer, health, signals."""

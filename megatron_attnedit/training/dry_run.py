@@ -13,14 +13,14 @@ from megatron.core.datasets.utils import get_blend_from_list
 from megatron_attnedit.attention import StudentAttention, student_attention_class
 from megatron_attnedit.attention.flags import NAMES, add_student_flags
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
+from megatron_attnedit.data.token_files import check_amount, describe
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import write_output
-from megatron_attnedit.models.activations import Workload
-from megatron_attnedit.models.communication import Traffic, traffic_of_stages
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
-from megatron_attnedit.models.memory import RESERVE_BYTES, RankMemory, memory_of_stages
-from megatron_attnedit.training.data_files import check_amount, describe
+from megatron_attnedit.planning.activations import Workload
+from megatron_attnedit.planning.communication_volume import Traffic, traffic_of_stages
+from megatron_attnedit.planning.memory import RESERVE_BYTES, RankMemory, memory_of_stages
 from megatron_attnedit.training.recipe import Recipe, Stage2Recipe
 from megatron_attnedit.training.recipe_files import parser_for, read_recipe_file
 from megatron_attnedit.training.setup import teacher_hf_dir

@@ -11,8 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_attnedit.attention import StudentAttention, student_attention_class
+from megatron_attnedit.checkpoint import run_folder, sharded_state
+from megatron_attnedit.checkpoint.writer import save
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.convert.reading import DTYPES
+from megatron_attnedit.data.calibration import attention_inputs, calibration_data
+from megatron_attnedit.data.datasets import DataConfig, build_datasets
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_output_folder
 from megatron_attnedit.models.grid import ParallelConfig
@@ -23,9 +27,6 @@ from megatron_attnedit.models.student import (
     student_rows,
 )
 from megatron_attnedit.models.teacher import global_params
-from megatron_attnedit.training import checkpoint, run_folder
-from megatron_attnedit.training.calibration import attention_inputs, calibration_data
-from megatron_attnedit.training.data import DataConfig, build_datasets
 from megatron_attnedit.training.random_state import check_seed
 from megatron_attnedit.training.setup import (
     Teacher,
@@ -34,7 +35,6 @@ from megatron_attnedit.training.setup import (
     stop_processes,
     teacher_hf_dir,
 )
-from megatron_attnedit.training.writing import save
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def edit(config: EditConfig) -> Path:
             student_attention=student_attention.to_dict(),
             recipe={"init": config.init, "seed": config.seed, **config.flags},
         )
-        state = {"model": checkpoint.attention_state(attentions)}
+        state = {"model": sharded_state.attention_state(attentions)}
         return save(Path(config.save), 0, state, lineage)
     finally:
         stop_processes()

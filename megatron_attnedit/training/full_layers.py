@@ -15,12 +15,12 @@ from megatron_attnedit.attention.core import CoreAttention
 from megatron_attnedit.attention.windows import to_window_size, uniform_full_layers
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.convert.reading import DTYPES
+from megatron_attnedit.data.calibration import calibration_data
+from megatron_attnedit.data.datasets import build_datasets
 from megatron_attnedit.distill.kl import chunked_lm_loss
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import backbone, output_weight
-from megatron_attnedit.training.calibration import calibration_data
-from megatron_attnedit.training.data import build_datasets
 from megatron_attnedit.training.setup import (
     load_teacher,
     start_processes,

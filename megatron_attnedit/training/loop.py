@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from megatron_attnedit.training.data import Batch
+from megatron_attnedit.data.datasets import Batch
 from megatron_attnedit.training.health import BAD_LOSS, FINE, agree
 from megatron_attnedit.training.heartbeat import FINISHED, STOPPED
 from megatron_attnedit.training.random_state import gather_states

@@ -5,9 +5,9 @@ import logging
 
 import torch.distributed as dist
 
+from megatron_attnedit.checkpoint import run_folder, sharded_state
+from megatron_attnedit.checkpoint.lineage import read_lineage
 from megatron_attnedit.files import write_output
-from megatron_attnedit.training import checkpoint, run_folder
-from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.metrics import MetricsLog, Sink
 from megatron_attnedit.training.optimizer import fitted, trains_anything
 from megatron_attnedit.training.random_state import set_own_state
@@ -59,7 +59,7 @@ def _load(run: Run) -> None:
     if [*before.data.values()] != [*run.lineage.data.values()]:
         logger.warning("warning: %s was trained on other data: the order of samples is new", found)
     # A fresh optimizer's state is built by mcore while the sharded state is made.
-    loaded = checkpoint.load(found, run.sharded_state(is_loading=True))
+    loaded = sharded_state.load(found, run.sharded_state(is_loading=True))
     if trains_anything(run.stage.models):
         run.optimizer.load_state_dict(fitted(loaded["optimizer"], run.optimizer))
         for group in run.optimizer.param_groups:  # mcore keeps them there, too

@@ -12,22 +12,23 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_attnedit.checkpoint.lineage import Lineage
+from megatron_attnedit.checkpoint.run_folder import Retention
+from megatron_attnedit.checkpoint.writer import CheckpointWriter
+from megatron_attnedit.data.datasets import DataConfig, build_datasets, data_identity
 from megatron_attnedit.device import Accelerator, bootstrap
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.errors import STOPPED, UserError
-from megatron_attnedit.models.flops import stage1_flops, stage2_flops
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import edited_attentions
 from megatron_attnedit.models.teacher import can_be_recorded
-from megatron_attnedit.training.data import DataConfig, build_datasets, data_identity
+from megatron_attnedit.planning.flops import stage1_flops, stage2_flops
 from megatron_attnedit.training.health import Health
 from megatron_attnedit.training.heartbeat import FAILED, Heartbeat
-from megatron_attnedit.training.lineage import Lineage
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.optimizer import wrap
 from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
-from megatron_attnedit.training.run_folder import Retention
 from megatron_attnedit.training.run_state import Run
 from megatron_attnedit.training.sanity import check_teacher
 from megatron_attnedit.training.setup import (
@@ -40,7 +41,6 @@ from megatron_attnedit.training.stages import Stage, Stage1, Stage2
 from megatron_attnedit.training.stopping import Stopping
 from megatron_attnedit.training.student import Student, find_student
 from megatron_attnedit.training.student_inputs import StudentInputs
-from megatron_attnedit.training.writing import CheckpointWriter
 
 logger = logging.getLogger(__name__)
 

@@ -10,18 +10,18 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
-from megatron_attnedit.training import checkpoint
-from megatron_attnedit.training.data import Batch, batches
+from megatron_attnedit.checkpoint import sharded_state
+from megatron_attnedit.checkpoint.lineage import Lineage
+from megatron_attnedit.checkpoint.writer import CheckpointWriter
+from megatron_attnedit.data.datasets import Batch, batches
 from megatron_attnedit.training.health import Health
 from megatron_attnedit.training.heartbeat import Heartbeat
-from megatron_attnedit.training.lineage import Lineage
 from megatron_attnedit.training.metrics import MetricsLog
 from megatron_attnedit.training.optimizer import optimizer_state
 from megatron_attnedit.training.overlap import wait_for_weights
 from megatron_attnedit.training.recipe import Recipe
 from megatron_attnedit.training.stages import Stage
 from megatron_attnedit.training.stopping import Stopping
-from megatron_attnedit.training.writing import CheckpointWriter
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Run:
                 self.optimizer,
                 self.stage.models,
                 student,
-                checkpoint.metadata(),
+                sharded_state.metadata(),
                 is_loading=is_loading,
             ),
             "schedule": self.schedule.state_dict(),

@@ -11,10 +11,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_attnedit.data.datasets import Batch, batches
 from megatron_attnedit.distill.kl import chunked_lm_loss
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.teacher import backbone, output_weight
-from megatron_attnedit.training.data import Batch, batches
 from megatron_attnedit.training.schedule import run_schedule, sum_of_reports
 from megatron_attnedit.training.setup import Teacher
 

@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_attnedit.attention.context import pieces_of_rank
-from megatron_attnedit.training.data import Batch
+from megatron_attnedit.data.datasets import Batch
 
 
 def run_schedule(

@@ -12,6 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
+from megatron_attnedit.checkpoint import run_folder, sharded_state
+from megatron_attnedit.checkpoint.lineage import Lineage, read_lineage
+from megatron_attnedit.checkpoint.reader import HF_FILES
 from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.fingerprint import fingerprint
 from megatron_attnedit.convert.hf_checkpoint import HFReader
@@ -21,9 +24,7 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import build_teacher, load_from_hf
-from megatron_attnedit.training import checkpoint, random_state, run_folder
-from megatron_attnedit.training.lineage import Lineage, read_lineage
-from megatron_attnedit.training.opened import HF_FILES
+from megatron_attnedit.training import random_state
 
 
 def start_processes(
@@ -144,5 +145,5 @@ def load_teacher(
         load_from_hf(chunks, reader, rows, hf, progress=dist.get_rank() == 0)
         return Teacher(chunks, hf, fingerprint(rows, reader.read), source)
     path = run_folder.find(source, "--teacher")
-    checkpoint.load_params(path, checkpoint.model_state(chunks))
+    sharded_state.load_params(path, sharded_state.model_state(chunks))
     return Teacher(chunks, hf, read_lineage(path).teacher_fingerprint, source)

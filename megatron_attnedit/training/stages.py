@@ -16,9 +16,9 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
 
+from megatron_attnedit.data.datasets import Batch
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelDistillation, nonfinite_layers
-from megatron_attnedit.training.data import Batch
 from megatron_attnedit.training.schedule import run_schedule, sum_of_reports, sum_over_ranks
 from megatron_attnedit.training.student_inputs import StudentInputs
 

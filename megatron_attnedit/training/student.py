@@ -8,6 +8,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_attnedit.attention import StudentAttention
+from megatron_attnedit.checkpoint import run_folder, sharded_state
+from megatron_attnedit.checkpoint.lineage import Lineage
+from megatron_attnedit.checkpoint.reader import find_lineage, is_hf
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.errors import UserError
@@ -18,9 +21,6 @@ from megatron_attnedit.models.student import (
     student_rows,
 )
 from megatron_attnedit.models.teacher import build_teacher, load_from_hf
-from megatron_attnedit.training import checkpoint, run_folder
-from megatron_attnedit.training.lineage import Lineage
-from megatron_attnedit.training.opened import find_lineage, is_hf
 from megatron_attnedit.training.setup import Teacher
 
 
@@ -85,8 +85,9 @@ class Student:
             self._load_from_hf(teacher.hf, start, stored_all=lineage.trainable == "all")
         else:
             stored_all = lineage.trainable == "all"
-            state = checkpoint.model_state(self.chunks) if stored_all else self._attention_state()
-            checkpoint.load_params(start, state)
+            model_state = sharded_state.model_state
+            state = model_state(self.chunks) if stored_all else self._attention_state()
+            sharded_state.load_params(start, state)
 
     def _load_from_hf(self, hf: HFConfig, start: Path, *, stored_all: bool) -> None:
         edited = edited_rows(hf, self.attention)
@@ -95,13 +96,13 @@ class Student:
         load_from_hf(self.chunks, HFReader(start), rows, hf, only=names)
 
     def _attention_state(self) -> dict[str, Any]:
-        return checkpoint.attention_state(self.attentions)
+        return sharded_state.attention_state(self.attentions)
 
     @property
     def state(self) -> Callable[[], dict[str, Any]]:
         """Makes the sharded tensors of what trains."""
         if self.own_copies:
-            return lambda: checkpoint.model_state(self.chunks)
+            return lambda: sharded_state.model_state(self.chunks)
         return self._attention_state
 
     def trained_modules(self) -> list[list[MegatronModule]]:

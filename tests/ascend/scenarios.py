@@ -27,9 +27,9 @@ from megatron_attnedit.training.setup import (
     stop_processes,
 )
 from megatron_attnedit.training.student import Student, find_student
-from tests.models import tokens as random_tokens
-from tests.numerics.inputs import STUDENTS
-from tests.numerics.inputs import recipe as small_recipe
+from tests.support.inputs import STUDENTS
+from tests.support.inputs import recipe as small_recipe
+from tests.support.models import tokens as random_tokens
 
 OPERATORS = (
     *("npu_rms_norm", "npu_rms_norm_backward", "npu_rotary_mul", "npu_rotary_mul_backward"),

@@ -11,9 +11,9 @@ from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests import processes
 from tests.ascend import scenarios
-from tests.numerics.inputs import make_inputs
+from tests.support import processes
+from tests.support.inputs import make_inputs
 
 REDUCED = {"bfloat16", "float16", "float32", "int32", "int64"}
 MOVED = {*REDUCED, "uint8", "int8", "bool"}

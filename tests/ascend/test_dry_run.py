@@ -9,9 +9,9 @@ import re
 import pytest
 import torch
 
-from tests import processes
 from tests.ascend import dry_run, operators, scenarios
-from tests.numerics.inputs import make_inputs
+from tests.support import processes
+from tests.support.inputs import make_inputs
 
 BF16 = {"bf16": True, "use_distributed_optimizer": True}
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_attnedit.training.dry_run import dry_run
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
-from tests.integration.launching import ROOT, bash, journal, root_with_stand_in
+from tests.support.launching import ROOT, bash, journal, root_with_stand_in
 
 RECIPE = "examples/recipes/ascend/qwen3_8b_stage1.yaml"
 TOLD = ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT", "PYTORCH_NPU_ALLOC_CONF",

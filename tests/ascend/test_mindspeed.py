@@ -8,9 +8,9 @@ not, is stood in for.
 
 import pytest
 
-from tests import processes
 from tests.ascend import dry_run, scenarios
-from tests.numerics.inputs import make_inputs
+from tests.support import processes
+from tests.support.inputs import make_inputs
 
 RUNS = {"stage 1": (1, "mla"), "stage 2": (2, "gate_swa")}
 OURS = "megatron_attnedit.attention."

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests import processes
 from tests.ascend import dry_run, scenarios
-from tests.numerics.inputs import make_inputs
+from tests.support import processes
+from tests.support.inputs import make_inputs
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from megatron_attnedit.convert.hf_checkpoint import INDEX
 from megatron_attnedit.convert.reading import Reading
 from megatron_attnedit.errors import UserError, run_tool
 from megatron_attnedit.evaluate.verify import manifest_of, verify
-from tests.conversions import change, change_config, make
-from tests.models import tiny_hf_dir
-from tests.numerics.inputs import make_inputs, make_student
+from tests.support.conversions import change, change_config, make
+from tests.support.inputs import make_inputs, make_student
+from tests.support.models import tiny_hf_dir
 from tools import convert_checkpoint
 
 

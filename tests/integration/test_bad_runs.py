@@ -5,8 +5,8 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.numerics.inputs import make_inputs
-from tests.tools import call_tool
+from tests.support.inputs import make_inputs
+from tests.support.tools import call_tool
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_teacher_that_does_not_know_its_data(inputs, tmp_path):
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from tests.models import VOCAB
+    from tests.support.models import VOCAB
 
     prefix = tmp_path / "noise"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.tools import call_tool
+from tests.support.tools import call_tool
 
 TEACHER = Path("examples/embedded_teacher/model")
 TOOL = "tools/convert_checkpoint.py"

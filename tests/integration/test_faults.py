@@ -10,17 +10,17 @@ import time
 import pytest
 import torch
 
+from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.convert.integrity import MARKER, files_in
 from megatron_attnedit.errors import BAD_INPUT, STOPPED, UserError
-from megatron_attnedit.training import run_folder
 from megatron_attnedit.training.heartbeat import Heartbeat
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
-from tests.attempts import Attempt, contents, differences, metrics
-from tests.numerics.inputs import make_inputs
-from tests.numerics.inputs import recipe as small_recipe
-from tests.processes import process_group
+from tests.support.attempts import Attempt, contents, differences, metrics
+from tests.support.inputs import make_inputs
+from tests.support.inputs import recipe as small_recipe
+from tests.support.processes import process_group
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from megatron_attnedit.training import run_folder
+from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
-from tests.attempts import Attempt, contents, differences, metrics
-from tests.numerics.inputs import make_inputs, recipe
+from tests.support.attempts import Attempt, contents, differences, metrics
+from tests.support.inputs import make_inputs, recipe
 
 SAVE_INTERVAL = 2
 KILLS_PER_RUN = 5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launching import ROOT, bash, journal, kept_iterations, root_with_stand_in
+from tests.support.launching import ROOT, bash, journal, kept_iterations, root_with_stand_in
 
 SCRIPTS = sorted(
     path

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from megatron_attnedit.training import run_folder
+from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.training.recipe import Stage2Recipe
 from tests.integration.test_faults import recipe, train_here
-from tests.numerics.inputs import make_inputs
+from tests.support.inputs import make_inputs
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,15 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.convert.hf_checkpoint import INDEX
 from megatron_attnedit.convert.integrity import MARKER, seal
+from megatron_attnedit.data.token_files import drop_bad_indices
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.training.data_files import drop_bad_indices
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage1Recipe
 from megatron_attnedit.training.recipe_files import parse_recipe
 from megatron_attnedit.training.run import prepare
-from tests.conversions import make
-from tests.numerics.inputs import make_inputs, recipe
-from tests.processes import process_group
+from tests.support.conversions import make
+from tests.support.inputs import make_inputs, recipe
+from tests.support.processes import process_group
 
 
 class Evil:

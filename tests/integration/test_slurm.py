@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_attnedit.training.run_folder import latest
-from tests.attempts import contents, differences, metrics
-from tests.integration.launching import (
+from megatron_attnedit.checkpoint.run_folder import latest
+from tests.support.attempts import contents, differences, metrics
+from tests.support.launching import (
     ENVIRONMENT,
     ROOT,
     bash,

@@ -10,8 +10,8 @@ import time
 import psutil
 import pytest
 
-from megatron_attnedit.training import run_folder
-from tests.numerics.inputs import make_inputs
+from megatron_attnedit.checkpoint import run_folder
+from tests.support.inputs import make_inputs
 
 pytestmark = pytest.mark.full
 LONGEST_END_S = 60

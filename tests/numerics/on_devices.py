@@ -80,7 +80,7 @@ def write_inputs(folder):
     """Teachers, students and data, written by processes on the CPU."""
     code = (
         "import sys; from megatron_attnedit.device import bootstrap; bootstrap()\n"
-        "from pathlib import Path; from tests.numerics.inputs import make_inputs\n"
+        "from pathlib import Path; from tests.support.inputs import make_inputs\n"
         f"make_inputs(Path(sys.argv[1]), sys.argv[2], num_hidden_layers={LAYERS})"
     )
     environment = {**os.environ, "MEGATRON_ATTNEDIT_DEVICE": "cpu"}
@@ -119,8 +119,8 @@ def rounds(jobs, processes):
 
 def run_round(together, folder, iterations):
     """Answers, or the error, of each job."""
-    from tests import processes
-    from tests.numerics.grids import train_without_compiler
+    from tests.support import processes
+    from tests.support.grids import train_without_compiler
 
     started = []
     for job, workers in together:
@@ -137,7 +137,7 @@ def run_round(together, folder, iterations):
 
 def compared(job, answers, expected, folder):
     """A row of the results."""
-    from tests.numerics.grids import differences, rows_of
+    from tests.support.grids import differences, rows_of
 
     size, kind, stage, student, grid, _ = job
     row = {"model": kind, "stage": stage, "student": student, "grid": grid, "processes": size}

@@ -14,8 +14,8 @@ from megatron_attnedit.device import bootstrap
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import full_logits
 from megatron_attnedit.training.setup import load_teacher
-from tests.conversions import make, same_files
-from tests.models import tiny_hf_dir
+from tests.support.conversions import make, same_files
+from tests.support.models import tiny_hf_dir
 
 CONFIGS = 200
 TOLERANCE = 1e-4  # of the largest logit, which is about 10

@@ -9,9 +9,9 @@ from megatron.core import parallel_state
 
 from megatron_attnedit.training.recipe import Stage2Recipe
 from megatron_attnedit.training.run import prepare
-from tests import processes
-from tests.numerics.grids import PP2
-from tests.numerics.inputs import make_inputs, recipe
+from tests.support import processes
+from tests.support.grids import PP2
+from tests.support.inputs import make_inputs, recipe
 
 BAD_LAYER = 3
 

@@ -10,16 +10,16 @@ from megatron.core import parallel_state
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_attnedit.checkpoint import run_folder
+from megatron_attnedit.checkpoint.lineage import read_lineage
 from megatron_attnedit.convert.hf_config import read_hf_config
-from megatron_attnedit.models.communication import traffic_of_stages
-from megatron_attnedit.training import run_folder
+from megatron_attnedit.planning.communication_volume import traffic_of_stages
 from megatron_attnedit.training.dry_run import check_run
-from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.run import parallel_config, prepare
-from tests import processes
-from tests.numerics.grids import GRIDS, STAGES
-from tests.numerics.inputs import make_inputs
-from tests.numerics.inputs import recipe as small_recipe
+from tests.support import processes
+from tests.support.grids import GRIDS, STAGES
+from tests.support.inputs import make_inputs
+from tests.support.inputs import recipe as small_recipe
 
 # Argument that is the payload.
 PAYLOADS = {

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_attnedit.checkpoint import sharded_state
+from megatron_attnedit.checkpoint.writer import save as save_checkpoint
 from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.fingerprint import fingerprint
 from megatron_attnedit.convert.hf_checkpoint import INDEX, HFReader
@@ -18,15 +20,13 @@ from megatron_attnedit.evaluate.models import hf_directory
 from megatron_attnedit.evaluate.verify import compare, manifest_of, verify
 from megatron_attnedit.models.grid import ParallelConfig, place_of_this_process
 from megatron_attnedit.models.teacher import global_params
-from megatron_attnedit.training import checkpoint
 from megatron_attnedit.training.recipe import Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from megatron_attnedit.training.setup import load_teacher, start_processes
-from megatron_attnedit.training.writing import save as save_checkpoint
-from tests import processes
-from tests.conversions import FAMILIES, change, make, same_files
-from tests.numerics.inputs import STUDENTS, make_inputs, make_student
-from tests.numerics.inputs import recipe as small_recipe
+from tests.support import processes
+from tests.support.conversions import FAMILIES, change, make, same_files
+from tests.support.inputs import STUDENTS, make_inputs, make_student
+from tests.support.inputs import recipe as small_recipe
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -43,7 +43,7 @@ def save_teacher(source, folder, flags):
     grid = ParallelConfig(**flags)
     accelerator = start_processes(grid)
     teacher = load_teacher(str(source), grid, torch.bfloat16, accelerator)
-    save_checkpoint(folder, 0, checkpoint.model_state(teacher.chunks), teacher.lineage())
+    save_checkpoint(folder, 0, sharded_state.model_state(teacher.chunks), teacher.lineage())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
@@ -229,7 +229,7 @@ def train_everything(inputs, save, flags):
     run.stage.train_step(run.batches(run.train_data, 0), 4)
     run.optimizer.step()
     state = {"model": run.student_state(), "optimizer": run.optimizer.sharded_state_dict(
-        run.student_state(), is_loading=False, metadata=checkpoint.metadata()
+        run.student_state(), is_loading=False, metadata=sharded_state.metadata()
     )}  # fmt: skip
     save_checkpoint(save, 1, state, run.lineage)
 

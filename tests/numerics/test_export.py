@@ -5,20 +5,20 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from megatron_attnedit.checkpoint import run_folder
+from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
+from megatron_attnedit.checkpoint.lineage import read_lineage
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.evaluate.kv_cache import cache_bytes
-from megatron_attnedit.export.conversion import ConversionConfig, convert
 from megatron_attnedit.export.hf import register
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import full_logits
-from megatron_attnedit.training import run_folder
 from megatron_attnedit.training.edit import EditConfig, edit
-from megatron_attnedit.training.lineage import read_lineage
 from megatron_attnedit.training.setup import load_teacher, start_processes, stop_processes
 from megatron_attnedit.training.student import Student
-from tests import processes
-from tests.models import tiny_hf_dir, tokens
+from tests.support import processes
+from tests.support.models import tiny_hf_dir, tokens
 
 TOLERANCE = 1e-4  # the bar; float32 rounding gives about 2e-6
 

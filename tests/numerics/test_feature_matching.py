@@ -5,9 +5,9 @@ import torch
 
 from megatron_attnedit.training.recipe import Stage2Recipe
 from megatron_attnedit.training.run import prepare
-from tests import processes
-from tests.models import tokens as random_tokens
-from tests.numerics.inputs import make_inputs, recipe
+from tests.support import processes
+from tests.support.inputs import make_inputs, recipe
+from tests.support.models import tokens as random_tokens
 
 BATCH, LENGTH, WEIGHT = 3, 37, 0.7
 BAR = 1e-5

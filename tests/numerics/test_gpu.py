@@ -19,19 +19,19 @@ from megatron_attnedit.attention.gate_swa.module import gated
 from megatron_attnedit.attention.mla.module import assemble_heads
 from megatron_attnedit.attention.rotary import normed_and_rotated
 from megatron_attnedit.attention.windows import to_window_size
+from megatron_attnedit.checkpoint.run_folder import damage
+from megatron_attnedit.checkpoint.writer import CheckpointWriter
 from megatron_attnedit.device import add_weight_gradient
 from megatron_attnedit.distill.divergences import divergence_and_gradient
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation, relative_error
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
-from megatron_attnedit.training.run_folder import damage
 from megatron_attnedit.training.setup import stop_processes
-from megatron_attnedit.training.writing import CheckpointWriter
-from tests.attempts import contents, differences
-from tests.numerics.inputs import make_inputs
-from tests.numerics.inputs import recipe as small_recipe
 from tests.numerics.test_optimizer_on_the_host import cut_off, logged
+from tests.support.attempts import contents, differences
+from tests.support.inputs import make_inputs
+from tests.support.inputs import recipe as small_recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -200,7 +200,7 @@ def write_inputs(folder, family):
     """Written by a process on the CPU, so that both runs start from the same files."""
     code = (
         "from megatron_attnedit.device import bootstrap; bootstrap()\n"
-        "from pathlib import Path; from tests.numerics.inputs import make_inputs\n"
+        "from pathlib import Path; from tests.support.inputs import make_inputs\n"
         f"make_inputs(Path({str(folder)!r}), {family!r})"
     )
     call([sys.executable, "-c", code], "cpu")

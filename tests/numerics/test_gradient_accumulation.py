@@ -14,9 +14,9 @@ from megatron_attnedit.device import add_weight_gradient
 from megatron_attnedit.distill.kl import chunked_divergence
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
-from tests import processes
-from tests.models import start_megatron, tiny_hf_dir
 from tests.numerics.test_student_matches_reference import rotary_table
+from tests.support import processes
+from tests.support.models import start_megatron, tiny_hf_dir
 
 LENGTH, BATCH = 13, 2
 

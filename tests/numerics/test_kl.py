@@ -7,8 +7,8 @@ from megatron.core import parallel_state
 
 from megatron_attnedit.distill.divergences import divergence_and_gradient
 from megatron_attnedit.distill.kl import chunked_divergence, chunked_lm_loss
-from tests import processes
-from tests.models import start_megatron
+from tests.support import processes
+from tests.support.models import start_megatron
 
 TOKENS, HIDDEN, VOCAB = 23, 12, 37
 TOLERANCE = 2e-6  # float32 against float64, relative

@@ -12,10 +12,10 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.verify import manifest_of, verify
 from megatron_attnedit.models.grid import ParallelConfig, place_of_this_process
 from megatron_attnedit.training.setup import load_teacher, start_processes
-from tests import processes
-from tests.conversions import FAMILIES, change_config, make, same_files
-from tests.numerics.inputs import make_student
-from tests.thinning import every_other
+from tests.support import processes
+from tests.support.conversions import FAMILIES, change_config, make, same_files
+from tests.support.inputs import make_student
+from tests.support.thinning import every_other
 
 SIZES = [1, 2, 4]
 

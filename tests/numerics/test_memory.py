@@ -9,19 +9,19 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from megatron_attnedit.convert.hf_config import read_hf_config
-from megatron_attnedit.models.activations import kept_by_layers, microbatches_in_flight
 from megatron_attnedit.models.grid import ParallelConfig
-from megatron_attnedit.models.memory import memory_of_stages
+from megatron_attnedit.planning.activations import kept_by_layers, microbatches_in_flight
+from megatron_attnedit.planning.memory import memory_of_stages
 from megatron_attnedit.training.dry_run import check_run
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from megatron_attnedit.training.schedule import _share
 from megatron_attnedit.training.student import find_student
-from tests import processes
-from tests.numerics.grids import EP2, GRIDS, PP2, SP, TP2
-from tests.numerics.inputs import make_inputs
-from tests.numerics.inputs import recipe as small_recipe
-from tests.thinning import every_other
+from tests.support import processes
+from tests.support.grids import EP2, GRIDS, PP2, SP, TP2
+from tests.support.inputs import make_inputs
+from tests.support.inputs import recipe as small_recipe
+from tests.support.thinning import every_other
 
 BF16 = {"bf16": True}
 SHARED = {"use_distributed_optimizer": True}

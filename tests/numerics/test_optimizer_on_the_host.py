@@ -13,14 +13,14 @@ import pytest
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.training import run_folder
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage2Recipe
 from megatron_attnedit.training.run import prepare
-from tests import processes
-from tests.numerics.inputs import make_inputs
-from tests.numerics.inputs import recipe as small_recipe
+from tests.support import processes
+from tests.support.inputs import make_inputs
+from tests.support.inputs import recipe as small_recipe
 
 
 @pytest.fixture(scope="module")

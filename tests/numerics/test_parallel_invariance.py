@@ -8,12 +8,11 @@ import itertools
 
 import pytest
 
-from tests import processes
-from tests.numerics import grids
-from tests.numerics.grids import GRIDS, LAYERS, differences, rows_of, train_on_grid
-from tests.numerics.inputs import STUDENTS, make_inputs, make_student
-from tests.numerics.parallel_table import write_table
-from tests.thinning import every_other
+from tests.support import grids, processes
+from tests.support.grids import GRIDS, LAYERS, differences, rows_of, train_on_grid
+from tests.support.inputs import STUDENTS, make_inputs, make_student
+from tests.support.parallel_table import write_table
+from tests.support.thinning import every_other
 
 BARS = {"loss": 1e-5, "grad_norm": 1e-4, "gradients": 1e-4, "parameters": 1e-4, "routing": 0}
 # Rounding to 8 bits of mantissa at every step, in another order on every grid.

@@ -13,17 +13,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 
+from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.training import run_folder
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
-from tests import processes
-from tests.attempts import metrics
-from tests.numerics.grids import EP2, SP, TP2
-from tests.numerics.inputs import make_inputs, make_student
-from tests.numerics.inputs import recipe as small_recipe
-from tests.thinning import every_other
+from tests.support import processes
+from tests.support.attempts import metrics
+from tests.support.grids import EP2, SP, TP2
+from tests.support.inputs import make_inputs, make_student
+from tests.support.inputs import recipe as small_recipe
+from tests.support.thinning import every_other
 
 RECIPES = {"stage 1": Stage1Recipe, "stage 2": Stage2Recipe}
 GRIDS = {

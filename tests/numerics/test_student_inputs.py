@@ -9,9 +9,9 @@ from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import backbone
 from megatron_attnedit.training.setup import load_teacher, start_processes
 from megatron_attnedit.training.student import Student, find_student
-from tests import processes
-from tests.models import tokens as random_tokens
-from tests.numerics.inputs import STUDENTS, make_inputs
+from tests.support import processes
+from tests.support.inputs import STUDENTS, make_inputs
+from tests.support.models import tokens as random_tokens
 
 LAYERS, BATCH, LENGTH = 4, 3, 32
 BAR = 1e-5

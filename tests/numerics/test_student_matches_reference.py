@@ -13,8 +13,8 @@ from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import fill_attentions
-from tests import processes
-from tests.models import start_megatron, tiny_hf_dir
+from tests.support import processes
+from tests.support.models import start_megatron, tiny_hf_dir
 
 TOLERANCE = 1e-4  # relative, per tensor; float32 rounding gives about 1e-6
 BATCH = 2

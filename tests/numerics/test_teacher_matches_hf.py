@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_attnedit.models.teacher import full_logits
-from tests import processes
-from tests.models import build_tiny_teacher, start_megatron, tiny_hf_dir, tokens
-from tests.thinning import every_other
+from tests.support import processes
+from tests.support.models import build_tiny_teacher, start_megatron, tiny_hf_dir, tokens
+from tests.support.thinning import every_other
 
 TOLERANCE = 1e-4  # the bar; float32 rounding gives about 2e-6
 
@@ -66,6 +66,7 @@ def pipeline_logits(hf_dir, flags, ids):
     from megatron_attnedit.convert.families import teacher_rows
     from megatron_attnedit.convert.hf_checkpoint import HFReader
     from megatron_attnedit.convert.hf_config import read_hf_config
+    from megatron_attnedit.data.datasets import Batch
     from megatron_attnedit.models.config import transformer_config
     from megatron_attnedit.models.grid import ParallelConfig
     from megatron_attnedit.models.teacher import (
@@ -74,7 +75,6 @@ def pipeline_logits(hf_dir, flags, ids):
         load_from_hf,
         vocab_parallel_logits,
     )
-    from megatron_attnedit.training.data import Batch
     from megatron_attnedit.training.schedule import run_schedule
     from megatron_attnedit.training.setup import start_processes
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from megatron_attnedit.export.conversion import ConversionConfig, convert
+from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.training.setup import load_teacher, start_processes
-from tests import processes
-from tests.models import tiny_hf_dir
-from tests.thinning import every_other
+from tests.support import processes
+from tests.support.models import tiny_hf_dir
+from tests.support.thinning import every_other
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}

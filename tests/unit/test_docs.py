@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_attnedit.evaluate.conversion_speed import table_row
-from megatron_attnedit.evaluate.results import MARKED, filled
+from tools.benchmark.conversion_speed import table_row
+from tools.benchmark.tables import MARKED, filled
 
 ROOT = Path(__file__).parents[2]
 

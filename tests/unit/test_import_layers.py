@@ -1,8 +1,10 @@
 """A folder of the package imports only from those before it, and optional packages stay apart."""
 
 import ast
+import importlib
 from collections import defaultdict
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,12 @@ LAYERS = [
     "convert",
     "attention",
     "models",
+    "planning",
+    "data",
     "distill",
-    "training",
     "export",
+    "checkpoint",
+    "training",
     "evaluate",
     "tools",
 ]
@@ -87,6 +92,63 @@ def test_every_folder_is_a_known_layer():
 def test_imports_go_one_way():
     assert len(python_files(ROOT)) > 40
     assert layer_violations(ROOT) == []
+
+
+def modules_imported_by(root: Path) -> dict[str, set[str]]:
+    """Every module of the program, and the modules of the program that it imports."""
+    names = {}
+    for file in python_files(root):
+        name = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        names[name] = file
+    graph = {}
+    for name, file in names.items():
+        imported = (module for _, module in imported_modules(file, root))
+        found = {m if m in names else m.rpartition(".")[0] for m in imported}
+        graph[name] = found & names.keys() - {name}
+    return graph
+
+
+def import_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """One cycle of modules that import each other; empty where there is none."""
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_import_each_other():
+    graph = modules_imported_by(ROOT)
+    assert sum(map(len, graph.values())) > 200
+    assert import_cycle(graph) == []
+
+
+def test_a_planted_cycle_is_found(tmp_path):
+    for name, other in (("a", "b"), ("b", "c"), ("c", "a")):
+        path = tmp_path / PACKAGE / "models" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"from megatron_attnedit.models import {other}\n")
+    assert len(set(import_cycle(modules_imported_by(tmp_path)))) == 3
+
+
+def test_every_symbol_of_megatron_core_that_is_used_is_there():
+    """What to look at first when Megatron-Core's version changes."""
+    used = {
+        module
+        for file in python_files(ROOT)
+        for _, module in imported_modules(file, ROOT)
+        if module.startswith("megatron.core")
+    }
+    assert len(used) > 50
+    missing = []
+    for symbol in sorted(used):
+        module, _, name = symbol.rpartition(".")
+        try:
+            if not hasattr(importlib.import_module(module), name):
+                importlib.import_module(symbol)
+        except ImportError as error:
+            missing.append(f"{symbol}: {error}")
+    assert missing == []
 
 
 def test_optional_packages_are_imported_in_one_file_each():

@@ -7,8 +7,8 @@ from megatron.core import parallel_state
 from megatron_attnedit.attention.backends import attention_backend
 from megatron_attnedit.attention.context import attend_in_parts, pieces_of_rank
 from megatron_attnedit.attention.windows import to_window_size
-from tests import processes
-from tests.models import start_megatron
+from tests.support import processes
+from tests.support.models import start_megatron
 
 LENGTH, SCALE = 64, 0.3
 

@@ -21,7 +21,7 @@ from megatron_attnedit.attention.teacher_weights import random_matrix
 from megatron_attnedit.convert.families import attention_rows
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
-from tests.models import tiny_hf_dir
+from tests.support.models import tiny_hf_dir
 
 EMBEDDED_TEACHER = Path("examples/embedded_teacher/model")
 LENGTH = 48

@@ -15,7 +15,7 @@ from megatron_attnedit.attention.windows import (
 )
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
-from tests.models import tiny_hf_dir
+from tests.support.models import tiny_hf_dir
 
 
 def test_the_two_conventions():

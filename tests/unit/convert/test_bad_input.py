@@ -12,7 +12,7 @@ from megatron_attnedit.convert.families import ignored_names, teacher_rows
 from megatron_attnedit.convert.hf_checkpoint import INDEX, HFReader
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
-from tests.models import tiny_hf_dir
+from tests.support.models import tiny_hf_dir
 
 
 @pytest.fixture(scope="module")

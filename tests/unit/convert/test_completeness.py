@@ -10,8 +10,8 @@ from megatron_attnedit.convert.families import ignored_names
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
-from tests.conversions import change, make
-from tests.models import tiny_hf_dir
+from tests.support.conversions import change, make
+from tests.support.models import tiny_hf_dir
 
 EXPECTED = {"a": (4, 2), "b": (3,)}
 

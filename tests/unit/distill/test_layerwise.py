@@ -9,9 +9,9 @@ from torch import nn
 from megatron_attnedit.attention import student_attention_class
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
-from megatron_attnedit.evaluate.speed.ours import Workload, build_training
 from megatron_attnedit.training import run
-from tests import processes
+from tests.support import processes
+from tools.benchmark.workload import Workload, build_training
 
 
 def test_each_layer_is_divided_by_its_own_energy():

@@ -14,7 +14,7 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate import models
 from megatron_attnedit.evaluate.report import to_json
 from megatron_attnedit.evaluate.students import check_students, parse_student, stage_metrics
-from tests.unit.evaluate.conftest import DIMS
+from tests.support.hf_students import DIMS
 from tools import evaluate
 
 ROOT = Path(__file__).parents[3]

@@ -16,7 +16,7 @@ from megatron_attnedit.evaluate.models import load_model, load_tokenizer
 from megatron_attnedit.evaluate.perplexity import Perplexity
 from megatron_attnedit.evaluate.repetition import repetition_rate
 from megatron_attnedit.evaluate.text import token_windows
-from tests.unit.evaluate.conftest import DIMS, LATENT, ROTARY, WINDOW, WORDS
+from tests.support.hf_students import DIMS, LATENT, ROTARY, WINDOW, WORDS
 
 LENGTH = 40
 

@@ -6,7 +6,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_attnedit.models.experts import LocalTokenDispatcher
-from tests.models import build_tiny_teacher
+from tests.support.models import build_tiny_teacher
 
 
 def run(layer, dispatcher, hidden, weight):

@@ -9,7 +9,7 @@ import pytest
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.training.dry_run import dry_run
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
-from tests.models import tiny_data
+from tests.support.models import tiny_data
 
 RECIPES = Path("examples/recipes")
 SHIPPED = sorted(RECIPES.glob("*/*/*.yaml"))

@@ -8,7 +8,7 @@ import pytest
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.training import edit as edit_module
 from megatron_attnedit.training import full_layers
-from tests.models import tiny_data
+from tests.support.models import tiny_data
 from tools import edit_checkpoint
 
 

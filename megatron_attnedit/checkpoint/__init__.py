@@ -1,0 +1,1 @@
+"""Checkpoints: lineage, run folders, writing and reading, and conversion between formats."""

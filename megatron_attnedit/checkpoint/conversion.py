@@ -1,0 +1,103 @@
+"""From one format to another: Hugging Face, Megatron's two, and files of edited weights only."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_attnedit.checkpoint.conversion_config import ConversionConfig
+from megatron_attnedit.checkpoint.formats import write_edited, write_hf, write_megatron
+from megatron_attnedit.checkpoint.reader import Opened, open_checkpoint
+from megatron_attnedit.convert.hf_checkpoint import HFReader
+from megatron_attnedit.convert.output import is_first, new_directory, refuse_existing
+from megatron_attnedit.convert.pieces import my_share, pieces_of
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.student import edited_rows
+
+__all__ = ["ConversionConfig", "convert"]
+
+
+def convert(config: ConversionConfig) -> None:
+    """Convert a checkpoint; the processes that torchrun started share the work.
+
+    Raises:
+        UserError: the source is incomplete or does not fit, or the output cannot be written.
+    """
+    refuse_existing(config.output, overwrite=config.overwrite, needed=[config.source])
+    with _processes():
+        opened = open_checkpoint(config.source, flag="--input", teacher=config.teacher)
+        teacher = Path(opened.hf.path)  # of a student, named by --teacher or by the lineage
+        refuse_existing(config.output, overwrite=config.overwrite, needed=[teacher])
+        _check(opened, config)
+        with new_directory(config.output) as target:
+            if config.format == "hf":
+                write_hf(opened, config, target)
+            elif config.format == "edited":
+                write_edited(opened, config, target)
+            else:
+                write_megatron(opened, config, target)
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[None]:
+    """Join the processes that torchrun started; alone, nothing is needed."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if several:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        if several:
+            dist.destroy_process_group()
+
+
+def _check(opened: Opened, config: ConversionConfig) -> None:
+    hf, source = opened.hf, opened.source
+    if config.format == "edited" and opened.base is None:
+        raise UserError(f"--input {config.source}: holds a teacher; nothing is edited in it")
+    if config.format == "edited" and opened.lineage.trainable == "all":
+        raise UserError(
+            f"--input {config.source}: everything was trained in it; its edited weights alone are "
+            "not the model"
+        )
+    if isinstance(source, HFReader) and opened.base is not None:
+        _check_untouched(opened, opened.base)
+    elif isinstance(source, HFReader) and config.dtype is None:
+        source.check_dtype(opened.rows, hf.dtype)
+    elif opened.base is None and config.dtype is None:
+        _check_dtype(opened)
+    if config.format == "torch":
+        config.grid(hf)
+    if config.moe_grouped_gemm and not hf.num_experts:
+        raise UserError(f"--moe-grouped-gemm: the model in {hf.path} has no experts")
+
+
+def _check_dtype(opened: Opened) -> None:
+    """What is stored otherwise than ``config.json`` says would be rounded without a word."""
+    for row in opened.rows:
+        stored = opened.dtype(row)
+        if stored != opened.hf.dtype:
+            raise UserError(
+                f"--input {opened.path}: {row.hf_params[0]} is {stored}, "
+                f"{opened.hf.path}/config.json says {opened.hf.dtype}; give --dtype"
+            )
+
+
+def _check_untouched(opened: Opened, base: Opened) -> None:
+    """An exported student of which only attention trained still holds its teacher's weights."""
+    if opened.lineage.trainable != "attention":
+        return
+    edited = {row.megatron_param for row in edited_rows(opened.hf, opened.lineage.attention())}
+    kept = my_share([row for row in opened.stored if row.megatron_param not in edited])
+    for row in tqdm(kept, "compare with the teacher", unit="row", disable=not is_first()):
+        for piece in pieces_of(row):
+            for ours, theirs in zip(opened.read(piece), base.read(piece), strict=True):
+                if not torch.equal(ours, theirs.to(ours.dtype)):
+                    raise UserError(
+                        f"--input {opened.path}: {row.hf_params[0]} is not the teacher's, although "
+                        "only attention was trained"
+                    )

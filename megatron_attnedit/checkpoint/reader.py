@@ -1,0 +1,171 @@
+"""Open a checkpoint of any format: what model it is, and a way to read it a piece at a time."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_attnedit.checkpoint import run_folder
+from megatron_attnedit.checkpoint.lineage import FILE, Lineage, lineage_from_json, read_lineage
+from megatron_attnedit.convert.dist_checkpoint import DistReader
+from megatron_attnedit.convert.families import ignored_names, teacher_rows
+from megatron_attnedit.convert.fingerprint import fingerprint
+from megatron_attnedit.convert.hf_checkpoint import HFReader, open_file
+from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
+from megatron_attnedit.convert.legacy_checkpoint import LegacyReader, is_legacy
+from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.pieces import Piece
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.student import edited_rows, student_rows
+
+HF_FILES = "hf"  # folder inside an imported teacher: config.json and tokenizer
+LINEAGE_KEY = "attnedit"  # of a safetensors header
+
+
+class Source(Protocol):
+    """The tensors of one checkpoint, whatever its format."""
+
+    def read(self, piece: Piece) -> list[Tensor]:
+        """The Hugging Face tensors of a piece."""
+
+    def dtype(self, row: ParamRow) -> str:
+        """Stored type of a row, in torch's words."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that is ready to be read.
+
+    Attributes:
+        path: As given by the user.
+        hf: The teacher's configuration; ``hf.path`` has its tokenizer.
+        lineage: What the checkpoint is.
+        rows: The whole model, teacher or student.
+        stored: The rows that the checkpoint itself holds.
+        source: Reads those.
+        base: A student's teacher, which has the others.
+    """
+
+    path: Path
+    hf: HFConfig
+    lineage: Lineage
+    rows: list[ParamRow]
+    stored: list[ParamRow]
+    source: Source
+    base: "Opened | None" = None
+
+    def read(self, piece: Piece) -> list[Tensor]:
+        """A piece of any row."""
+        return self._holder(piece.row).read(piece)
+
+    def dtype(self, row: ParamRow) -> str:
+        """Stored type of any row, in torch's words."""
+        return self._holder(row).dtype(row)
+
+    def _holder(self, row: ParamRow) -> Source:
+        return self.source if not self.base or row.megatron_param in self._names else self.base
+
+    @functools.cached_property
+    def _names(self) -> set[str]:
+        return {row.megatron_param for row in self.stored}
+
+
+def open_checkpoint(path: Path, *, flag: str, teacher: str | None = None) -> Opened:
+    """Open a Hugging Face directory, a Megatron checkpoint, or a file of edited weights.
+
+    Args:
+        path: What to open.
+        flag: Whose value it is, for messages.
+        teacher: A student's teacher, if it is not where it was at edit time; of a ``torch``
+            checkpoint that this program did not write, a directory with its ``config.json``.
+
+    Raises:
+        UserError: it is none of these, incomplete, or its teacher is another model.
+    """
+    start = start_of(path, flag)
+    lineage = find_lineage(start)
+    if lineage is None or lineage.stage == "teacher":
+        return _open_teacher(path, start, lineage, teacher)
+    return _open_student(path, start, lineage, teacher)
+
+
+def is_hf(path: Path) -> bool:
+    """Is it a Hugging Face directory or a file of edited weights?"""
+    return path.suffix == ".safetensors" or (path / "config.json").is_file()
+
+
+def find_lineage(start: Path) -> Lineage | None:
+    """What is known of a checkpoint; None of a model that this program did not write.
+
+    Args:
+        start: Hugging Face directory, iteration's folder, or file of edited weights.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if start.suffix == ".safetensors":
+        text = (open_file(start).metadata() or {}).get(LINEAGE_KEY)
+        if text is None:
+            raise UserError(f"{start}: not a file of edited weights of this program")
+        return lineage_from_json(text, str(start))
+    return read_lineage(start) if (start / FILE).is_file() else None
+
+
+def start_of(path: Path, flag: str) -> Path:
+    """The folder or file that holds the tensors.
+
+    Raises:
+        UserError: none does.
+    """
+    if is_hf(path):
+        return path
+    for folder in (path, run_folder.tracked(path)):
+        if folder is not None and is_legacy(folder):
+            return folder
+    start = run_folder.latest(path)
+    if start is None:
+        raise UserError(f"{flag} {path}: neither config.json nor a Megatron checkpoint there")
+    return start
+
+
+def _source(start: Path, rows: list[ParamRow], hf: HFConfig) -> Source:
+    if is_hf(start):
+        reader = HFReader(start)
+        reader.check(rows, ignored_names(hf))
+        return reader
+    return LegacyReader(start, rows, hf) if is_legacy(start) else DistReader(start, rows)
+
+
+def _open_teacher(
+    path: Path, start: Path, lineage: Lineage | None, teacher: str | None
+) -> Opened:
+    if is_hf(start):
+        hf = read_hf_config(start)
+    elif lineage is not None:
+        hf = read_hf_config(start / HF_FILES)
+    elif teacher is not None:
+        hf = read_hf_config(teacher)
+    else:
+        raise UserError(
+            f"{path}: not written by this program; give --teacher, a directory with its config.json"
+        )
+    rows = teacher_rows(hf)
+    source = _source(start, rows, hf)
+    if lineage is None:
+        identity = fingerprint(rows, source.read)
+        lineage = Lineage(stage="teacher", teacher=str(path), teacher_fingerprint=identity)
+    return Opened(path, hf, lineage, rows, rows, source)
+
+
+def _open_student(path: Path, start: Path, lineage: Lineage, teacher: str | None) -> Opened:
+    base = open_checkpoint(Path(teacher or lineage.teacher), flag="--teacher")
+    if base.lineage.teacher_fingerprint != lineage.teacher_fingerprint:
+        raise UserError(f"its teacher is not the model in --teacher {base.path}")
+    rows = stored = student_rows(base.hf, lineage.attention())
+    whole = is_legacy(start) or (start / "config.json").is_file()
+    if lineage.trainable == "attention" and not whole:
+        stored = edited_rows(base.hf, lineage.attention())
+    source = _source(start, stored, base.hf)
+    return Opened(path, base.hf, lineage, rows, stored, source, base)

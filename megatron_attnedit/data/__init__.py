@@ -1,0 +1,1 @@
+"""From text to the samples of a training run: documents, token files, datasets."""

@@ -1,0 +1,193 @@
+"""Text to Megatron's indexed token files, in the order of the input whatever the workers do."""
+
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_attnedit.data.documents import DatasetOptions, expand_inputs, read_documents
+from megatron_attnedit.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
+from megatron_attnedit.errors import UserError
+
+# Large enough to hide what a message between processes costs, small enough to stay in step.
+CHUNK_BYTES = 1 << 18
+# What training reads is complete once the last of these is there.
+SUFFIXES = (".bin", ".idx", ".json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """What to read and where to write.
+
+    Attributes:
+        inputs: Files, globs, or ``hf:NAME`` for the ``datasets`` library.
+        output: Prefix of the ``.bin``, ``.idx`` and ``.json`` that are written.
+        tokenizer: Hugging Face directory or SentencePiece ``.model``.
+        json_key: Key or column that holds the text.
+        append_eod: End every document with the end-of-document token.
+        workers: Processes that tokenize.
+        overwrite: Replace an existing output.
+        dataset: How ``hf:NAME`` is read.
+    """
+
+    inputs: list[str]
+    output: str
+    tokenizer: str
+    json_key: str = "text"
+    append_eod: bool = True
+    workers: int = 1
+    overwrite: bool = False
+    dataset: DatasetOptions = DatasetOptions()
+
+
+@dataclass
+class Counts:
+    """Totals of a run; ``bytes`` are of UTF-8 text."""
+
+    documents: int = 0
+    empty_documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+
+def preprocess(config: PreprocessConfig) -> dict[str, Any]:
+    """Tokenize the inputs; return the description that is also written to ``PREFIX.json``.
+
+    Raises:
+        UserError: bad input, existing output, or a place that cannot be written.
+    """
+    if config.workers < 1:
+        raise UserError(f"--workers {config.workers}: expected at least 1")
+    existing = [config.output + s for s in SUFFIXES if Path(config.output + s).exists()]
+    if existing and not config.overwrite:
+        raise UserError(f"--output {existing[0]}: exists; --overwrite replaces it")
+    sources = expand_inputs(config.inputs)
+    tokenizer = load_tokenizer(config.tokenizer)
+    if config.append_eod and tokenizer.eod is None:
+        raise UserError(
+            f"--tokenizer {config.tokenizer}: has no end-of-document token; use --no-append-eod"
+        )
+    partial = f"{config.output}.partial-{os.getpid()}"
+    try:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {config.output}: {error.strerror}") from error
+    try:
+        description = _write(config, sources, tokenizer, partial)
+        # The description goes first and comes last: it never stands beside data of another run.
+        Path(config.output + ".json").unlink(missing_ok=True)
+        for suffix in SUFFIXES:
+            os.replace(partial + suffix, config.output + suffix)
+    except OSError as error:
+        raise UserError(f"{error.filename or config.output}: {error.strerror}") from error
+    finally:
+        for suffix in SUFFIXES:
+            Path(partial + suffix).unlink(missing_ok=True)
+    return description
+
+
+def _write(
+    config: PreprocessConfig, sources: list[str], tokenizer: Tokenizer, partial: str
+) -> dict[str, Any]:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    builder = IndexedDatasetBuilder(partial + ".bin", dtype=dtype)
+    counts = Counts()
+    end = np.array([tokenizer.eod] if config.append_eod else [], np.int32)
+    try:
+        for ids in _tokenized(config, sources, counts):
+            if len(ids):
+                document = np.append(ids, end).astype(dtype)
+                builder.add_document(document, [len(document)])
+                counts.documents += 1
+                counts.tokens += len(document)
+            else:
+                counts.empty_documents += 1
+    finally:
+        builder.data_file.close()
+    if counts.tokens == 0:
+        raise UserError(f"--input {' '.join(config.inputs)}: no text, hence no tokens")
+    builder.finalize(partial + ".idx")
+    description = {
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+        "append_eod": config.append_eod,
+        "dtype": np.dtype(dtype).name,
+        "tokenizer": config.tokenizer,
+        "tokenizer_sha256": tokenizer.fingerprint(),
+        "sources": sources,
+        **asdict(counts),
+        "bin_sha256": sha256_of([Path(partial + ".bin")]),
+    }
+    Path(partial + ".json").write_text(json.dumps(description, indent=2) + "\n")
+    return description
+
+
+def _texts(config: PreprocessConfig, sources: list[str], counts: Counts) -> Iterator[str]:
+    for source in sources:
+        for where, text in read_documents(source, config.json_key, config.dataset):
+            try:
+                counts.bytes += len(text.encode())
+            except UnicodeEncodeError as error:
+                raise UserError(f"{where}: holds half a surrogate pair, not Unicode") from error
+            yield text
+
+
+def _tokenized(
+    config: PreprocessConfig, sources: list[str], counts: Counts
+) -> Iterator[np.ndarray]:
+    """Token ids of every document, in order, with a progress bar."""
+    chunks = _chunked(_texts(config, sources, counts))
+    with tqdm(desc="tokenize", unit=" docs", unit_scale=True, mininterval=1.0) as bar:
+        for chunk in _encoded(chunks, config.tokenizer, config.workers):
+            bar.update(len(chunk))
+            seconds = bar.format_dict["elapsed"] or 1e-9
+            bar.set_postfix_str(f"{counts.bytes / 1e6 / seconds:.1f} MB/s", refresh=False)
+            yield from chunk
+
+
+def _chunked(texts: Iterable[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encode(tokenizer: str, texts: list[str]) -> list[np.ndarray]:
+    # Arrays, because lists of integers take longer to send between processes than to make.
+    return [np.array(ids, np.int32) for ids in load_tokenizer(tokenizer).encode_batch(texts)]
+
+
+def _encoded(
+    chunks: Iterable[list[str]], tokenizer: str, workers: int
+) -> Iterator[list[np.ndarray]]:
+    if workers == 1:
+        yield from (_encode(tokenizer, chunk) for chunk in chunks)
+        return
+    # Forked processes inherit the tokenizer; it must not bring threads of its own.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        # A bounded queue, so that a corpus larger than memory can be read.
+        pending: deque[Future[list[np.ndarray]]] = deque()
+        for chunk in chunks:
+            pending.append(pool.submit(_encode, tokenizer, chunk))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

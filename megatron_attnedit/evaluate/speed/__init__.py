@@ -1,1 +1,0 @@
-"""How fast both stages and their parts are, beside a plain transformers script in the same run."""

@@ -1,0 +1,1 @@
+"""What a run or a served student needs, from shapes alone: memory, communication, arithmetic."""

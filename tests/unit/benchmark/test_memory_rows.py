@@ -1,0 +1,61 @@
+"""The memory model against the peaks measured on a GPU (docs/data/performance.json)."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_attnedit.attention import MLA, GateSWA
+from megatron_attnedit.convert.hf_config import read_hf_config
+from tools.benchmark.stage_speed import describe, predicted_peak_gb
+from tools.benchmark.workload import Workload
+
+ROOT = Path(__file__).parents[3]
+ROWS = json.loads((ROOT / "docs" / "data" / "performance.json").read_text())
+TOLERANCE = 0.1
+
+
+def workloads():
+    """What the rows may be of."""
+    for model, layers in (("qwen3_8b", (36, 18, 9, 8)), ("qwen3_30b_a3b", (16, 12, 8))):
+        whole = read_hf_config(ROOT / "examples" / "recipes" / model)
+        students = [MLA.from_flags({"kv_lora_rank": rank}, whole) for rank in (512, 256)]
+        students += [
+            GateSWA.from_flags({"sliding_window": window}, whole) for window in (128, 1024)
+        ]
+        for count, student, stage, length, batches, grouped, trained, recompute in (
+            itertools.product(
+                layers, students, (1, 2), (4096, 16384, 32768), (1, 4), (False, True),
+                (("attention", False), ("all", False), ("all", True)),
+                ("none", "selective", "full"),
+            )
+        ):
+            trainable, on_host = trained
+            yield Workload(
+                hf=dataclasses.replace(whole, num_hidden_layers=count), student=student,
+                stage=stage, seq_length=length, micro_batches=batches, trainable=trainable,
+                moe_grouped_gemm=grouped, recompute=recompute, optimizer_cpu_offload=on_host,
+            )
+
+
+@pytest.fixture(scope="module")
+def by_case():
+    """Workloads by suite and case."""
+    return {(f"stage{work.stage}", describe(work)): work for work in workloads()}
+
+
+def test_within_tolerance_of_every_measured_peak(by_case):
+    compared = 0
+    for row in ROWS:
+        work = by_case.get((row["suite"], row["case"]))
+        if work is None or "peak_gb" not in row["ours"]:
+            continue
+        measured, predicted = row["ours"]["peak_gb"], predicted_peak_gb(work)
+        error = predicted / measured - 1
+        name = f"{row['suite']} {row['case']}"
+        print(f"{name}: {predicted:.2f} GB, measured {measured}, {error:+.1%}")
+        assert abs(error) < TOLERANCE, row["case"]
+        compared += 1
+    assert compared >= 8

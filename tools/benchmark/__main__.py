@@ -1,0 +1,258 @@
+#!/usr/bin/env python3
+"""Measure this program against what it is compared with, both sides in one run.
+
+attention: kernels by themselves; a window against full attention.
+kl:        the chunked KL loss against kl_div on full logits, and against its matrix products.
+stage1:    layer-wise distillation against a plain transformers script, random weights.
+stage2:    model-level distillation against the same.
+scaling:   under torchrun, one grid of processes beside one process.
+decode:    an exported student in transformers against its teacher there, random weights.
+checkpoint: how long saving stops a stage-1 run, before going on and behind it.
+convert:   import and export of a model, against cp of the same bytes.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_attnedit.device import bootstrap
+from megatron_attnedit.errors import UserError, run_tool
+from megatron_attnedit.logs import start_logging
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--suite", 
+        choices=(
+            "attention", "kl", "stage1", "stage2", "scaling", "decode", "checkpoint", "convert"
+        ),
+        required=True,
+    )
+    parser.add_argument(
+        "--config", type=Path, default=Path("examples/recipes/qwen3_8b/config.json"),
+        help="config.json of the model's shapes (default: %(default)s)",
+    )
+    parser.add_argument("--num-layers", type=int, help="cut the model to as many layers")
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
+    parser.add_argument("--page", type=Path, help="and put its tables into this Markdown page")
+
+    speed = parser.add_argument_group("attention, kl, stage1, stage2, scaling, decode")
+    speed.add_argument("--seq-length", type=int, default=4096, help="tokens (default: %(default)s)")
+    speed.add_argument(
+        "--student-attention", choices=("mla", "gate_swa"), default="mla",
+        help="stage1, stage2, decode (default: %(default)s)",
+    )
+    speed.add_argument(
+        "--sliding-window", type=int, nargs="+", default=[128],
+        help="tokens; several for attention (default: 128)",
+    )
+    speed.add_argument("--kv-lora-rank", type=int, help="of MLA (default: as for an edit)")
+    speed.add_argument(
+        "--micro-batches", type=int, default=1,
+        help="samples per optimizer step, one at a time; scaling: of each process "
+        "(default: %(default)s)",
+    )
+    speed.add_argument("--trainable", choices=("attention", "all"), default="attention")
+    speed.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    speed.add_argument(
+        "--student-inputs", action="store_true",
+        help="stage1: every layer receives the student's own hidden states; no baseline",
+    )
+    speed.add_argument("--moe-grouped-gemm", action="store_true", help="experts in one product")
+    speed.add_argument(
+        "--optimizer-cpu-offload", action="store_true", help="optimizer states on the host"
+    )
+    speed.add_argument("--no-baseline", action="store_true", help="only this program's side")
+
+    add_scaling_flags(parser)
+    decode = parser.add_argument_group("decode")
+    decode.add_argument(
+        "--contexts", type=int, nargs="+", default=[4096, 16384, 32768],
+        help="tokens in the cache (default: 4096 16384 32768)",
+    )
+    decode.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 8],
+        help="sequences at a time (default: 1 8)",
+    )
+
+    convert = parser.add_argument_group("convert, checkpoint")
+    convert.add_argument("--scratch", type=Path, help="new folder; removed at the end")
+    convert.add_argument(
+        "--name", help="of the model in the figures (default: the folder of --config)"
+    )
+    convert.add_argument("--processes", type=int, default=2, help="default: %(default)s")
+    return parser.parse_args()
+
+
+def add_scaling_flags(parser: argparse.ArgumentParser) -> None:
+    scaling = parser.add_argument_group("scaling")
+    scaling.add_argument("--stage", type=int, choices=(1, 2), default=1, help="default: 1")
+    scaling.add_argument(
+        "--use-distributed-optimizer", action=argparse.BooleanOptionalAction, default=True
+    )
+    scaling.add_argument("--overlap-grad-reduce", action="store_true")
+    scaling.add_argument("--overlap-param-gather", action="store_true")
+    bootstrap()
+    from megatron_attnedit.models.flags import add_flags_of
+    from megatron_attnedit.models.grid import ParallelConfig
+
+    add_flags_of(parser, "scaling: the grid", ParallelConfig)
+
+
+def read_config(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        config = json.loads(args.config.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"--config {args.config}: {error}") from None
+    if args.num_layers:
+        config["num_hidden_layers"] = args.num_layers
+        config.pop("layer_types", None)
+    return config
+
+
+def convert(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    from tools.benchmark.conversion_speed import (
+        add_run,
+        conversion_speed,
+        synthetic_model,
+        table_row,
+    )
+
+    new_scratch(args)
+    name = args.name or args.config.resolve().parent.name
+    if args.num_layers:
+        whole = json.loads(args.config.read_text())["num_hidden_layers"]
+        name += f", {args.num_layers} of {whole} layers"
+    try:
+        synthetic_model(config, args.scratch / "model")
+        result = conversion_speed(args.scratch / "model", args.scratch / "work", args.processes)
+    finally:
+        shutil.rmtree(args.scratch, ignore_errors=True)
+    run = {"model": name, "num_hidden_layers": config["num_hidden_layers"], **result}
+    print(json.dumps(run, indent=1), table_row(run), sep="\n")
+    if args.json:
+        add_run(args.json, run)
+
+
+def workload(args: argparse.Namespace, config: dict[str, Any]) -> Any:
+    from megatron_attnedit.attention import student_attention_class
+    from megatron_attnedit.convert.hf_config import read_hf_config
+    from tools.benchmark.workload import Workload
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        hf = read_hf_config(Path(folder))
+    flags = {"kv_lora_rank": args.kv_lora_rank, "sliding_window": args.sliding_window[0]}
+    stage = {"stage2": 2, "scaling": args.stage}.get(args.suite, 1)
+    if args.student_inputs and stage == 2:
+        raise UserError("--student-inputs: of stage 1; in stage 2 there are no others")
+    return Workload(
+        hf=hf,
+        student=student_attention_class(args.student_attention).from_flags(flags, hf),
+        stage=stage,
+        seq_length=args.seq_length,
+        micro_batches=args.micro_batches,
+        trainable=args.trainable,
+        moe_grouped_gemm=args.moe_grouped_gemm,
+        recompute=args.recompute,
+        optimizer_cpu_offload=args.optimizer_cpu_offload,
+        runs_student=args.student_inputs,
+        **scaling_fields(args),
+    )
+
+
+def scaling_fields(args: argparse.Namespace) -> dict[str, Any]:
+    from megatron_attnedit.models.grid import ParallelConfig
+
+    if args.suite != "scaling":
+        return {}
+    names = (item.name for item in dataclasses.fields(ParallelConfig))
+    return {
+        "parallel": ParallelConfig(**{name: getattr(args, name) for name in names}),
+        "use_distributed_optimizer": args.use_distributed_optimizer,
+        "overlap_grad_reduce": args.overlap_grad_reduce,
+        "overlap_param_gather": args.overlap_param_gather,
+    }
+
+
+def stage(args: argparse.Namespace, config: dict[str, Any]) -> Any:
+    from tools.benchmark.stage_speed import compare
+
+    work = workload(args, config)
+    if args.suite == "checkpoint":
+        return [checkpoint(args, work)]
+    if args.suite == "decode":
+        from tools.benchmark.decode import decode_suite
+
+        return decode_suite(work, args.contexts, args.batch_sizes)
+    return [compare(work, with_baseline=not args.no_baseline)]
+
+
+def scaling(args: argparse.Namespace, config: dict[str, Any]) -> Any:
+    from megatron_attnedit.training.setup import stop_processes
+    from tools.benchmark.scaling import beside_one_process, scaling_row
+
+    known = json.loads(args.json.read_text()) if args.json and args.json.is_file() else []
+    try:
+        row = scaling_row(workload(args, config), int(os.environ.get("WORLD_SIZE", "1")))
+    finally:
+        stop_processes()
+    return [beside_one_process(row, known)]
+
+
+def checkpoint(args: argparse.Namespace, work: Any) -> dict[str, Any]:
+    from tools.benchmark.pauses import checkpoint_pauses
+
+    folder = new_scratch(args)
+    try:
+        return checkpoint_pauses(work, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def new_scratch(args: argparse.Namespace) -> Path:
+    if args.scratch is None:
+        raise UserError(f"--scratch is required with --suite {args.suite}")
+    if args.scratch.exists():
+        raise UserError(f"--scratch {args.scratch}: exists")
+    return args.scratch
+
+
+def kernels(args: argparse.Namespace, config: dict[str, Any]) -> Any:
+    from tools.benchmark.kernels import attention_suite, kl_suite
+
+    if args.suite == "attention":
+        return attention_suite(args.seq_length, tuple(args.sliding_window))
+    return kl_suite(args.seq_length, config["vocab_size"], config["hidden_size"])
+
+
+def main() -> None:
+    start_logging()
+    args = parse_args()
+    config = read_config(args)
+    if args.suite == "convert":
+        convert(args, config)
+        return
+    suites = {"attention": kernels, "kl": kernels, "scaling": scaling}
+    rows = suites.get(args.suite, stage)(args, config)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(json.dumps(rows, indent=1))
+    if args.json:
+        from tools.benchmark.speed_page import add_rows, write_page
+
+        add_rows(args.json, rows)
+        if args.page:
+            write_page(args.json, args.page)
+
+
+if __name__ == "__main__":
+    run_tool(main)

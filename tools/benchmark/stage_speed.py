@@ -1,0 +1,107 @@
+"""Both stages beside their baseline."""
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_attnedit.device import bootstrap
+from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.planning import memory
+from tools.benchmark import baseline, workload
+from tools.benchmark.floor import stage_floor
+from tools.benchmark.timing import matmul_rate, measure, row, side
+from tools.benchmark.workload import Workload
+
+
+def _measured(
+    build: Callable[[], Callable[[], float]], tokens: int, flops: float, rate: float
+) -> dict[str, Any]:
+    """Build, measure, take apart again; running out of memory is a result, too."""
+    try:
+        step = build()
+        return side(measure(step, repeats=3), tokens=tokens, flops=flops * tokens, rate=rate)
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    finally:
+        step = None  # type: ignore[assignment]
+        gc.collect()
+        bootstrap().reset_peak_memory()
+
+
+def floor_of(work: Workload) -> float:
+    """Operations per token that the work cannot do without; see ``floor``."""
+    return stage_floor(
+        work.hf, work.student,
+        seq_length=work.seq_length, stage=work.stage, runs_student=work.runs_student,
+        trainable=work.trainable,
+    )
+
+
+def compare(work: Workload, *, with_baseline: bool = True) -> dict[str, Any]:
+    """One row."""
+    rate = matmul_rate()
+    floor = floor_of(work)
+    our_figures = _measured(lambda: workload.build_training(work).step, work.tokens, floor, rate)
+    their_figures = None
+    if with_baseline and not work.runs_student:
+        their_figures = _measured(lambda: baseline.training_step(work), work.tokens, floor, rate)
+    found = row(f"stage{work.stage}", describe(work), our_figures, their_figures)
+    found["matmul_tflops"] = round(rate / 1e12, 1)
+    found["predicted_peak_gb"] = round(predicted_peak_gb(work), 2)
+    return found
+
+
+def predicted_peak_gb(work: Workload) -> float:
+    """What the memory model says of our side, which runs on one process."""
+    shape = memory.Workload(
+        stage=work.stage,
+        bytes_per_number=2,
+        seq_length=work.seq_length,
+        micro_batch_size=1,
+        num_microbatches=work.micro_batches,
+        data_parallel_size=1,
+        expert_data_parallel_size=1,
+        use_distributed_optimizer=True,
+        optimizer_cpu_offload=work.optimizer_cpu_offload,
+        moe_grouped_gemm=work.moe_grouped_gemm,
+        trainable=work.trainable if work.stage == 2 else "attention",
+        recompute=work.recompute,
+        runs_student=work.runs_student,
+    )
+    (held,) = memory.memory_of_stages(work.hf, work.student, ParallelConfig(), shape)
+    return held.total / 1e9
+
+
+def model_and_student(work: Workload) -> str:
+    """Of a row's name."""
+    student = dataclasses.asdict(work.student)
+    if "sliding_window" in student:
+        name = f"GateSWA window {student['sliding_window']}"
+        name += f" and {sinks} sinks" if (sinks := student["sink_tokens"]) else ""
+    else:
+        name = f"MLA {student['kv_lora_rank']}+{student['qk_pos_emb_head_dim']}"
+    hf = work.hf
+    return f"{hf.model_type} hidden {hf.hidden_size}, {hf.num_hidden_layers} layers, {name}"
+
+
+def describe(work: Workload) -> str:
+    """A row's name."""
+    parts = [
+        model_and_student(work),
+        f"sequence {work.seq_length}",
+        f"{work.micro_batches} micro-batches per step",
+    ]
+    if work.hf.num_experts:
+        parts.append("grouped experts" if work.moe_grouped_gemm else "sequential experts")
+    if work.stage == 2 and work.trainable == "all":
+        parts.append("everything trained")
+    if work.runs_student:
+        parts.append("on the student's own hidden states")
+    if work.recompute != "none":
+        parts.append(f"recompute {work.recompute}")
+    if work.optimizer_cpu_offload:
+        parts.append("optimizer on the host")
+    return ", ".join(parts)

@@ -1,0 +1,228 @@
+"""Both stages of this program on random weights, through the code that trains."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_attnedit.attention import StudentAttention
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.data.datasets import Batch
+from megatron_attnedit.device import bootstrap
+from megatron_attnedit.distill.layerwise import LayerwiseDistillation
+from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
+from megatron_attnedit.models.config import transformer_config
+from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.student import build_student, edited_attentions
+from megatron_attnedit.models.teacher import build_teacher, can_be_recorded
+from megatron_attnedit.training.optimizer import wrap
+from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
+from megatron_attnedit.training.setup import start_processes
+from megatron_attnedit.training.stages import Stage, Stage1, Stage2
+from megatron_attnedit.training.student_inputs import StudentInputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What both sides of a comparison do.
+
+    Attributes:
+        hf: The teacher's shapes.
+        student: What its attention becomes.
+        stage: 1 or 2.
+        seq_length: Tokens of a sample.
+        micro_batches: Per optimizer step and copy of the model, one sample each.
+        trainable: ``attention`` or ``all`` (stage 2).
+        moe_grouped_gemm: Experts in one grouped matrix product.
+        recompute: See the recipe.
+        parallel: The grid; what is left of the processes is data parallelism.
+        use_distributed_optimizer: See the recipe.
+        overlap_grad_reduce: See the recipe.
+        overlap_param_gather: See the recipe.
+        optimizer_cpu_offload: See the recipe.
+        runs_student: All layers receive the student's own hidden states (stage 1).
+    """
+
+    hf: HFConfig
+    student: StudentAttention
+    stage: int
+    seq_length: int = 4096
+    micro_batches: int = 1
+    trainable: str = "attention"
+    moe_grouped_gemm: bool = False
+    recompute: str = "none"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    optimizer_cpu_offload: bool = False
+    runs_student: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of an optimizer step, of one copy of the model."""
+        return self.seq_length * self.micro_batches
+
+
+@torch.no_grad()
+def fill_with_noise(module: nn.Module) -> None:
+    """Weights of the size that training leaves behind; norms at one."""
+    for param in module.parameters():
+        if param.ndim == 1:
+            param.fill_(1.0)
+        else:
+            param.normal_(std=0.02)
+
+
+def random_batches(hf: HFConfig, seq_length: int, count: int) -> list[Batch]:
+    """Micro-batches of one sample each, the same on all processes of a copy of the model."""
+    device = bootstrap().device
+    generator = torch.Generator(device).manual_seed(parallel_state.get_data_parallel_rank())
+    batches: list[Batch] = []
+    for _ in range(count):
+        ids = torch.randint(
+            hf.vocab_size, (1, seq_length + 1), device=device, generator=generator
+        )
+        mask = torch.ones(1, seq_length, device=device)
+        positions = torch.arange(seq_length, device=device)[None]
+        batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, positions, [len(batches)]))
+    return batches
+
+
+def _recipe(work: Workload) -> Recipe:
+    common: dict[str, Any] = {
+        **dict.fromkeys(("teacher", "load", "save"), "-"),
+        "train_data_path": ["-"],
+        "seq_length": work.seq_length,
+        "global_batch_size": work.micro_batches,
+        "bf16": True,
+        "lr": 1e-4,
+        "use_distributed_optimizer": work.use_distributed_optimizer,
+        "overlap_grad_reduce": work.overlap_grad_reduce,
+        "overlap_param_gather": work.overlap_param_gather,
+        "optimizer_cpu_offload": work.optimizer_cpu_offload,
+    }
+    if work.stage == 1:
+        share = float(work.runs_student)
+        return Stage1Recipe(**common, student_input_start=share, student_input_end=share)
+    return Stage2Recipe(**common, recompute=work.recompute, trainable=work.trainable)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything on this process.
+
+    Attributes:
+        step: One iteration (micro-batches and optimizer step); gives the loss.
+        attentions: The edited ones, by layer.
+        models: What trains.
+        optimizer: Megatron's.
+    """
+
+    step: Callable[[], float]
+    attentions: dict[int, Any]
+    models: Sequence[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+
+
+def build_training(work: Workload, *, attention_backend: str = "auto") -> Training:
+    """Teacher, student and optimizer with random weights: this process's part."""
+    recipe = _recipe(work)
+    start_processes(work.parallel, recipe.seed)
+    config = _config(work)
+    teachers = _models(work, config, attention_backend)
+    own = work.trainable == "all"
+    bases = _models(work, config, attention_backend) if own else teachers
+    device = bootstrap().device
+    students = [
+        build_student(base, work.student, attention_backend=attention_backend).to(device)
+        for base in bases
+    ]
+    attentions = [edited_attentions(student, work.student) for student in students]
+    for attention in (module for mine in attentions for module in mine.values()):
+        fill_with_noise(attention)
+    trained = [
+        [student] if own else list(mine.values())
+        for student, mine in zip(students, attentions, strict=True)
+    ]
+    for part in (module for parts in trained for module in parts):
+        part.requires_grad_(True)
+    edited = [i for i in range(work.hf.num_hidden_layers) if work.student.edits(i)]
+    stage: Stage
+    if isinstance(recipe, Stage1Recipe):
+        layerwise = _layerwise(work, config, teachers, students, attentions)
+        models, optimizer, _ = wrap(layerwise, recipe)
+        inputs = StudentInputs.of(recipe, work.hf.num_hidden_layers)
+        stage = Stage1(layerwise, models, edited, student_inputs=inputs)
+    else:
+        model_level = [
+            ModelLevelDistillation(
+                *parts, config=ModelLevelConfig(), vocab_size=work.hf.vocab_size,
+                num_matched=len(edited), record=_records(config),
+            )
+            for parts in zip(teachers, students, trained, strict=True)
+        ]
+        models, optimizer, _ = wrap(model_level, recipe)
+        stage = Stage2(model_level, models)
+    step = _step(work, stage, optimizer)
+    everywhere = {i: module for mine in attentions for i, module in mine.items()}
+    return Training(step, everywhere, models, optimizer)
+
+
+def _layerwise(
+    work: Workload,
+    config: TransformerConfig,
+    teachers: list[Any],
+    students: list[Any],
+    attentions: list[dict[int, Any]],
+) -> list[LayerwiseDistillation]:
+    """Stage 1 of each piece, recorded where that is possible."""
+    record = _records(config) and not work.overlap_grad_reduce
+    return [
+        LayerwiseDistillation(
+            teacher, mine, record=record, student=student if work.runs_student else None
+        )
+        for teacher, student, mine in zip(teachers, students, attentions, strict=True)
+    ]
+
+
+def _records(config: TransformerConfig) -> bool:
+    return bootstrap().records and can_be_recorded(config)
+
+
+def _config(work: Workload) -> TransformerConfig:
+    return transformer_config(
+        work.hf,
+        work.parallel,
+        torch.bfloat16,
+        recompute=work.recompute,
+        moe_grouped_gemm=work.moe_grouped_gemm,
+        gradient_accumulation_fusion=True,
+    )
+
+
+def _models(work: Workload, config: TransformerConfig, attention_backend: str) -> list[Any]:
+    """This process's pieces of a model."""
+    chunks = build_teacher(work.hf, config, attention_backend=attention_backend)
+    for chunk in chunks:
+        fill_with_noise(chunk)
+        chunk.to(bootstrap().device)
+    return chunks
+
+
+def _step(work: Workload, stage: Stage, optimizer: MegatronOptimizer) -> Callable[[], float]:
+    batches = random_batches(work.hf, work.seq_length, work.micro_batches)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        metrics = stage.train_step(iter(batches), work.micro_batches)
+        optimizer.step()
+        return float(metrics["loss"])
+
+    return step
