@@ -85,7 +85,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     bootstrap()
     from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
-    from megatron_attnedit.evaluate.verify import verify
+    from megatron_attnedit.checkpoint.verify import verify
 
     if args.pop("command") == "verify":
         sys.exit(0 if verify(**args) else 1)

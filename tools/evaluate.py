@@ -6,6 +6,7 @@ in memory together.
 """
 
 import argparse
+import functools
 import tempfile
 from pathlib import Path
 
@@ -85,10 +86,11 @@ def main() -> None:
     check(args)
     import torch
 
+    from megatron_attnedit.checkpoint.as_hf import check_students, hf_directory, training_runs
     from megatron_attnedit.evaluate import html, report, table
-    from megatron_attnedit.evaluate.models import hf_directory, load_model, load_tokenizer
-    from megatron_attnedit.evaluate.students import check_students, parse_student
+    from megatron_attnedit.evaluate.students import parse_student
     from megatron_attnedit.evaluate.text import token_windows
+    from megatron_attnedit.export.loading import load_model, load_tokenizer
 
     students = [parse_student(text) for text in args.student]
     check_students(students)
@@ -100,11 +102,13 @@ def main() -> None:
             args.text, tokenizer, args.seq_length, args.max_windows, args.json_key
         )
         teacher = load_model(directory, getattr(torch, dtype), accelerator.device)
-        models = report.load_students(students, teacher, tokenizer, directory, Path(folder))
+        as_hf = functools.partial(hf_directory, scratch=Path(folder), teacher=str(directory))
+        models = report.load_students(students, teacher, tokenizer, directory, as_hf)
     result = report.evaluate(
         teacher, students, models, tokenizer, windows,
         batch_size=args.batch_size, prompts=args.prompts, generations=args.generations,
         recall_probes=args.recall_probes,
+        runs={student.name: training_runs(student) for student in students},
     )
     result |= report.describe(teacher, windows, args.text)
     result["teacher"]["name"] = args.teacher.resolve().name

@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from megatron_attnedit.evaluate.agreement import agreement
 from megatron_attnedit.evaluate.compare import Measured, compare, compared
 from megatron_attnedit.evaluate.generation import greedy, prompts_from, texts
 from megatron_attnedit.evaluate.kv_cache import measure
-from megatron_attnedit.evaluate.models import check_same_vocabulary, hf_directory, load_model
 from megatron_attnedit.evaluate.recall import probes, recall
 from megatron_attnedit.evaluate.repetition import repetition_rate
-from megatron_attnedit.evaluate.students import StudentStates, stage_metrics, training_runs
+from megatron_attnedit.evaluate.students import StudentStates, stage_metrics
+from megatron_attnedit.evaluate.vocabulary import check_same_vocabulary
+from megatron_attnedit.export.loading import load_model
 
 Models = dict[str, Any]
 
@@ -30,16 +32,16 @@ def load_students(
     teacher: Any,
     tokenizer: Any,
     teacher_dir: Path,
-    scratch: Path,
+    as_hf: Callable[[Path], Path],
 ) -> dict[str, Models]:
     """Every state of every student, by name and state, in the teacher's dtype and place.
 
     Args:
-        students: Of different names (see ``students.check_students``).
+        students: Of different names.
         teacher: Reference model.
         tokenizer: The teacher's.
         teacher_dir: Its Hugging Face directory.
-        scratch: Existing folder for exports.
+        as_hf: From a state's directory to a Hugging Face directory of the same model.
 
     Raises:
         UserError: a state cannot be loaded or does not fit the teacher.
@@ -48,7 +50,7 @@ def load_students(
     for student in students:
         loaded[student.name] = {}
         for state, path in student.directories.items():
-            directory = hf_directory(path, scratch, str(teacher_dir))
+            directory = as_hf(path)
             model = load_model(directory, teacher.dtype, teacher.device)
             check_same_vocabulary(teacher, model, tokenizer, teacher_dir, path)
             layers = model.config.num_hidden_layers
@@ -69,6 +71,7 @@ def evaluate(
     prompts: int,
     generations: int,
     recall_probes: int,
+    runs: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """The report without what only the caller knows (see ``describe``).
 
@@ -82,6 +85,7 @@ def evaluate(
         prompts: Number of continuations to show.
         generations: Number of continuations to compare; 0 for none. No more than windows.
         recall_probes: Number of long-range probes; 0 for none.
+        runs: Settings of the edit and of each stage, by student.
     """
     sums = {
         (student.name, state): compared(teacher.config.num_hidden_layers)
@@ -102,7 +106,7 @@ def evaluate(
         entry["kv_fraction"] = entry["kv_bytes_per_token"] / cache["kv_bytes_per_token"]
         entry["metrics"] = stage_metrics(student)
         entry["seconds"] = {s: lines[-1]["seconds"] for s, lines in entry["metrics"].items()}
-        entry["runs"] = training_runs(student)
+        entry["runs"] = runs[student.name]
         report["students"][student.name] = entry
     entries = {"teacher": report["teacher"], **report["students"]}
     last = {"teacher": teacher, **{s.name: models[s.name][s.last] for s in students}}

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_attnedit.checkpoint import run_folder
-from megatron_attnedit.checkpoint.reader import find_lineage, is_hf, start_of
 from megatron_attnedit.errors import UserError
 
 STATES = ("after_edit", "after_stage1", "after_between", "after_stage2")
@@ -60,25 +58,6 @@ def parse_student(text: str) -> StudentStates:
     return StudentStates(fields["name"], directories)
 
 
-def check_students(students: list[StudentStates]) -> None:
-    """Refuse students before any model is loaded, by their names and folders alone.
-
-    Raises:
-        UserError: two of one name, one of the teacher's, or a state without a checkpoint.
-    """
-    names = [student.name for student in students]
-    for student in students:
-        if names.count(student.name) > 1:
-            raise UserError(f"--student name={student.name}: given twice")
-        if student.name == "teacher":
-            raise UserError("--student name=teacher: that is the teacher's name in a report")
-        for state, path in student.directories.items():
-            flag = f"--student name={student.name}: {state}"
-            # ``start_of`` takes a file of edited weights by its name, there or not.
-            if not start_of(path, flag).exists():
-                raise UserError(f"{flag} {path}: no such file")
-
-
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Lines of the run's ``metrics.jsonl``; empty where there is none.
 
@@ -93,28 +72,6 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: {error}") from None
-
-
-def training_runs(student: StudentStates) -> dict[str, dict[str, Any]]:
-    """Settings of the edit and of each stage, as the last state's lineage tells them.
-
-    By stage, ``between`` for another stage 1 after the first; ``recipe`` as it was,
-    ``student_attention`` in the edit. Empty where the last state comes without a lineage.
-    """
-    directory = student.directories[student.last]
-    start = directory if is_hf(directory) else run_folder.latest(directory)
-    lineage = find_lineage(start) if start else None
-    if lineage is None:
-        return {}
-    last = {"stage": lineage.stage, "recipe": lineage.recipe}
-    runs: dict[str, dict[str, Any]] = {}
-    for run in [*lineage.history, last]:
-        again = run["stage"] == "stage1" and "stage1" in runs
-        runs["between" if again else run["stage"]] = run["recipe"]
-    runs.pop("teacher", None)
-    if "edit" in runs:
-        runs["edit"] = {**runs["edit"], "student_attention": lineage.student_attention}
-    return runs
 
 
 def stage_metrics(student: StudentStates) -> dict[str, list[dict[str, Any]]]:

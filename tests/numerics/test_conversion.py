@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_attnedit.checkpoint import sharded_state
+from megatron_attnedit.checkpoint.as_hf import hf_directory
+from megatron_attnedit.checkpoint.verify import compare, manifest_of, verify
 from megatron_attnedit.checkpoint.writer import save as save_checkpoint
 from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.fingerprint import fingerprint
@@ -16,8 +18,6 @@ from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.convert.hf_writer import SafetensorsFile
 from megatron_attnedit.convert.param_rows import TensorParallelPlace
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.evaluate.models import hf_directory
-from megatron_attnedit.evaluate.verify import compare, manifest_of, verify
 from megatron_attnedit.models.grid import ParallelConfig, place_of_this_process
 from megatron_attnedit.models.teacher import global_params
 from megatron_attnedit.training.recipe import Stage2Recipe

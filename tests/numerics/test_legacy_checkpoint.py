@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
+from megatron_attnedit.checkpoint.verify import manifest_of, verify
 from megatron_attnedit.convert.legacy_checkpoint import _load
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.evaluate.verify import manifest_of, verify
 from megatron_attnedit.models.grid import ParallelConfig, place_of_this_process
 from megatron_attnedit.training.setup import load_teacher, start_processes
 from tests.support import processes

@@ -13,7 +13,7 @@ from megatron_attnedit.device import bootstrap
 
 torch.set_num_threads(1)
 bootstrap()
-for _name in ("evaluate.verify", "checkpoint.conversion", "training.run"):
+for _name in ("checkpoint.verify", "checkpoint.conversion", "training.run"):
     importlib.import_module(f"megatron_attnedit.{_name}")
 
 FORKED = multiprocessing.get_context("forkserver")

@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -187,3 +189,15 @@ def test_a_second_importer_of_an_optional_package_is_found(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("def f():\n    import torch_npu.contrib\n")
     assert len(optional_importers(tmp_path)["torch_npu"]) == 2
+
+
+def test_evaluation_needs_nothing_of_megatron():
+    """The judgement of a student works where only transformers is installed."""
+    modules = sorted(
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for file in (ROOT / PACKAGE / "evaluate").glob("*.py")
+    )
+    code = f"import sys\nfor name in {modules}: __import__(name)\nprint('megatron' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(modules) > 8
+    assert done.stdout.split() == ["False"]

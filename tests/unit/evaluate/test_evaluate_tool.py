@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from megatron_attnedit.checkpoint.as_hf import check_students
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.evaluate import models
 from megatron_attnedit.evaluate.report import to_json
-from megatron_attnedit.evaluate.students import check_students, parse_student, stage_metrics
+from megatron_attnedit.evaluate.students import parse_student, stage_metrics
+from megatron_attnedit.export import loading
 from tests.support.hf_students import DIMS
 from tools import evaluate
 
@@ -157,8 +158,8 @@ def nothing_is_loaded(monkeypatch):
     def load(*_):
         raise AssertionError("loaded before everything was looked at")
 
-    monkeypatch.setattr(models, "load_tokenizer", load)
-    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(loading, "load_tokenizer", load)
+    monkeypatch.setattr(loading, "load_model", load)
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from megatron_attnedit.evaluate.attention import attention_implementation
 from megatron_attnedit.evaluate.kv_cache import cache_bytes
+from megatron_attnedit.export.cpu_attention import attention_implementation
 from tests.unit.export.test_modeling_gate_swa import WINDOW, dense_attention, gate_swa, tokens
 
 SINKS = 3

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from megatron_attnedit.checkpoint.as_hf import hf_directory
 from megatron_attnedit.checkpoint.reader import open_checkpoint
 from megatron_attnedit.convert.pieces import pieces_of
 from megatron_attnedit.convert.reading import DTYPES, Reading
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.evaluate.models import hf_directory, load_model, load_tokenizer
+from megatron_attnedit.export.loading import load_model, load_tokenizer
 from megatron_attnedit.files import write_output
 
 TOKENS = 512

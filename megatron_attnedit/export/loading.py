@@ -1,0 +1,56 @@
+"""Models and tokenizers from local directories, without running code that is in them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.export.cpu_attention import attention_implementation
+from megatron_attnedit.export.hf import register
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a causal language model for evaluation, without running code from the directory.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights are incomplete.
+    """
+    register()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation=attention_implementation(device),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{directory}: cannot be loaded: {_one_line(error)}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if names := info.get(problem):
+            raise UserError(
+                f"{directory}: {len(names)} {problem}, e.g. {sorted(map(str, names))[0]}"
+            )
+    return model.to(device).eval()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Load a tokenizer.
+
+    Raises:
+        UserError: the directory holds none, or a broken one.
+    """
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{directory}: no {' or '.join(TOKENIZER_FILES)}")
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception on a bad file
+        raise UserError(f"{directory}: tokenizer cannot be read: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
