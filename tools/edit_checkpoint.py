@@ -16,7 +16,7 @@ MEASURED_ON += ("calibration_data_path", "calibration_tokens")
 def main() -> None:
     start_logging()
     bootstrap()
-    from megatron_attnedit.attention.flags import NAMES, add_student_flags
+    from megatron_attnedit.attention.flags import add_student_flags, student_flag_names
     from megatron_attnedit.training.edit import EditConfig, edit
     from megatron_attnedit.training.full_layers import measured_full_layers
 
@@ -41,7 +41,7 @@ def main() -> None:
     add("--seq-length", type=int, default=1024, help="tokens of a sample (default: %(default)s)")
     add_student_flags(parser)
     args = vars(parser.parse_args())
-    flags = {name: args.pop(name) for name in NAMES}
+    flags = {name: args.pop(name) for name in student_flag_names()}
     config = EditConfig(**args, flags=flags)
     if flags["full_layers"] == "auto":
         measured_on = {key: value for key, value in args.items() if key in MEASURED_ON}

@@ -13,7 +13,7 @@ from megatron_attnedit.files import write_output
 
 def main() -> None:
     bootstrap()
-    from megatron_attnedit.attention import student_attention_class
+    from megatron_attnedit.attention.registry import student_attention_class
     from megatron_attnedit.convert.hf_config import read_hf_config
     from megatron_attnedit.models.grid import ParallelConfig
     from megatron_attnedit.planning.plan import RunSize, plan

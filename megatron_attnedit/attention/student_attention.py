@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -20,13 +21,17 @@ from megatron_attnedit.convert.param_rows import ParamRow
 class StudentAttention(ABC):
     """One attention that can take the place of the teacher's, and its dimensions.
 
-    A new one is a folder beside ``mla/`` (config, module, spec, rows, init, reference) and one
-    entry in ``STUDENT_ATTENTIONS``. No other file names an architecture. Weights without a
+    A new one is a folder beside the others (config, module, spec, rows, init, reference) and one
+    entry in ``registry.STUDENT_ATTENTIONS``. No other file names an architecture. Weights without a
     tensor-parallel cut are float32 and keyed by their name inside ``self_attention``, for example
     ``linear_proj.weight``.
     """
 
     name: ClassVar[str]
+    # Of the group of flags in ``--help``, and the flags: name to what argparse takes for it. Two
+    # student attentions do not have a flag of one name.
+    TITLE: ClassVar[str]
+    FLAGS: ClassVar[Mapping[str, Mapping[str, Any]]]
 
     @classmethod
     @abstractmethod
@@ -71,7 +76,15 @@ class StudentAttention(ABC):
     def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
         """``config.json`` of the exported student."""
 
-    def hf_modeling_files(self, teacher: HFConfig) -> Sequence[str]:
+    @abstractmethod
+    def describe(self) -> str:
+        """Name and sizes in a few words, for tables."""
+
+    @abstractmethod
+    def score_flops(self, teacher: HFConfig, seq_length: int) -> float:
+        """Operations of scores and values: forward, per token of an edited layer."""
+
+    def hf_modeling_files(self, teacher: HFConfig) -> Sequence[Path]:
         """Modelling files shipped with an export; none where a stock class loads it."""
         return ()
 
@@ -87,8 +100,14 @@ class StudentAttention(ABC):
     def traffic(self, teacher: HFConfig) -> AttentionTraffic:
         """What the processes exchange that share an edited layer's attention."""
 
-    def check(self, *, tp_size: int, seq_length: int) -> None:  # noqa: B027
+    def check(self, *, tp_size: int, seq_length: int, cp_size: int = 1) -> None:  # noqa: B027
         """Refuse a run in which this attention cannot work or cannot learn.
+
+        Args:
+            tp_size: Tensor-parallel size.
+            seq_length: Tokens of a sample.
+            cp_size: Context-parallel size; an attention that needs the whole sequence in one
+                process refuses more than 1.
 
         Raises:
             UserError: names the flag.

@@ -46,6 +46,13 @@ def parse_layers(text: str, *, num_layers: int, flag: str) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
+def mean_visible_keys(seq_length: int, window: int | None) -> float:
+    """Keys that a query sees on average; ``window`` counts the token itself, None is full."""
+    if window is None or window >= seq_length:
+        return (seq_length + 1) / 2
+    return window - window * (window - 1) / (2 * seq_length)
+
+
 def causal_window_mask(
     num_queries: int,
     num_keys: int,

@@ -26,8 +26,6 @@ from megatron_attnedit.convert.pieces import Read, my_share
 from megatron_attnedit.convert.reading import DTYPES, Reading, write_manifest
 from megatron_attnedit.models.student import edited_rows
 
-MODELING_FILES = Path(__file__).parent / "hf"
-
 
 class Writer(Protocol):
     """The files of one format, which processes fill together."""
@@ -99,8 +97,8 @@ def _write_config(opened: Opened, dtype: str, folder: Path) -> None:
     if opened.base is not None:
         attention = opened.lineage.attention()
         config = {**attention.hf_config(opened.hf), "dtype": dtype}
-        for name in attention.hf_modeling_files(opened.hf):
-            shutil.copyfile(MODELING_FILES / name, folder / name)
+        for file in attention.hf_modeling_files(opened.hf):
+            shutil.copyfile(file, folder / file.name)
         opened.lineage.write(folder)
     elif dtype == opened.hf.dtype:
         shutil.copyfile(opened.hf.path / "config.json", folder / "config.json")

@@ -6,7 +6,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from megatron_attnedit.attention import StudentAttention, student_attention_from_dict
+from megatron_attnedit.attention.registry import student_attention_from_dict
+from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.errors import UserError
 
 FILE = "attnedit.json"

@@ -9,7 +9,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
-from megatron_attnedit.attention import StudentAttention
+from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.families import attention_rows, shared_rows
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow

@@ -7,8 +7,8 @@ inputs. Experts are assumed to get equal numbers of tokens.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_attnedit.attention import StudentAttention
 from megatron_attnedit.attention.kept import KeptNumbers, kept_by_teacher
+from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.models.grid import ParallelConfig
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_attnedit.attention import StudentAttention
+from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.attention.traffic import AttentionTraffic, traffic_of_teacher
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.models.grid import ParallelConfig

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_attnedit.attention import StudentAttention
+from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from megatron_attnedit.attention import StudentAttention
+from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.planning.activations import Workload

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from megatron.core.datasets.utils import get_blend_from_list
 
-from megatron_attnedit.attention import StudentAttention, student_attention_class
-from megatron_attnedit.attention.flags import NAMES, add_student_flags
+from megatron_attnedit.attention.flags import add_student_flags, student_flag_names
+from megatron_attnedit.attention.registry import student_attention_class
+from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.data.token_files import check_amount, describe
 from megatron_attnedit.errors import UserError
@@ -68,7 +69,7 @@ def dry_run(cls: type[Recipe], description: str, argv: list[str] | None = None) 
     parser = parser_for(cls, description)
     add_dry_run_flags(parser)
     given = vars(parser.parse_args(argv))
-    flags = {name: given.pop(name, None) for name in ("student_attention", *NAMES)}
+    flags = {name: given.pop(name, None) for name in ("student_attention", *student_flag_names())}
     world_size, limit = given.pop("world_size"), given.pop("device_memory_gib")
     given.pop("dry_run")
     target = given.pop("json")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_attnedit.attention import StudentAttention, student_attention_class
+from megatron_attnedit.attention.registry import student_attention_class
+from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.checkpoint import run_folder, sharded_state
 from megatron_attnedit.checkpoint.writer import save
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config

@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_attnedit.attention import StudentAttention
+from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.checkpoint import run_folder, sharded_state
 from megatron_attnedit.checkpoint.lineage import Lineage
 from megatron_attnedit.checkpoint.reader import find_lineage, is_hf

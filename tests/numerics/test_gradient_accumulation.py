@@ -7,8 +7,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 
-from megatron_attnedit.attention import MLA, GateSWA
+from megatron_attnedit.attention.gate_swa.config import GateSWA
 from megatron_attnedit.attention.input_linear import InputColumnParallelLinear
+from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.device import add_weight_gradient
 from megatron_attnedit.distill.kl import chunked_divergence

@@ -6,8 +6,9 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads  # noqa: F401  (imports mcore fully)
 from megatron.core.transformer.spec_utils import build_module
 
-from megatron_attnedit.attention import MLA, GateSWA
+from megatron_attnedit.attention.gate_swa.config import GateSWA
 from megatron_attnedit.attention.gate_swa.reference import gate_swa_reference
+from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.attention.mla.reference import mla_reference
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.models.config import transformer_config

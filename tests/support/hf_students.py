@@ -52,7 +52,7 @@ def teacher_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def gate_swa_dir(tmp_path_factory) -> Path:
-    from megatron_attnedit.export.hf import GateSWAConfig, GateSWAForCausalLM
+    from megatron_attnedit.attention.gate_swa.hf import GateSWAConfig, GateSWAForCausalLM
 
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     config = GateSWAConfig(**DIMS, head_dim=16, layer_types=types, sliding_window=WINDOW)

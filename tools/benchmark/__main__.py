@@ -26,6 +26,10 @@ from megatron_attnedit.logs import start_logging
 
 
 def parse_args() -> argparse.Namespace:
+    bootstrap()
+    from megatron_attnedit.attention.flags import add_student_flags
+    from megatron_attnedit.attention.registry import STUDENT_ATTENTIONS
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,14 +51,9 @@ def parse_args() -> argparse.Namespace:
     speed = parser.add_argument_group("attention, kl, stage1, stage2, scaling, decode")
     speed.add_argument("--seq-length", type=int, default=4096, help="tokens (default: %(default)s)")
     speed.add_argument(
-        "--student-attention", choices=("mla", "gate_swa"), default="mla",
-        help="stage1, stage2, decode (default: %(default)s)",
+        "--windows", type=int, nargs="+", default=[128],
+        help="attention: sliding windows, tokens (default: 128)",
     )
-    speed.add_argument(
-        "--sliding-window", type=int, nargs="+", default=[128],
-        help="tokens; several for attention (default: 128)",
-    )
-    speed.add_argument("--kv-lora-rank", type=int, help="of MLA (default: as for an edit)")
     speed.add_argument(
         "--micro-batches", type=int, default=1,
         help="samples per optimizer step, one at a time; scaling: of each process "
@@ -72,6 +71,8 @@ def parse_args() -> argparse.Namespace:
     )
     speed.add_argument("--no-baseline", action="store_true", help="only this program's side")
 
+    add_student_flags(parser, required=False)
+    parser.set_defaults(student_attention=next(iter(STUDENT_ATTENTIONS)))
     add_scaling_flags(parser)
     decode = parser.add_argument_group("decode")
     decode.add_argument(
@@ -100,7 +101,6 @@ def add_scaling_flags(parser: argparse.ArgumentParser) -> None:
     )
     scaling.add_argument("--overlap-grad-reduce", action="store_true")
     scaling.add_argument("--overlap-param-gather", action="store_true")
-    bootstrap()
     from megatron_attnedit.models.flags import add_flags_of
     from megatron_attnedit.models.grid import ParallelConfig
 
@@ -143,20 +143,19 @@ def convert(args: argparse.Namespace, config: dict[str, Any]) -> None:
 
 
 def workload(args: argparse.Namespace, config: dict[str, Any]) -> Any:
-    from megatron_attnedit.attention import student_attention_class
+    from megatron_attnedit.attention.registry import student_attention_class
     from megatron_attnedit.convert.hf_config import read_hf_config
     from tools.benchmark.workload import Workload
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         hf = read_hf_config(Path(folder))
-    flags = {"kv_lora_rank": args.kv_lora_rank, "sliding_window": args.sliding_window[0]}
     stage = {"stage2": 2, "scaling": args.stage}.get(args.suite, 1)
     if args.student_inputs and stage == 2:
         raise UserError("--student-inputs: of stage 1; in stage 2 there are no others")
     return Workload(
         hf=hf,
-        student=student_attention_class(args.student_attention).from_flags(flags, hf),
+        student=student_attention_class(args.student_attention).from_flags(vars(args), hf),
         stage=stage,
         seq_length=args.seq_length,
         micro_batches=args.micro_batches,
@@ -230,7 +229,7 @@ def kernels(args: argparse.Namespace, config: dict[str, Any]) -> Any:
     from tools.benchmark.kernels import attention_suite, kl_suite
 
     if args.suite == "attention":
-        return attention_suite(args.seq_length, tuple(args.sliding_window))
+        return attention_suite(args.seq_length, tuple(args.windows))
     return kl_suite(args.seq_length, config["vocab_size"], config["hidden_size"])
 
 

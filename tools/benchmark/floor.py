@@ -7,20 +7,14 @@ Scores and values cost as their products do over the keys that a query may see; 
 import math
 from collections.abc import Sequence
 
-from megatron_attnedit.attention import MLA, StudentAttention
+from megatron_attnedit.attention.student_attention import StudentAttention
+from megatron_attnedit.attention.windows import mean_visible_keys
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.planning.flops import mlp_flops
 
 # They read the layer's input, which wants no gradient in stage 1.
 INPUT_PROJECTIONS = ("linear_q_proj", "linear_kv_down_proj", "linear_qkv", "linear_gate")
-
-
-def visible_keys(seq_length: int, window: int | None) -> float:
-    """Keys that a query sees on average."""
-    if window is None or window >= seq_length:
-        return (seq_length + 1) / 2
-    return window - window * (window - 1) / (2 * seq_length)
 
 
 def _matrices(rows: Sequence[ParamRow]) -> tuple[int, int]:
@@ -31,19 +25,10 @@ def _matrices(rows: Sequence[ParamRow]) -> tuple[int, int]:
     )
 
 
-def _student_scores(student: StudentAttention, hf: HFConfig, seq_length: int) -> float:
-    """Forward, per token and edited layer."""
-    if isinstance(student, MLA):
-        width = student.qk_head_dim + student.qk_pos_emb_head_dim + student.v_head_dim
-        return 2 * hf.num_attention_heads * width * visible_keys(seq_length, None)
-    window = getattr(student, "visible_tokens", None)
-    return 4 * hf.num_attention_heads * hf.head_dim * visible_keys(seq_length, window)
-
-
 def _teacher_attention(hf: HFConfig, seq_length: int) -> tuple[float, float]:
     """Projections, and scores with values: forward, per token and layer."""
     q, kv = hf.num_attention_heads * hf.head_dim, 2 * hf.num_key_value_heads * hf.head_dim
-    return 2 * hf.hidden_size * (2 * q + kv), 4 * q * visible_keys(seq_length, None)
+    return 2 * hf.hidden_size * (2 * q + kv), 4 * q * mean_visible_keys(seq_length, None)
 
 
 def stage_floor(
@@ -65,7 +50,7 @@ def stage_floor(
         runs_student: Stage 1 on the student's own hidden states: its layers run forward, too.
         trainable: Stage 2: ``attention``, with frozen MLPs, full layers and head, or ``all``.
     """
-    scores = _student_scores(student, hf, seq_length)
+    scores = student.score_flops(hf, seq_length)
     projections, seen = _teacher_attention(hf, seq_length)
     teacher = projections + seen
     total = hf.num_hidden_layers * (teacher + mlp_flops(hf))

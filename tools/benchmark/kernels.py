@@ -9,12 +9,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_attnedit.attention.backends import attention_backend
-from megatron_attnedit.attention.windows import to_window_size
+from megatron_attnedit.attention.windows import mean_visible_keys, to_window_size
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.distill.kl import chunked_divergence
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.training.setup import start_processes
-from tools.benchmark.floor import visible_keys
 from tools.benchmark.timing import matmul_rate, measure, row, side
 
 # Query heads, key-value groups, head sizes of keys and of values.
@@ -67,7 +66,7 @@ def _attention(
         if not forward_only:
             torch.autograd.grad(out, qkv, grad)
 
-    forward = 2 * n * (d + dv) * visible_keys(seq_length, window) * seq_length
+    forward = 2 * n * (d + dv) * mean_visible_keys(seq_length, window) * seq_length
     # Backward counted 2.5 times forward, as the kernels' authors do: scores are computed again.
     flops = forward if forward_only else 3.5 * forward
     return side(measure(work), flops=flops, rate=rate)

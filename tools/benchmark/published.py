@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_attnedit.attention.flags import NAMES
+from megatron_attnedit.attention.flags import student_flag_names
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.report import to_json
 from megatron_attnedit.files import read_input, write_output
@@ -18,7 +18,8 @@ CURVE_POINTS = 40
 VALIDATION_KL = "validation_logits_distillation_loss"
 CURVE = ("iteration", "stage", "seconds", "tokens", "loss", "validation_loss", VALIDATION_KL)
 # What of a run's settings is said; the rest is folders and defaults of the program.
-SETTINGS: tuple[str, ...] = ("init", "seed", "student_attention", "full_layer_scores", *NAMES)
+SETTINGS: tuple[str, ...] = ("init", "seed", "student_attention", "full_layer_scores")
+SETTINGS += student_flag_names()
 SETTINGS += ("lr", "min_lr", "lr_warmup_iters", "train_iters", "global_batch_size", "seq_length")
 SETTINGS += ("trainable", "kl", "temperature", "feature_matching_weight", "normalisation", "bf16")
 SETTINGS += ("lr_decay_style", "lr_wsd_decay_iters", "student_input_start", "student_input_end")

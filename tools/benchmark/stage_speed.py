@@ -1,6 +1,5 @@
 """Both stages beside their baseline."""
 
-import dataclasses
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -77,14 +76,9 @@ def predicted_peak_gb(work: Workload) -> float:
 
 def model_and_student(work: Workload) -> str:
     """Of a row's name."""
-    student = dataclasses.asdict(work.student)
-    if "sliding_window" in student:
-        name = f"GateSWA window {student['sliding_window']}"
-        name += f" and {sinks} sinks" if (sinks := student["sink_tokens"]) else ""
-    else:
-        name = f"MLA {student['kv_lora_rank']}+{student['qk_pos_emb_head_dim']}"
     hf = work.hf
-    return f"{hf.model_type} hidden {hf.hidden_size}, {hf.num_hidden_layers} layers, {name}"
+    model = f"{hf.model_type} hidden {hf.hidden_size}, {hf.num_hidden_layers} layers"
+    return f"{model}, {work.student.describe()}"
 
 
 def describe(work: Workload) -> str:

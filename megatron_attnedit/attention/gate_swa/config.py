@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -15,11 +16,18 @@ from megatron_attnedit.attention.gate_swa.spec import gate_swa_spec
 from megatron_attnedit.attention.kept import KeptNumbers, kept_by_teacher
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.attention.traffic import AttentionTraffic, traffic_of_teacher
-from megatron_attnedit.attention.windows import FULL, SLIDING, parse_layers, uniform_full_layers
+from megatron_attnedit.attention.windows import (
+    FULL,
+    SLIDING,
+    mean_visible_keys,
+    parse_layers,
+    uniform_full_layers,
+)
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.errors import UserError
 
+HF_CLASSES = Path(__file__).parent / "hf"
 OUTPUT_GATES = ("elementwise", "headwise")
 
 
@@ -36,6 +44,21 @@ class GateSWA(StudentAttention):
     """
 
     name: ClassVar[str] = "gate_swa"
+    TITLE: ClassVar[str] = "GateSWA"
+    FLAGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "sliding_window": {"type": int, "help": "tokens seen, itself counted (default 128)"},
+        "sink_tokens": {
+            "type": int,
+            "help": "first tokens of the sequence that sliding layers see beside the window "
+            "(default 0)",
+        },
+        "full_layers": {
+            "help": "layers that stay full, such as 4,9, or none; auto, at edit time: as many as "
+            "by default, those without whose far sight the teacher's loss rises most "
+            "(default: every fifth)"
+        },
+        "output_gate": {"help": "elementwise (default) or headwise"},
+    }
     num_layers: int
     sliding_window: int
     full_layers: tuple[int, ...]
@@ -108,8 +131,17 @@ class GateSWA(StudentAttention):
             added["sink_tokens"] = self.sink_tokens
         return rows.gate_swa_config(teacher, layer_types, added)
 
-    def hf_modeling_files(self, teacher: HFConfig) -> Sequence[str]:
-        return ("configuration_gate_swa.py", "modeling_gate_swa.py", "sinks_gate_swa.py")
+    def describe(self) -> str:
+        sinks = f" and {self.sink_tokens} sinks" if self.sink_tokens else ""
+        return f"GateSWA window {self.sliding_window}{sinks}"
+
+    def score_flops(self, teacher: HFConfig, seq_length: int) -> float:
+        heads = teacher.num_attention_heads * teacher.head_dim
+        return 4 * heads * mean_visible_keys(seq_length, self.visible_tokens)
+
+    def hf_modeling_files(self, teacher: HFConfig) -> Sequence[Path]:
+        names = ("configuration_gate_swa", "modeling_gate_swa", "sinks_gate_swa")
+        return [HF_CLASSES / f"{name}.py" for name in names]
 
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
         per_layer = 2 * teacher.num_key_value_heads * teacher.head_dim
@@ -129,7 +161,7 @@ class GateSWA(StudentAttention):
     def traffic(self, teacher: HFConfig) -> AttentionTraffic:
         return dataclasses.replace(traffic_of_teacher(teacher), input_projections=2)
 
-    def check(self, *, tp_size: int, seq_length: int) -> None:
+    def check(self, *, tp_size: int, seq_length: int, cp_size: int = 1) -> None:
         if self.visible_tokens >= seq_length:
             sinks = f" and its {self.sink_tokens} sink tokens" if self.sink_tokens else ""
             raise UserError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -15,10 +16,12 @@ from megatron_attnedit.attention.mla.dims import MLADims
 from megatron_attnedit.attention.mla.spec import mla_spec
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.attention.traffic import AttentionTraffic
+from megatron_attnedit.attention.windows import mean_visible_keys
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.errors import UserError
 
+HF_CLASSES = Path(__file__).parent / "hf"
 # Default size of the cache against the teacher's, where the latent of 512 would be more.
 DEFAULT_KV_FRACTION = 0.375
 
@@ -45,6 +48,17 @@ class MLA(MLADims, StudentAttention):
     """
 
     name: ClassVar[str] = "mla"
+    TITLE: ClassVar[str] = "MLA (defaults follow from the teacher's head size)"
+    FLAGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "kv_lora_rank": {"type": int, "help": "numbers of the cached latent"},
+        "qk_head_dim": {"type": int, "help": "non-rotary part of a query head"},
+        "qk_pos_emb_head_dim": {"type": int, "help": "rotary part, cached once per token"},
+        "v_head_dim": {"type": int, "help": "value head; the teacher's head size"},
+        "mla_fit": {
+            "help": "start from the teacher: attention (default), covariance, pca or svd; each "
+            "looks at less of the teacher than the one before"
+        },
+    }
     fit: str = "attention"
 
     def __post_init__(self) -> None:
@@ -115,9 +129,17 @@ class MLA(MLADims, StudentAttention):
             return rows.moe_mla_config(self, teacher)
         return rows.deepseek_v3_config(self, teacher)
 
-    def hf_modeling_files(self, teacher: HFConfig) -> Sequence[str]:
+    def describe(self) -> str:
+        return f"MLA {self.kv_lora_rank}+{self.qk_pos_emb_head_dim}"
+
+    def score_flops(self, teacher: HFConfig, seq_length: int) -> float:
+        width = self.query_dim + self.v_head_dim
+        return 2 * self.num_attention_heads * width * mean_visible_keys(seq_length, None)
+
+    def hf_modeling_files(self, teacher: HFConfig) -> Sequence[Path]:
         if teacher.num_experts:
-            return ("configuration_moe_mla.py", "modeling_moe_mla.py")
+            names = ("configuration_moe_mla", "modeling_moe_mla")
+            return [HF_CLASSES / f"{name}.py" for name in names]
         return ()
 
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
@@ -144,7 +166,7 @@ class MLA(MLADims, StudentAttention):
             groups=n,
         )
 
-    def check(self, *, tp_size: int, seq_length: int) -> None:
+    def check(self, *, tp_size: int, seq_length: int, cp_size: int = 1) -> None:
         if self.num_attention_heads % tp_size:
             raise UserError(
                 f"--tensor-model-parallel-size {tp_size} does not divide the student's "

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_attnedit.attention import MLA, GateSWA
+from megatron_attnedit.attention.gate_swa.config import GateSWA
 from megatron_attnedit.attention.gate_swa.reference import gate_swa_reference
+from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.attention.mla.init import FITS
 from megatron_attnedit.attention.mla.plain import mla_heads
 from megatron_attnedit.attention.mla.positions import mean_rotation

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_attnedit.attention import MLA, GateSWA, student_attention_from_dict
 from megatron_attnedit.attention.backends import attention_backend, flex
+from megatron_attnedit.attention.gate_swa.config import GateSWA
+from megatron_attnedit.attention.mla.config import MLA
+from megatron_attnedit.attention.registry import student_attention_from_dict
 from megatron_attnedit.attention.windows import (
     causal_window_mask,
     parse_layers,

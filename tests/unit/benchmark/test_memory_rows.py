@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_attnedit.attention import MLA, GateSWA
+from megatron_attnedit.attention.gate_swa.config import GateSWA
+from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.convert.hf_config import read_hf_config
 from tools.benchmark.stage_speed import describe, predicted_peak_gb
 from tools.benchmark.workload import Workload

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_attnedit.attention import MLA, GateSWA, student_attention_class
+from megatron_attnedit.attention.gate_swa.config import GateSWA
+from megatron_attnedit.attention.mla.config import MLA
+from megatron_attnedit.attention.registry import student_attention_class
+from megatron_attnedit.attention.windows import mean_visible_keys as visible_keys
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.device.communication import covered, shares
 from megatron_attnedit.models.grid import ParallelConfig
 from tests.support import processes
 from tools.benchmark import speed_page, timing
 from tools.benchmark.decode import decode_suite
-from tools.benchmark.floor import stage_floor, visible_keys
+from tools.benchmark.floor import stage_floor
 from tools.benchmark.scaling import beside_one_process, grid_name, scaling_row
 from tools.benchmark.workload import Workload
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_attnedit.attention import student_attention_class
+from megatron_attnedit.attention.registry import student_attention_class
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.training import run

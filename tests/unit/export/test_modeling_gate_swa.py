@@ -9,8 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
+from megatron_attnedit.attention.gate_swa.hf import GateSWAConfig, GateSWAForCausalLM, register
 from megatron_attnedit.export import hf
-from megatron_attnedit.export.hf import GateSWAConfig, GateSWAForCausalLM, register
 
 WINDOW = 8
 DIMS = {

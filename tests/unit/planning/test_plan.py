@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_attnedit.attention import MLA, GateSWA
+from megatron_attnedit.attention.gate_swa.config import GateSWA
+from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.grid import ParallelConfig
