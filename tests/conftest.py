@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,7 +20,10 @@ bootstrap()
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--full", action="store_true", help="also what takes minutes; rewrites docs/data/"
+        "--full", action="store_true", help="also what takes minutes"
+    )
+    parser.addoption(
+        "--parallel-figures", type=Path, help="keep the differences between grids in this file"
     )
 
 

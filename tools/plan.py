@@ -26,8 +26,7 @@ def main() -> None:
         )
     teacher = read_hf_config(args["teacher"])
     student = student_attention_class(args["student_attention"]).from_flags(args, teacher)
-    names = (item.name for item in dataclasses.fields(ParallelConfig))
-    parallel = ParallelConfig(**{name: args[name] for name in names})
+    parallel = ParallelConfig.from_fields(args)
     args["world_size"] = args["world_size"] or parallel.smallest_world_size
     size = RunSize(**{item.name: args[item.name] for item in dataclasses.fields(RunSize)})
     sizes = plan(teacher, student, parallel, size, context=args["context"])

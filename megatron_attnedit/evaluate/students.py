@@ -37,7 +37,7 @@ class StudentStates:
 
 
 def parse_student(text: str) -> StudentStates:
-    """Read ``name=mla,after_edit=DIR,after_stage1=DIR,after_between=DIR,after_stage2=DIR``.
+    """Read ``name=NAME,after_edit=DIR,after_stage1=DIR,after_between=DIR,after_stage2=DIR``.
 
     Raises:
         UserError: an unknown or repeated key, no name, or no state.

@@ -1,11 +1,14 @@
 """How a model is cut over processes, in Megatron's words."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.converter import check_tensor_parallel
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import TensorParallelPlace
@@ -37,6 +40,11 @@ class ParallelConfig:
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
+
+    @classmethod
+    def from_fields(cls, values: Mapping[str, Any]) -> "ParallelConfig":
+        """The grid's part of a recipe's or a command line's values."""
+        return cls(**{item.name: values[item.name] for item in fields(cls)})
 
     def __post_init__(self) -> None:
         for name, size in vars(self).items():
@@ -197,6 +205,19 @@ class ParallelConfig:
         if seq_length % parts:
             product = " times ".join(flags)
             raise UserError(f"--seq-length {seq_length} is not a multiple of {product}")
+
+    def check_student(self, student: StudentAttention, seq_length: int) -> None:
+        """Refuse a sequence that cannot be cut, or a student that cannot work or learn on it.
+
+        Raises:
+            UserError: names the flags.
+        """
+        self.check_sequence(seq_length)
+        student.check(
+            tp_size=self.tensor_model_parallel_size,
+            seq_length=seq_length,
+            cp_size=self.context_parallel_size,
+        )
 
     def num_microbatches(
         self, world_size: int, *, global_batch_size: int, micro_batch_size: int

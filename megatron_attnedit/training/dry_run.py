@@ -122,8 +122,7 @@ def plan_run(
     recipe.check_folders()
     hf = read_hf_config(teacher_hf_dir(recipe.teacher))
     student = _student(recipe.load, flags, hf)
-    names = (item.name for item in dataclasses.fields(ParallelConfig))
-    parallel = ParallelConfig(**{name: getattr(recipe, name) for name in names})
+    parallel = ParallelConfig.from_fields(vars(recipe))
     work = check_run(recipe, hf, student, parallel, world_size)
     memory = memory_of_stages(hf, student, parallel, work)
     traffic = traffic_of_stages(hf, student, parallel, work)
@@ -152,8 +151,7 @@ def check_run(
     transformer_config(
         hf, parallel, dtype, recompute=recompute, moe_grouped_gemm=recipe.moe_grouped_gemm
     )
-    parallel.check_sequence(recipe.seq_length)
-    student.check(tp_size=parallel.tensor_model_parallel_size, seq_length=recipe.seq_length)
+    parallel.check_student(student, recipe.seq_length)
     return Workload(
         stage=2 if isinstance(recipe, Stage2Recipe) else 1,
         bytes_per_number=dtype.itemsize,

@@ -1,6 +1,5 @@
 """From a recipe to a trained student."""
 
-import dataclasses
 import functools
 import logging
 import time
@@ -68,12 +67,6 @@ def run(recipe: Recipe) -> int:
         stop_processes()
 
 
-def parallel_config(recipe: Recipe) -> ParallelConfig:
-    """The recipe's grid."""
-    names = (item.name for item in dataclasses.fields(ParallelConfig))
-    return ParallelConfig(**{name: getattr(recipe, name) for name in names})
-
-
 def prepare(recipe: Recipe, started: float = 0.0) -> Run:
     """Start the processes, load teacher, student and data, and make the optimizer.
 
@@ -83,7 +76,7 @@ def prepare(recipe: Recipe, started: float = 0.0) -> Run:
     """
     recipe.check_folders()
     start, before = find_student(recipe.load)
-    parallel = parallel_config(recipe)
+    parallel = ParallelConfig.from_fields(vars(recipe))
     parallel.check_sequence(recipe.seq_length)
     accelerator = start_processes(parallel, recipe.seed, recipe.distributed_timeout_minutes)
     backend = recipe.attention_backend
@@ -102,9 +95,7 @@ def prepare(recipe: Recipe, started: float = 0.0) -> Run:
             f"--load {recipe.load}: its teacher was {before.teacher}, whose weights are not "
             f"those of --teacher {recipe.teacher}"
         )
-    before.attention().check(
-        tp_size=parallel.tensor_model_parallel_size, seq_length=recipe.seq_length
-    )
+    parallel.check_student(before.attention(), recipe.seq_length)
     own_copies = isinstance(recipe, Stage2Recipe) and recipe.trainable == "all"
     student = Student(teacher, start, before, attention_backend=backend, own_copies=own_copies)
     size = parallel_state.get_data_parallel_world_size()

@@ -1,7 +1,7 @@
 """Every grid gives the losses, gradients and weights of one process.
 
 By default every grid meets both stages and both students, and an eighth of the variants run, for
-three iterations; ``--full`` runs all for five and rewrites the table in the docs.
+three iterations; ``--full`` runs all for five.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import pytest
 from tests.support import grids, processes
 from tests.support.grids import GRIDS, LAYERS, differences, rows_of, train_on_grid
 from tests.support.inputs import STUDENTS, make_inputs, make_student
-from tests.support.parallel_table import write_table
+from tests.support.parallel_table import write_figures
 from tests.support.thinning import every_other
 
 BARS = {"loss": 1e-5, "grad_norm": 1e-4, "gradients": 1e-4, "parameters": 1e-4, "routing": 0}
@@ -87,11 +87,11 @@ def one_process(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(request):
-    """Differences of all cells; with ``--full`` they become the table in the docs."""
+    """Differences of all cells, kept in the file of ``--parallel-figures``."""
     found = {}
     yield found
-    if request.config.getoption("--full"):
-        write_table(found, BARS)
+    if file := request.config.getoption("--parallel-figures"):
+        write_figures(found, BARS, file)
 
 
 @pytest.mark.parametrize(("stage", "model", "grid", "student"), cells())

@@ -1,4 +1,9 @@
-"""The differences between grids as ``docs/data/parallel.json`` and as a table in the docs."""
+"""The differences between grids as ``docs/data/parallel.json`` and as a table in the docs.
+
+  python -m pytest --full --parallel-figures docs/data/parallel.json \\
+      tests/numerics/test_parallel_invariance.py
+  python -m tests.support.parallel_table
+"""
 
 import datetime
 import json
@@ -12,12 +17,13 @@ PAGE = ROOT / "docs" / "parallel.md"
 BEGIN, END = "<!-- table: written by tests -->", "<!-- end of table -->"
 
 
-def write_table(found, bars):
-    """Write both.
+def write_figures(found, bars, file):
+    """Keep the differences.
 
     Args:
         found: By stage, model, grid and student: largest relative difference of each kind.
         bars: What each kind must stay under.
+        file: Where to.
     """
     rows = [
         {"stage": stage, "model": model, "grid": grid, "student": student, **values}
@@ -30,8 +36,14 @@ def write_table(found, bars):
         "bars": bars,
         "cells": rows,
     }
-    DATA.parent.mkdir(exist_ok=True)
-    DATA.write_text(json.dumps(content, indent=1) + "\n")
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def fill_page():
+    """Put the table of the committed figures into the page."""
+    cells = json.loads(DATA.read_text())["cells"]
+    key = ("stage", "model", "grid", "student")
+    found = {tuple(cell[name] for name in key): cell for cell in cells}
     text = PAGE.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     PAGE.write_text(f"{before}{BEGIN}\n{markdown(found)}\n{END}{after}")
@@ -51,3 +63,7 @@ def markdown(found):
             cells.append(text)
         lines.append(f"| {grid} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    fill_page()

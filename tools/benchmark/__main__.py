@@ -12,7 +12,6 @@ convert:   import and export of a model, against cp of the same bytes.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -173,9 +172,8 @@ def scaling_fields(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.suite != "scaling":
         return {}
-    names = (item.name for item in dataclasses.fields(ParallelConfig))
     return {
-        "parallel": ParallelConfig(**{name: getattr(args, name) for name in names}),
+        "parallel": ParallelConfig.from_fields(vars(args)),
         "use_distributed_optimizer": args.use_distributed_optimizer,
         "overlap_grad_reduce": args.overlap_grad_reduce,
         "overlap_param_gather": args.overlap_param_gather,

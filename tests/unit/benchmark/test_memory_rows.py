@@ -15,7 +15,7 @@ from tools.benchmark.workload import Workload
 
 ROOT = Path(__file__).parents[3]
 ROWS = json.loads((ROOT / "docs" / "data" / "performance.json").read_text())
-TOLERANCE = 0.1
+TOLERANCE = 0.026  # what docs/running.md claims
 
 
 def workloads():
@@ -26,9 +26,10 @@ def workloads():
         students += [
             GateSWA.from_flags({"sliding_window": window}, whole) for window in (128, 1024)
         ]
-        for count, student, stage, length, batches, grouped, trained, recompute in (
+        for count, student, (stage, own), length, batches, grouped, trained, recompute in (
             itertools.product(
-                layers, students, (1, 2), (4096, 16384, 32768), (1, 4), (False, True),
+                layers, students, ((1, False), (1, True), (2, False)),
+                (4096, 16384, 32768), (1, 4), (False, True),
                 (("attention", False), ("all", False), ("all", True)),
                 ("none", "selective", "full"),
             )
@@ -38,6 +39,7 @@ def workloads():
                 hf=dataclasses.replace(whole, num_hidden_layers=count), student=student,
                 stage=stage, seq_length=length, micro_batches=batches, trainable=trainable,
                 moe_grouped_gemm=grouped, recompute=recompute, optimizer_cpu_offload=on_host,
+                runs_student=own,
             )
 
 
@@ -50,13 +52,14 @@ def by_case():
 def test_within_tolerance_of_every_measured_peak(by_case):
     compared = 0
     for row in ROWS:
-        work = by_case.get((row["suite"], row["case"]))
-        if work is None or "peak_gb" not in row["ours"]:
+        if row["suite"] not in ("stage1", "stage2") or "peak_gb" not in row["ours"]:
             continue
+        work = by_case.get((row["suite"], row["case"]))
+        assert work is not None, f"no workload of this name: {row['case']}"
         measured, predicted = row["ours"]["peak_gb"], predicted_peak_gb(work)
         error = predicted / measured - 1
         name = f"{row['suite']} {row['case']}"
         print(f"{name}: {predicted:.2f} GB, measured {measured}, {error:+.1%}")
         assert abs(error) < TOLERANCE, row["case"]
         compared += 1
-    assert compared >= 8
+    assert compared >= 22

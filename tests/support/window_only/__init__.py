@@ -1,0 +1,1 @@
+"""A third student attention, as small as one can be: the teacher's, sliding in every layer."""
