@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_attnedit.evaluate.distance import Distance
 from megatron_attnedit.evaluate.layers import LayerErrors, Recording, record_attention
-from megatron_attnedit.evaluate.perplexity import Perplexity
+from megatron_attnedit.evaluate.next_token import Distance, Perplexity
 
 CHUNK_TOKENS = 1024
 

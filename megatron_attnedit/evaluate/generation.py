@@ -1,4 +1,4 @@
-"""Greedy continuations of held-out text."""
+"""Greedy continuations of held-out text: do models agree, and do they repeat themselves?"""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 PROMPT_TOKENS = 48
 NEW_TOKENS = 64
+NGRAM = 4
 # Sequences at a time: their logits and caches are small.
 BATCH_SIZE = 50
 
@@ -50,3 +51,34 @@ def prompts_from(windows: Tensor, count: int) -> Tensor:
     count = min(count, windows.shape[0])
     picked = torch.linspace(0, windows.shape[0] - 1, count).round().long()
     return windows[picked, :PROMPT_TOKENS]
+
+
+def agreement(teacher: Tensor, student: Tensor) -> dict[str, float]:
+    """Compare greedy continuations [n, t] of the same prompts.
+
+    Returns:
+        ``equal_tokens``: fraction of positions with the same token; ``first_divergence``: mean
+        number of tokens before the first that differs, at most t; ``identical``: fraction of
+        continuations without a difference.
+    """
+    equal = teacher == student
+    before = equal.long().cumprod(dim=1).sum(dim=1)
+    return {
+        "equal_tokens": equal.float().mean().item(),
+        "first_divergence": before.float().mean().item(),
+        "identical": equal.all(dim=1).float().mean().item(),
+    }
+
+
+def repetition_rate(generated: Tensor) -> float:
+    """Fraction of 4-grams that their own continuation had before.
+
+    Args:
+        generated: [n, t] token ids, t at least 4.
+
+    Returns:
+        Over all n * (t - 3) 4-grams; 0 where none occurs twice in a row of ``generated``.
+    """
+    rows = generated.unfold(1, NGRAM, 1).tolist()
+    repeated = sum(len(row) - len({tuple(ngram) for ngram in row}) for row in rows)
+    return repeated / sum(map(len, rows))

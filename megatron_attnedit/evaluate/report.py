@@ -14,12 +14,16 @@ from torch import Tensor
 import megatron_attnedit
 from megatron_attnedit.data.tokenizer import end_of_document
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.evaluate.agreement import agreement
 from megatron_attnedit.evaluate.compare import Measured, compare, compared
-from megatron_attnedit.evaluate.generation import greedy, prompts_from, texts
+from megatron_attnedit.evaluate.generation import (
+    agreement,
+    greedy,
+    prompts_from,
+    repetition_rate,
+    texts,
+)
 from megatron_attnedit.evaluate.kv_cache import measure
 from megatron_attnedit.evaluate.recall import probes, recall
-from megatron_attnedit.evaluate.repetition import repetition_rate
 from megatron_attnedit.evaluate.students import StudentStates, stage_metrics
 from megatron_attnedit.evaluate.vocabulary import check_same_vocabulary
 from megatron_attnedit.export.loading import load_model

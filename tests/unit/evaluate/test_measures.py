@@ -10,10 +10,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from megatron_attnedit.evaluate import generation, kv_cache, recall
-from megatron_attnedit.evaluate.agreement import agreement
 from megatron_attnedit.evaluate.compare import compare, compared
-from megatron_attnedit.evaluate.perplexity import Perplexity
-from megatron_attnedit.evaluate.repetition import repetition_rate
+from megatron_attnedit.evaluate.generation import agreement, repetition_rate
+from megatron_attnedit.evaluate.next_token import Perplexity
 from megatron_attnedit.evaluate.text import token_windows
 from megatron_attnedit.export.loading import load_model, load_tokenizer
 from tests.support.hf_students import DIMS, LATENT, ROTARY, WINDOW, WORDS
