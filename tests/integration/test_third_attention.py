@@ -40,13 +40,11 @@ def call(tool, *flags):
         tool.main()
 
 
-def train(folder, tp_size):
+def train(cls, folder, load, save):
     registry.STUDENT_ATTENTIONS[NAME] = PLACE
-    grid = {"tensor_model_parallel_size": tp_size}
     try:
-        stages = ((Stage1Recipe, "edit", "stage1"), (Stage2Recipe, "stage1", "stage2"))
-        for cls, load, save in stages:
-            assert run(recipe(cls, folder, load, folder / save, train_iters=2, **grid)) == 0
+        grid = {"tensor_model_parallel_size": 2}
+        return run(recipe(cls, folder, load, folder / save, train_iters=2, **grid))
     finally:
         del registry.STUDENT_ATTENTIONS[NAME]
 
@@ -73,7 +71,8 @@ def test_the_whole_pipeline_runs_on_it(registered, tmp_path, capsys):
         "--only-window", 16, "--calibration-data-path", data, "--calibration-tokens", 64,
         "--seq-length", 64,
     )  # fmt: skip
-    processes.run(2, train, tmp_path, 2)
+    assert processes.run(2, train, Stage1Recipe, tmp_path, "edit", "stage1") == [0, 0]
+    assert processes.run(2, train, Stage2Recipe, tmp_path, "stage1", "stage2") == [0, 0]
     call(convert_checkpoint, "export", "--input", tmp_path / "stage2", "--output", tmp_path / "out")
     lineage = json.loads((tmp_path / "out" / "attnedit.json").read_text())
     assert lineage["student_attention"] == {"name": NAME, "window": 16}
