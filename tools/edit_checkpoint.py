@@ -43,12 +43,13 @@ def main() -> None:
     args = vars(parser.parse_args())
     flags = {name: args.pop(name) for name in student_flag_names()}
     config = EditConfig(**args, flags=flags)
-    if flags["full_layers"] == "auto":
-        measured_on = {key: value for key, value in args.items() if key in MEASURED_ON}
-        sizes = {name: flags[name] for name in ("sliding_window", "sink_tokens")}
-        measured = measured_full_layers(**sizes, **measured_on)
-        config = dataclasses.replace(config, flags=flags | measured)
-    print(f"wrote {edit(config)}")
+    with config.own_folder():
+        if flags["full_layers"] == "auto":
+            measured_on = {key: value for key, value in args.items() if key in MEASURED_ON}
+            sizes = {name: flags[name] for name in ("sliding_window", "sink_tokens")}
+            measured = measured_full_layers(**sizes, **measured_on)
+            config = dataclasses.replace(config, flags=flags | measured)
+        print(f"wrote {edit(config)}")
 
 
 if __name__ == "__main__":

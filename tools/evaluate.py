@@ -6,13 +6,15 @@ in memory together.
 """
 
 import argparse
+import contextlib
 import functools
 import tempfile
 from pathlib import Path
 
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError, run_tool
-from megatron_attnedit.files import check_output_folder, write_output
+from megatron_attnedit.files import check_file_writable, check_writable, write_output
+from megatron_attnedit.locks import folder_lock, output_lock
 from megatron_attnedit.logs import start_logging
 
 
@@ -72,9 +74,11 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--seq-length {args.seq_length}: --recall-probes needs {SHORTEST_PROBE} tokens, or 0"
         )
-    check_output_folder(args.output, "--output")
+    check_writable(args.output, "--output")
+    for name in ("report.json", "report.html"):
+        check_file_writable(args.output / name)
     if args.json:
-        check_output_folder(args.json.parent, "--json")
+        check_writable(args.json.parent, "--json")
         if args.json.is_dir():
             raise UserError(f"--json {args.json}: is a folder; expected a file")
 
@@ -82,8 +86,18 @@ def check(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     start_logging()
-    accelerator = bootstrap()
+    bootstrap()
     check(args)
+    with contextlib.ExitStack() as owned:
+        owned.enter_context(folder_lock(args.output, "--output"))
+        if args.json:
+            owned.enter_context(output_lock(args.json, "--json"))
+        evaluate(args)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Load, compare, write the report."""
+    accelerator = bootstrap()
     import torch
 
     from megatron_attnedit.checkpoint.as_hf import check_students, hf_directory, training_runs

@@ -1,6 +1,7 @@
 """From one format to another: Hugging Face, Megatron's two, and files of edited weights only."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_attnedit.checkpoint.conversion_config import ConversionConfig
 from megatron_attnedit.checkpoint.formats import write_edited, write_hf, write_megatron
 from megatron_attnedit.checkpoint.reader import Opened, open_checkpoint
 from megatron_attnedit.convert.hf_checkpoint import HFReader
-from megatron_attnedit.convert.output import is_first, new_directory, refuse_existing
+from megatron_attnedit.convert.output import is_first, new_directory, own, refuse_existing
 from megatron_attnedit.convert.pieces import my_share, pieces_of
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.student import edited_rows
@@ -27,13 +28,15 @@ def convert(config: ConversionConfig) -> None:
     Raises:
         UserError: the source is incomplete or does not fit, or the output cannot be written.
     """
-    refuse_existing(config.output, overwrite=config.overwrite, needed=[config.source])
-    with _processes():
+    check_output = functools.partial(refuse_existing, config.output, overwrite=config.overwrite)
+    check_output(needed=[config.source])
+    with _processes(), own(config.output):
+        check_output(needed=[config.source])  # once more: nothing comes there from now on
         opened = open_checkpoint(config.source, flag="--input", teacher=config.teacher)
         teacher = Path(opened.hf.path)  # of a student, named by --teacher or by the lineage
-        refuse_existing(config.output, overwrite=config.overwrite, needed=[teacher])
+        check_output(needed=[teacher])
         _check(opened, config)
-        with new_directory(config.output) as target:
+        with new_directory(config.output, overwrite=config.overwrite) as target:
             if config.format == "hf":
                 write_hf(opened, config, target)
             elif config.format == "edited":

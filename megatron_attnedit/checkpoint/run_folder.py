@@ -16,7 +16,8 @@ from megatron_attnedit.checkpoint.lineage import FILE
 from megatron_attnedit.convert.integrity import check_hashes, check_sizes, is_sealed
 from megatron_attnedit.convert.output import TRACKER, is_first
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.files import write_whole
+from megatron_attnedit.files import check_file_writable, write_whole
+from megatron_attnedit.files import check_writable as check_folder_writable
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,26 @@ def tracked(directory: Path) -> Path | None:
 def track(directory: Path, iteration: int) -> None:
     """Make an iteration the latest."""
     write_whole(directory / TRACKER, f"{iteration}\n")
+
+
+def check_writable(directory: str, data_cache_path: str) -> None:
+    """Find out before anything is loaded whether a run can write what it writes; any process.
+
+    Args:
+        directory: The run's folder, ``--save``.
+        data_cache_path: Folder of the data indices; empty: inside ``directory``.
+
+    Raises:
+        UserError: names the folder or file, and why it cannot be written.
+    """
+    check_folder_writable(Path(directory), "--save")
+    for name in ("data-cache", "tensorboard"):
+        check_folder_writable(Path(directory, name), f"--save {directory}:")
+    if data_cache_path:
+        check_folder_writable(Path(data_cache_path), "--data-cache-path")
+    for name in ("recipe.yaml", "heartbeat.json", TRACKER):
+        check_file_writable(Path(directory, name))
+    check_file_writable(Path(directory, "metrics.jsonl"), appended=True)
 
 
 def find(directory: str, flag: str) -> Path:
@@ -177,6 +198,16 @@ def remove(path: Path, by_way_of: Path) -> None:
     shutil.rmtree(by_way_of, ignore_errors=True)
 
 
+def make(directory: Path) -> None:
+    """Make the folder, or remove what a killed run left in it; one process.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    clean(directory)
+
+
 def clean(directory: Path) -> None:
     """Remove what a killed run left half-written or half-deleted; one process.
 
@@ -189,3 +220,5 @@ def clean(directory: Path) -> None:
     for prefix in (WRITING, REPLACED, DELETING):
         for path in directory.glob(f"{prefix}*"):
             shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob(".*.partial"):  # of files.write_whole
+        path.unlink(missing_ok=True)

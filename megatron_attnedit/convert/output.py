@@ -2,13 +2,15 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.files import check_output_folder
+from megatron_attnedit.files import check_writable
+from megatron_attnedit.locks import folder_lock, output_lock
 
 TRACKER = "latest_checkpointed_iteration.txt"  # of a folder of Megatron checkpoints
 
@@ -24,7 +26,7 @@ def refuse_existing(output: Path, *, overwrite: bool, needed: Sequence[Path] = (
     Raises:
         UserError: ``output`` exists and is not to be replaced, or something needed is in it.
     """
-    check_output_folder(output.parent, "--output")
+    check_writable(output.parent, "--output")
     if output.exists() and not overwrite:
         raise UserError(f"--output {output}: exists; give --overwrite to replace it")
     if output.exists() and not _is_result(output):
@@ -45,17 +47,52 @@ def _is_result(output: Path) -> bool:
 
 
 @contextlib.contextmanager
-def new_directory(output: Path) -> Iterator[Path]:
+def own(output: Path) -> Iterator[None]:
+    """Be the only program that writes ``output``; collective.
+
+    What a killed one left beside it is removed; what it was replacing gets its name back.
+
+    Raises:
+        UserError: another one writes it, or the place cannot be written; on all processes.
+    """
+    lock = output_lock(output, "--output")
+
+    def take() -> None:
+        lock.take()
+        replaced = _replaced(output)
+        if replaced.exists() and not output.exists():
+            replaced.rename(output)
+        for left in (_partial(output), replaced):
+            _remove(left)
+        with _of_a_run(output):  # nobody trains in what would be replaced
+            pass
+
+    try:
+        on_first(take, f"--output {output}")
+        yield
+    finally:
+        lock.release()
+
+
+def _partial(output: Path) -> Path:
+    return output.parent / f".writing-{output.name}"
+
+
+def _replaced(output: Path) -> Path:
+    return output.parent / f".replaced-{output.name}"
+
+
+@contextlib.contextmanager
+def new_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder to fill; it becomes ``output`` when the block ends well, and is removed otherwise.
 
-    What was at ``output`` stays until then. Several processes may fill the folder together; then
-    this is collective.
+    What was at ``output`` stays until then; it is replaced only if that is asked for. Several
+    processes may fill the folder together; then this is collective.
 
     Raises:
         UserError: the disk is full, for example.
     """
-    partial = output.parent / f".writing-{output.name}"
-    replaced = output.parent / f".replaced-{output.name}"
+    partial = _partial(output)
     try:
         barrier()
         if is_first():
@@ -64,18 +101,35 @@ def new_directory(output: Path) -> Iterator[Path]:
         barrier()
         yield partial
         barrier()
-        if is_first():
-            _remove(replaced)
-            if output.exists():
-                output.rename(replaced)  # quick; removing a large folder is not
-            partial.rename(output)
-            _remove(replaced)
+        on_first(lambda: _put_in_place(output, overwrite), f"--output {output}")
         barrier()
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written: {error}") from None
     finally:
         if is_first():
             _remove(partial)
+
+
+def _of_a_run(output: Path) -> AbstractContextManager[object]:
+    """The lock of a run in the folder, where there is a folder."""
+    return folder_lock(output, "--output") if output.is_dir() else contextlib.nullcontext()
+
+
+def _put_in_place(output: Path, overwrite: bool) -> None:
+    """Give the folder its name.
+
+    Raises:
+        UserError: something else has come there meanwhile, or a run writes what is there.
+    """
+    partial, replaced = _partial(output), _replaced(output)
+    _remove(replaced)
+    if output.exists():
+        if not overwrite:
+            raise UserError(f"--output {output}: was made by another program meanwhile")
+        with _of_a_run(output):
+            output.rename(replaced)  # quick; removing a large folder is not
+    partial.rename(output)
+    _remove(replaced)
 
 
 def write_at(file: Path, offset: int, data: memoryview) -> None:
@@ -96,6 +150,30 @@ def _remove(path: Path) -> None:
 def is_first() -> bool:
     """Is this the process that does what must be done once?"""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def on_first(work: Callable[[], None], name: str) -> None:
+    """Do what is done once; if that fails, all processes stop with the same words; collective.
+
+    Args:
+        work: What to do.
+        name: What it writes, in the user's words.
+
+    Raises:
+        UserError: ``work`` has raised it, or an ``OSError``.
+    """
+    problems = [""]
+    if is_first():
+        try:
+            work()
+        except UserError as error:
+            problems = [str(error)]
+        except OSError as error:
+            problems = [f"{name}: cannot be written: {error}"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(problems)
+    if problems[0]:
+        raise UserError(problems[0])
 
 
 def barrier() -> None:

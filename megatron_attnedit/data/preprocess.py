@@ -1,5 +1,6 @@
 """Text to Megatron's indexed token files, in the order of the input whatever the workers do."""
 
+import glob
 import json
 import multiprocessing
 import os
@@ -16,11 +17,13 @@ from tqdm import tqdm
 from megatron_attnedit.data.documents import DatasetOptions, expand_inputs, read_documents
 from megatron_attnedit.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.locks import output_lock
 
 # Large enough to hide what a message between processes costs, small enough to stay in step.
 CHUNK_BYTES = 1 << 18
 # What training reads is complete once the last of these is there.
 SUFFIXES = (".bin", ".idx", ".json")
+PARTIAL = ".partial-"  # and a process, until all is written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +69,23 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     """
     if config.workers < 1:
         raise UserError(f"--workers {config.workers}: expected at least 1")
+    with output_lock(Path(config.output), "--output"):
+        return _preprocess(config)
+
+
+def _preprocess(config: PreprocessConfig) -> dict[str, Any]:
+    """The same for the only program that writes this output."""
     existing = [config.output + s for s in SUFFIXES if Path(config.output + s).exists()]
     if existing and not config.overwrite:
         raise UserError(f"--output {existing[0]}: exists; --overwrite replaces it")
+    _remove_partial_files(config.output)
     sources = expand_inputs(config.inputs)
     tokenizer = load_tokenizer(config.tokenizer)
     if config.append_eod and tokenizer.eod is None:
         raise UserError(
             f"--tokenizer {config.tokenizer}: has no end-of-document token; use --no-append-eod"
         )
-    partial = f"{config.output}.partial-{os.getpid()}"
-    try:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {config.output}: {error.strerror}") from error
+    partial = f"{config.output}{PARTIAL}{os.getpid()}"
     try:
         description = _write(config, sources, tokenizer, partial)
         # The description goes first and comes last: it never stands beside data of another run.
@@ -92,6 +98,14 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
         for suffix in SUFFIXES:
             Path(partial + suffix).unlink(missing_ok=True)
     return description
+
+
+def _remove_partial_files(output: str) -> None:
+    """What a killed program left: nobody else writes this output now."""
+    prefix = Path(output)
+    for file in prefix.parent.glob(f"{glob.escape(prefix.name)}{PARTIAL}*"):
+        if file.name.removeprefix(prefix.name + PARTIAL).partition(".")[0].isdecimal():
+            file.unlink(missing_ok=True)
 
 
 def _write(

@@ -1,5 +1,6 @@
 """Edit: replace the teacher's attention and initialise the new one."""
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from megatron_attnedit.convert.reading import DTYPES
 from megatron_attnedit.data.calibration import attention_inputs, calibration_data
 from megatron_attnedit.data.datasets import DataConfig, build_datasets
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.files import check_output_folder
+from megatron_attnedit.files import check_writable
+from megatron_attnedit.locks import folder_lock
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import (
     build_student,
@@ -74,9 +76,29 @@ class EditConfig:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: expected a positive number")
         check_seed(self.seed)
-        check_output_folder(Path(self.save), "--save")
+        check_writable(Path(self.save), "--save")
+        self.refuse_checkpoint()
+
+    def refuse_checkpoint(self) -> None:
+        """Stop where there is a checkpoint already.
+
+        Raises:
+            UserError: there is.
+        """
         if run_folder.latest(self.save) is not None:
             raise UserError(f"--save {self.save}: holds a checkpoint already")
+
+    @contextlib.contextmanager
+    def own_folder(self) -> Iterator[None]:
+        """Be the only program that writes into the folder; what a killed one left is removed.
+
+        Raises:
+            UserError: another one does, or has made a checkpoint meanwhile.
+        """
+        with folder_lock(Path(self.save), "--save"):
+            self.refuse_checkpoint()
+            run_folder.clean(Path(self.save))
+            yield
 
     @property
     def calibrates(self) -> bool:

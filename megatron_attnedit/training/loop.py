@@ -54,6 +54,8 @@ def step(run: Run, train_batches: Iterator[Batch], num_microbatches: int) -> Non
     """One iteration."""
     run.optimizer.zero_grad()
     metrics = run.stage.train_step(train_batches, num_microbatches)
+    if run.lock:
+        run.lock.check()
     verdict, run.stop_code = agree(
         run.health.judge(metrics["loss"], run.stage.models), run.stopping.code()
     )
@@ -98,6 +100,7 @@ def validate(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint, or begin to."""
     states = gather_states()
+    run.log.sync()
     run.writer.save(
         run.iteration, run.sharded_state(is_loading=False), {"random_states": states}
     )

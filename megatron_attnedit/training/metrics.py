@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,7 +48,11 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, first_iteration: int) -> None:
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_iteration)
+        folder = directory / "tensorboard"
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=first_iteration)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error}") from None
 
     def write(self, iteration: int, values: Values) -> None:
         for name, number in scalars(values):
@@ -57,20 +63,39 @@ class TensorBoard:
 
 
 class JsonLines:
-    """``metrics.jsonl``; what an interrupted attempt logged later is dropped.
+    """``metrics.jsonl``: of every logged iteration each kind of line is there exactly once.
+
+    What an interrupted attempt logged later is dropped, and of lines that were written twice all
+    but the last. ``sync`` comes before a checkpoint, so that no crash leaves a checkpoint without
+    the lines before it.
 
     Args:
         directory: The run's folder.
         first_iteration: The first one that this attempt logs.
+
+    Raises:
+        UserError: the file cannot be read or written.
     """
 
     def __init__(self, directory: Path, first_iteration: int) -> None:
         self._file = directory / "metrics.jsonl"
         self.seconds = 0.0  # of earlier attempts
-        if self._file.is_file():
-            kept = [entry for entry in self._entries() if entry["iteration"] < first_iteration]
-            write_whole(self._file, "".join(json.dumps(entry) + "\n" for entry in kept))
-            self.seconds = kept[-1]["seconds"] if kept else 0.0
+        try:
+            if self._file.is_file():
+                kept = self._kept(first_iteration)
+                write_whole(self._file, "".join(json.dumps(entry) + "\n" for entry in kept))
+                self.seconds = kept[-1]["seconds"] if kept else 0.0
+        except OSError as error:
+            raise UserError(f"{self._file}: cannot be written: {error}") from None
+
+    def _kept(self, first_iteration: int) -> list[Values]:
+        """Lines of iterations before, in their order."""
+        last = {
+            (entry["iteration"], _kind(entry)): entry
+            for entry in self._entries()
+            if entry["iteration"] < first_iteration
+        }
+        return sorted(last.values(), key=lambda entry: entry["iteration"])
 
     def _entries(self) -> Iterator[Values]:
         for line in self._file.read_bytes().splitlines():
@@ -78,7 +103,9 @@ class JsonLines:
                 entry = json.loads(line)
             except ValueError:  # half a line, or the zeros of a lost page
                 continue
-            if isinstance(entry, dict) and {"iteration", "seconds"} <= entry.keys():
+            if not isinstance(entry, dict):
+                continue
+            if all(type(entry.get(key)) in (int, float) for key in ("iteration", "seconds")):
                 yield entry
 
     def write(self, iteration: int, values: Values) -> None:
@@ -88,8 +115,19 @@ class JsonLines:
         except OSError as error:
             raise UserError(f"{self._file}: cannot be written: {error}") from None
 
+    def sync(self) -> None:
+        """Every line written so far outlives a crash of the host."""
+        if self._file.is_file():
+            with suppress(OSError), self._file.open("rb") as file:
+                os.fsync(file.fileno())
+
     def close(self) -> None:
         """Every line is written at once."""
+
+
+def _kind(entry: Values) -> str:
+    """An iteration has one line, of its training or why it was skipped, and one of a validation."""
+    return "validation" if any(key.startswith("validation_") for key in entry) else "training"
 
 
 class MetricsLog:
@@ -140,6 +178,11 @@ class MetricsLog:
     def seconds(self) -> float:
         """Training time so far, earlier attempts counted."""
         return self._elapsed_before + time.monotonic() - self._start
+
+    def sync(self) -> None:
+        """Make sure of the lines, because a checkpoint says that their iterations are done."""
+        if self.enabled:
+            self._lines.sync()
 
     def step(self) -> None:
         """An iteration is done."""

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megatron_attnedit.checkpoint import run_folder, sharded_state
 from megatron_attnedit.checkpoint.lineage import read_lineage
+from megatron_attnedit.convert.output import on_first
 from megatron_attnedit.files import write_output
 from megatron_attnedit.training.metrics import MetricsLog, Sink
 from megatron_attnedit.training.optimizer import fitted, trains_anything
@@ -25,10 +26,7 @@ def start_or_resume(run: Run) -> None:
         UserError: the folder holds another run, or no checkpoint in it is good.
     """
     is_first = dist.get_rank() == 0
-    if is_first:
-        run.directory.mkdir(parents=True, exist_ok=True)
-        run_folder.clean(run.directory)
-    dist.barrier()
+    on_first(lambda: run_folder.make(run.directory), f"--save {run.directory}")
     _load(run)
     recipe = run.recipe
     others: list[Sink] = []

@@ -11,14 +11,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.checkpoint.lineage import Lineage
 from megatron_attnedit.checkpoint.run_folder import Retention
 from megatron_attnedit.checkpoint.writer import CheckpointWriter
+from megatron_attnedit.convert.output import on_first
 from megatron_attnedit.data.datasets import DataConfig, build_datasets, data_identity
 from megatron_attnedit.device import Accelerator, bootstrap
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.errors import STOPPED, UserError
+from megatron_attnedit.locks import Lock, folder_lock
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import edited_attentions
 from megatron_attnedit.models.teacher import can_be_recorded
@@ -54,31 +57,38 @@ def run(recipe: Recipe) -> int:
         UserError: anything in the recipe that cannot work, or a loss that is not finite.
     """
     started = time.monotonic()
+    lock = folder_lock(Path(recipe.save), "--save")
     try:
-        prepared = prepare(recipe, started)
+        prepared = prepare(recipe, started, lock)
         try:
             return STOPPED if train(prepared) else 0
         except UserError as error:
-            prepared.heartbeat.beat(prepared.iteration, FAILED, str(error))
+            if not lock.lost:
+                prepared.heartbeat.beat(prepared.iteration, FAILED, str(error))
             raise
         finally:
             prepared.writer.abort()
     finally:
         stop_processes()
+        lock.release()
 
 
-def prepare(recipe: Recipe, started: float = 0.0) -> Run:
+def prepare(recipe: Recipe, started: float = 0.0, lock: Lock | None = None) -> Run:
     """Start the processes, load teacher, student and data, and make the optimizer.
 
     Args:
         recipe: What to run.
         started: ``time.monotonic()`` at the start of the program; a time limit counts from it.
+        lock: Of the run's folder; rank 0 takes it before anything is loaded.
     """
     recipe.check_folders()
+    run_folder.check_writable(recipe.save, recipe.data_cache_path)
     start, before = find_student(recipe.load)
     parallel = ParallelConfig.from_fields(vars(recipe))
     parallel.check_sequence(recipe.seq_length)
     accelerator = start_processes(parallel, recipe.seed, recipe.distributed_timeout_minutes)
+    if lock:
+        on_first(lock.take, f"--save {recipe.save}")
     backend = recipe.attention_backend
     teacher = load_teacher(
         recipe.teacher,
@@ -124,6 +134,7 @@ def prepare(recipe: Recipe, started: float = 0.0) -> Run:
         optimizer=optimizer,
         schedule=schedule,
         flops_per_token=flops_per_token,
+        lock=lock,
         **_parts(recipe, lineage, started, accelerator),
     )
 

@@ -14,6 +14,7 @@ from megatron_attnedit.checkpoint import sharded_state
 from megatron_attnedit.checkpoint.lineage import Lineage
 from megatron_attnedit.checkpoint.writer import CheckpointWriter
 from megatron_attnedit.data.datasets import Batch, batches
+from megatron_attnedit.locks import Lock
 from megatron_attnedit.training.health import Health
 from megatron_attnedit.training.heartbeat import Heartbeat
 from megatron_attnedit.training.metrics import MetricsLog
@@ -41,6 +42,7 @@ class Run:
     health: Health
     stopping: Stopping
     heartbeat: Heartbeat
+    lock: Lock | None = None  # of the folder, held by rank 0
     iteration: int = 0
     stop_code: int = 0  # of the last iteration, agreed
     log: MetricsLog = field(init=False)
