@@ -59,6 +59,7 @@ def _fill(
         rows=mine,
         stored=DTYPES[opened.dtype(rows[0])],
         dtype=DTYPES[dtype],
+        verify=opened.verify,
         progress=is_first(),
         text="convert" if size == 1 else f"convert, share 1 of {size}",
     ) as reading:

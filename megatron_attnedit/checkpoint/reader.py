@@ -17,6 +17,7 @@ from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.convert.legacy_checkpoint import LegacyReader, is_legacy
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece
+from megatron_attnedit.convert.verification import Verification
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.student import edited_rows, student_rows
 
@@ -45,6 +46,7 @@ class Opened:
         rows: The whole model, teacher or student.
         stored: The rows that the checkpoint itself holds.
         source: Reads those.
+        verification: Of the files that ``source`` reads; under way.
         base: A student's teacher, which has the others.
     """
 
@@ -54,6 +56,7 @@ class Opened:
     rows: list[ParamRow]
     stored: list[ParamRow]
     source: Source
+    verification: Verification
     base: "Opened | None" = None
 
     def read(self, piece: Piece) -> list[Tensor]:
@@ -63,6 +66,16 @@ class Opened:
     def dtype(self, row: ParamRow) -> str:
         """Stored type of any row, in torch's words."""
         return self._holder(row).dtype(row)
+
+    def verify(self) -> None:
+        """Wait until all that is read is verified; collective.
+
+        Raises:
+            UserError: a file is not as it was written.
+        """
+        self.verification.finish()
+        if self.base:
+            self.base.verify()
 
     def _holder(self, row: ParamRow) -> Source:
         return self.source if not self.base or row.megatron_param in self._names else self.base
@@ -82,9 +95,11 @@ def open_checkpoint(path: Path, *, flag: str, teacher: str | None = None) -> Ope
             checkpoint that this program did not write, a directory with its ``config.json``.
 
     Raises:
-        UserError: it is none of these, incomplete, or its teacher is another model.
+        UserError: it is none of these, incomplete, damaged, or its teacher is another model.
     """
     start = start_of(path, flag)
+    if not is_hf(start):
+        run_folder.check_seal(start)
     lineage = find_lineage(start)
     if lineage is None or lineage.stage == "teacher":
         return _open_teacher(path, start, lineage, teacher)
@@ -152,11 +167,11 @@ def _open_teacher(
             f"{path}: not written by this program; give --teacher, a directory with its config.json"
         )
     rows = teacher_rows(hf)
-    source = _source(start, rows, hf)
+    verification, source = Verification(start), _source(start, rows, hf)
     if lineage is None:
         identity = fingerprint(rows, source.read)
         lineage = Lineage(stage="teacher", teacher=str(path), teacher_fingerprint=identity)
-    return Opened(path, hf, lineage, rows, rows, source)
+    return Opened(path, hf, lineage, rows, rows, source, verification)
 
 
 def _open_student(path: Path, start: Path, lineage: Lineage, teacher: str | None) -> Opened:
@@ -167,5 +182,5 @@ def _open_student(path: Path, start: Path, lineage: Lineage, teacher: str | None
     whole = is_legacy(start) or (start / "config.json").is_file()
     if lineage.trainable == "attention" and not whole:
         stored = edited_rows(base.hf, lineage.attention())
-    source = _source(start, stored, base.hf)
-    return Opened(path, base.hf, lineage, rows, stored, source, base)
+    verification, source = Verification(start), _source(start, stored, base.hf)
+    return Opened(path, base.hf, lineage, rows, stored, source, verification, base)

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_attnedit.checkpoint.lineage import FILE
-from megatron_attnedit.convert.integrity import check_hashes, check_sizes, is_sealed
+from megatron_attnedit.convert.integrity import MARKER, check_hashes, check_sizes
 from megatron_attnedit.convert.output import TRACKER, is_first
+from megatron_attnedit.convert.reading import MANIFEST
+from megatron_attnedit.convert.verification import check_small_files
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_file_writable, write_whole
 from megatron_attnedit.files import check_writable as check_folder_writable
@@ -90,7 +92,7 @@ def check_writable(directory: str, data_cache_path: str) -> None:
 
 
 def find(directory: str, flag: str) -> Path:
-    """The newest checkpoint; its files are there and of their size, if it says which.
+    """The newest checkpoint; its files are there and of their size.
 
     Raises:
         UserError: there is none, or a file is not as it was written.
@@ -98,9 +100,22 @@ def find(directory: str, flag: str) -> Path:
     found = latest(directory)
     if found is None:
         raise UserError(f"{flag} {directory}: no checkpoint there ({TRACKER} is missing)")
-    if is_sealed(found):  # other programs' checkpoints are not
-        check_sizes(found)
+    check_seal(found)
     return found
+
+
+def check_seal(folder: Path) -> None:
+    """A checkpoint of this program has its seal, and what can be checked quickly is good.
+
+    The rest is for ``convert.verification``, while the tensors are read.
+
+    Raises:
+        UserError: a file is not as it was written, or the seal is missing or damaged.
+    """
+    if any((folder / name).exists() for name in (MARKER, FILE, MANIFEST)):
+        check_small_files(folder)
+    else:
+        logger.info("%s: of another program: no %s, so nothing is verified", folder, MARKER)
 
 
 def last_good(directory: Path) -> Path | None:

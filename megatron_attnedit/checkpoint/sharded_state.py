@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_attnedit.convert.completeness import check_finite
 from megatron_attnedit.convert.dist_metadata import read_metadata
+from megatron_attnedit.convert.verification import verified
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.teacher import global_name
 
@@ -111,9 +112,14 @@ def _load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_params(path: Path, module_state: dict[str, Any]) -> None:
-    """Fill a model's own tensors from a checkpoint, and check that none is left out."""
+    """Fill a model's own tensors from a checkpoint; it is verified, and none is left out.
+
+    Raises:
+        UserError: see ``load``; or a file is not as it was written.
+    """
     params = _own_tensors(module_state)
-    load(path, {"model": module_state})
+    with verified(path):
+        load(path, {"model": module_state})
     for name, param in params.items():
         check_finite(param, where=str(path), name=name)
 

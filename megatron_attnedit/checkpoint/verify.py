@@ -68,6 +68,7 @@ def manifest_of(path: Path, teacher: str | None = None) -> dict[str, dict[str, o
         where=str(path),
         rows=opened.rows,
         stored=DTYPES[opened.dtype(opened.rows[0])],
+        verify=opened.verify,
         progress=True,
         text=path.name,
     ) as reading:

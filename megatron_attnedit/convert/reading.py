@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ class Reading:
         rows: What will be read; in order.
         stored: Type of the source's numbers.
         dtype: Type of the result; None: as stored, also where types are mixed.
+        verify: Waits for the verdict on the source's files, which are hashed meanwhile.
         progress: Show a progress bar with bytes read, rate and time left.
         text: Before the bar.
     """
@@ -39,12 +40,14 @@ class Reading:
         rows: Sequence[ParamRow],
         stored: torch.dtype,
         dtype: torch.dtype | None = None,
+        verify: Callable[[], None],
         progress: bool = False,
         text: str = "convert",
     ) -> None:
         self._read = read
         self._where = where
         self._dtype = dtype
+        self._verify = verify
         self._digests: dict[str, hashlib._Hash] = {}
         self._dtypes: dict[str, str] = {}
         self._shapes = hf_shapes(rows)
@@ -71,7 +74,12 @@ class Reading:
         return result
 
     def manifest(self) -> dict[str, dict[str, object]]:
-        """By Hugging Face name: type, shape and SHA-256 of what was read."""
+        """By Hugging Face name: type, shape and SHA-256 of what was read.
+
+        Raises:
+            UserError: a file of the source is not as it was written.
+        """
+        self._verify()
         return {
             name: {
                 "dtype": self._dtypes[name],

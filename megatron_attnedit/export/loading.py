@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_attnedit.convert.verification import Verification
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.export.cpu_attention import attention_implementation
 from megatron_attnedit.export.hf import register
@@ -17,9 +18,10 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any
     """Load a causal language model for evaluation, without running code from the directory.
 
     Raises:
-        UserError: it cannot be loaded, or its weights are incomplete.
+        UserError: it cannot be loaded, or its weights are incomplete or damaged.
     """
     register()
+    verification = Verification(directory)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -35,6 +37,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any
             raise UserError(
                 f"{directory}: {len(names)} {problem}, e.g. {sorted(map(str, names))[0]}"
             )
+    verification.finish()
     return model.to(device).eval()
 
 

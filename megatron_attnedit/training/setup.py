@@ -19,6 +19,7 @@ from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.fingerprint import fingerprint
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
+from megatron_attnedit.convert.verification import verified
 from megatron_attnedit.device import Accelerator, bootstrap, forget_recordings
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
@@ -101,7 +102,7 @@ def teacher_hf_dir(source: str) -> Path:
         source: Hugging Face directory, or imported Megatron checkpoint.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or damaged.
     """
     if (Path(source) / "config.json").is_file():
         return Path(source)
@@ -110,6 +111,7 @@ def teacher_hf_dir(source: str) -> Path:
     found = run_folder.latest(source)
     if found is None:
         raise UserError(f"--teacher {source}: neither config.json nor a Megatron checkpoint there")
+    run_folder.check_seal(found)
     return found / HF_FILES
 
 
@@ -142,7 +144,8 @@ def load_teacher(
         chunk.to(accelerator.device)
     if hf.path == Path(source):
         reader, rows = HFReader(hf.path), teacher_rows(hf)
-        load_from_hf(chunks, reader, rows, hf, progress=dist.get_rank() == 0)
+        with verified(hf.path):
+            load_from_hf(chunks, reader, rows, hf, progress=dist.get_rank() == 0)
         return Teacher(chunks, hf, fingerprint(rows, reader.read), source)
     path = run_folder.find(source, "--teacher")
     sharded_state.load_params(path, sharded_state.model_state(chunks))

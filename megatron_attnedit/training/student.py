@@ -13,6 +13,7 @@ from megatron_attnedit.checkpoint.lineage import Lineage
 from megatron_attnedit.checkpoint.reader import find_lineage, is_hf
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.verification import verified
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.student import (
     build_student,
@@ -93,7 +94,8 @@ class Student:
         edited = edited_rows(hf, self.attention)
         rows = student_rows(hf, self.attention) if start.is_dir() else edited
         names = None if stored_all else {row.megatron_param for row in edited}
-        load_from_hf(self.chunks, HFReader(start), rows, hf, only=names)
+        with verified(start):
+            load_from_hf(self.chunks, HFReader(start), rows, hf, only=names)
 
     def _attention_state(self) -> dict[str, Any]:
         return sharded_state.attention_state(self.attentions)
