@@ -36,6 +36,7 @@ from megatron_attnedit.errors import UserError
 logger = logging.getLogger(__name__)
 
 BEAT_S = 5.0
+CHECK_S = 1.0
 STALE_S = 120.0
 POLL_S = 0.5
 START_TOLERANCE_S = 5.0  # of the time at which a process began, which the kernel may correct
@@ -90,14 +91,14 @@ class Lock:
         self._remove_made_folders()
 
     def check(self) -> None:
-        """Stop a process whose lock was taken over; quick.
+        """Stop a process whose lock was taken over; it reads the file once in ``CHECK_S``.
 
         Raises:
             UserError: names the new owner.
         """
         if self._pid != os.getpid():
             return
-        if time.monotonic() - self._beaten > 2 * BEAT_S:  # suspended: the thread was, too
+        if time.monotonic() - self._beaten > CHECK_S:  # suspended: so was the thread
             self._renew()
         if self.lost:
             owner = _read(self._file)

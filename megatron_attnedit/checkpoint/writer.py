@@ -28,6 +28,7 @@ from megatron_attnedit.checkpoint.run_folder import KEEP_ALL, Retention
 from megatron_attnedit.checkpoint.sharded_state import COMMON, CONTENT
 from megatron_attnedit.convert.integrity import describe, seal
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import why_unwritten
 
 logger = logging.getLogger(__name__)
 
@@ -192,4 +193,5 @@ def _in_the_user_s_words(write: Callable[[], Any], where: Path) -> None:
 
 
 def _failed(where: Path, reason: str) -> str:
-    return f"{where}: cannot be written (disk full?): {reason}; older checkpoints are kept"
+    cause = why_unwritten(where, reason)
+    return f"{where}: cannot be written ({cause}); older checkpoints are kept"

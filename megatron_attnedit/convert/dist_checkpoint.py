@@ -39,6 +39,7 @@ from megatron_attnedit.convert.integrity import HashedFile
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece, Read, pieces_of, read_ahead
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import why_unwritten
 
 # What a run's checkpoint holds besides the model.
 IGNORED = {"*optimizer*": "optimizer state", "*_extra_state*": "empty without Transformer Engine"}
@@ -181,7 +182,8 @@ class DistWriter:
         except dcp.api.CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, RuntimeError):  # torch.save's word for an OSError
-                raise OSError(f"torch cannot write (disk full?): {cause}") from None
+                reason = str(cause).splitlines()[0]
+                raise OSError(why_unwritten(self._directory, reason)) from None
             raise cause from None
 
     def seal(self) -> None:

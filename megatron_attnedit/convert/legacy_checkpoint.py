@@ -25,6 +25,7 @@ from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece, Read, read_ahead
 from megatron_attnedit.convert.reading import as_bytes
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import why_unwritten
 
 FILE = "model_optim_rng.pt"
 UNFINISHED = f"{FILE}.writing"
@@ -118,8 +119,8 @@ def _reserve(content: dict[str, Any], file: Path) -> None:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(content, file)
     except RuntimeError as error:  # torch.save's word for an OSError
-        first_line = str(error).splitlines()[0]
-        raise OSError(f"torch cannot write {file} (disk full?): {first_line}") from None
+        reason = why_unwritten(file.parent, str(error).splitlines()[0])
+        raise OSError(f"{file}: {reason}") from None
 
 
 def _load(file: Path, *, mmap: bool) -> dict[str, Any]:

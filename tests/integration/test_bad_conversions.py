@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from megatron_attnedit.checkpoint.verify import manifest_of, verify
 from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.convert.hf_checkpoint import INDEX
+from megatron_attnedit.convert.integrity import seal
 from megatron_attnedit.convert.reading import Reading
 from megatron_attnedit.errors import UserError, run_tool
 from tests.support.conversions import change, change_config, make
@@ -116,6 +117,7 @@ def test_metadata_that_would_run_code(model, tmp_path):
     file = tmp_path / "megatron" / "iter_0000000" / ".metadata"
     good = read_metadata(file.parent)
     file.write_bytes(pickle.dumps(Evil()))
+    seal(file.parent)
     refused(tmp_path / "megatron", tmp_path / "out", "not a distributed", format="hf")
     good.planner_data = Evil()
     file.write_bytes(pickle.dumps(good))
@@ -229,8 +231,10 @@ def test_damaged_megatron_files(model, tmp_path):
     folder = make(model, tmp_path / "megatron") / "iter_0000000"
     data = (folder / "__0_0.distcp").read_bytes()
     (folder / "__0_0.distcp").write_bytes(data[: len(data) // 2])
+    seal(folder)  # damaged when it was written
     refused(tmp_path / "megatron", tmp_path / "out", "iter_0000000", "cannot be read", format="hf")
     (folder / ".metadata").write_bytes(b"nonsense")
+    seal(folder)
     refused(tmp_path / "megatron", tmp_path / "out", "not a distributed", format="hf")
 
 
@@ -238,8 +242,10 @@ def test_damaged_legacy_files(model, tmp_path):
     make(model, tmp_path / "legacy", "torch", tensor_model_parallel_size=2)
     file = tmp_path / "legacy" / "iter_0000001" / "mp_rank_01" / "model_optim_rng.pt"
     file.write_bytes(file.read_bytes()[:1000])
+    seal(file.parents[1])
     refused(tmp_path / "legacy", tmp_path / "out", "mp_rank_01", "cannot be loaded", format="hf")
     file.unlink()
+    seal(file.parents[1])
     refused(tmp_path / "legacy", tmp_path / "out", "mp_rank_01", format="hf")
 
 

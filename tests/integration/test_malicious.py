@@ -162,6 +162,7 @@ def test_a_run_s_own_folder_that_would_run_code(inputs, tmp_path, evil, place):
 def test_an_import_that_would_run_code_when_exported(inputs, tmp_path, evil, place):
     make(inputs / "hf", tmp_path / "megatron", dtype="float32")
     PLACES[place][0](tmp_path / "megatron" / "iter_0000000", evil)
+    seal(tmp_path / "megatron" / "iter_0000000")
     with refused(tmp_path, "iter_0000000"):
         make(tmp_path / "megatron", tmp_path / "out", "hf")
 
@@ -175,6 +176,7 @@ def test_mp_rank_files_that_would_run_code(inputs, tmp_path, evil, plainly):
     else:
         content = torch.load(file, weights_only=False)
         torch.save({**content, "rng_state": evil}, file)
+    seal(file.parents[1])
     with refused(tmp_path, "mp_rank_00", "cannot be loaded"):
         make(tmp_path / "legacy", tmp_path / "out", "hf")
 

@@ -96,10 +96,17 @@ def test_what_a_flag_names_is_checked_too(tmp_path):
         run_folder.find(str(tmp_path), "--load")
 
 
-def test_checkpoints_of_other_programs_have_no_marker(tmp_path):
+def test_a_checkpoint_of_this_program_has_a_marker(tmp_path):
     make(tmp_path, 2)
     (tmp_path / "iter_0000002" / MARKER).unlink()
-    assert run_folder.find(str(tmp_path), "--teacher").name == "iter_0000002"
+    with pytest.raises(UserError, match=rf"iter_0000002: incomplete, {MARKER} is missing"):
+        run_folder.find(str(tmp_path), "--teacher")
+
+
+def test_checkpoints_of_other_programs_have_no_marker(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        run_folder.check_seal(tmp_path)
+    assert f"{tmp_path}: of another program: no {MARKER}, so nothing is verified" in caplog.text
 
 
 @pytest.mark.parametrize(
