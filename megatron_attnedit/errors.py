@@ -12,6 +12,14 @@ class UserError(Exception):
     """Bad input. The message is one line that names the file, field or flag."""
 
 
+def in_short(error: BaseException) -> str:
+    """The first line of a library's message, without its advice to run code from the file."""
+    text = str(error).strip()
+    if "weights_only" in text or "Weights only" in text:
+        return "damaged, or holds something else than tensors and plain values"
+    return (text or repr(error)).splitlines()[0][:300]
+
+
 def run_tool(main: Callable[[], None]) -> None:
     """Run a tool's ``main``; a ``UserError`` becomes one line on stderr and ``BAD_INPUT``."""
     try:

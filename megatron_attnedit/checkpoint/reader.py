@@ -61,11 +61,13 @@ class Opened:
 
     def read(self, piece: Piece) -> list[Tensor]:
         """A piece of any row."""
-        return self._holder(piece.row).read(piece)
+        holder = self._holder(piece.row)
+        with holder.verification.explains():
+            return holder.source.read(piece)
 
     def dtype(self, row: ParamRow) -> str:
         """Stored type of any row, in torch's words."""
-        return self._holder(row).dtype(row)
+        return self._holder(row).source.dtype(row)
 
     def verify(self) -> None:
         """Wait until all that is read is verified; collective.
@@ -77,8 +79,9 @@ class Opened:
         if self.base:
             self.base.verify()
 
-    def _holder(self, row: ParamRow) -> Source:
-        return self.source if not self.base or row.megatron_param in self._names else self.base
+    def _holder(self, row: ParamRow) -> "Opened":
+        """The checkpoint that holds a row: this one, or the teacher's."""
+        return self if not self.base or row.megatron_param in self._names else self.base
 
     @functools.cached_property
     def _names(self) -> set[str]:
@@ -145,7 +148,16 @@ def start_of(path: Path, flag: str) -> Path:
     return start
 
 
-def _source(start: Path, rows: list[ParamRow], hf: HFConfig) -> Source:
+def _source(
+    start: Path, rows: list[ParamRow], hf: HFConfig
+) -> tuple[Source, Verification]:
+    """A reader, and the verification of what it reads, which begins."""
+    verification = Verification(start)
+    with verification.explains():
+        return _reader(start, rows, hf), verification
+
+
+def _reader(start: Path, rows: list[ParamRow], hf: HFConfig) -> Source:
     if is_hf(start):
         reader = HFReader(start)
         reader.check(rows, ignored_names(hf))
@@ -167,7 +179,7 @@ def _open_teacher(
             f"{path}: not written by this program; give --teacher, a directory with its config.json"
         )
     rows = teacher_rows(hf)
-    verification, source = Verification(start), _source(start, rows, hf)
+    source, verification = _source(start, rows, hf)
     if lineage is None:
         identity = fingerprint(rows, source.read)
         lineage = Lineage(stage="teacher", teacher=str(path), teacher_fingerprint=identity)
@@ -182,5 +194,5 @@ def _open_student(path: Path, start: Path, lineage: Lineage, teacher: str | None
     whole = is_legacy(start) or (start / "config.json").is_file()
     if lineage.trainable == "attention" and not whole:
         stored = edited_rows(base.hf, lineage.attention())
-    verification, source = Verification(start), _source(start, stored, base.hf)
+    source, verification = _source(start, stored, base.hf)
     return Opened(path, base.hf, lineage, rows, stored, source, verification, base)

@@ -38,7 +38,7 @@ from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.convert.integrity import HashedFile
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece, Read, pieces_of, read_ahead
-from megatron_attnedit.errors import UserError
+from megatron_attnedit.errors import UserError, in_short
 from megatron_attnedit.files import why_unwritten
 
 # What a run's checkpoint holds besides the model.
@@ -258,10 +258,8 @@ class DistReader:
         try:
             self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            first_line = str(error).strip().splitlines()[0][:200]
-            raise UserError(
-                f"{self.directory}: {stored.key} cannot be read: {first_line}"
-            ) from None
+            words = in_short(error)
+            raise UserError(f"{self.directory}: {stored.key} cannot be read: {words}") from None
         return target if stored.expert is None else target[0]
 
     def _near(self, stored: StoredParam) -> list[ChunkStorageMetadata]:

@@ -76,15 +76,32 @@ class Verification:
         Raises:
             UserError: names a file that is not as it was written; on every process.
         """
-        for thread in self._threads:
-            thread.join()
-        problem = next(iter(self._problems), "")
+        problem = self._own_verdict()
         problems: list[str | None] = [problem]
         if dist.is_initialized():
             problems = [None] * dist.get_world_size()
             dist.all_gather_object(problems, problem)
         if found := next(filter(None, problems), ""):
             raise UserError(found)
+
+    @contextlib.contextmanager
+    def explains(self) -> Iterator[None]:
+        """Where the block cannot read a file, the verdict on it comes before the reader's words.
+
+        Raises:
+            UserError: that of this process's share; or the block's own.
+        """
+        try:
+            yield
+        except UserError:
+            if problem := self._own_verdict():
+                raise UserError(problem) from None
+            raise
+
+    def _own_verdict(self) -> str:
+        for thread in self._threads:
+            thread.join()
+        return next(iter(self._problems), "")
 
     def _work(self) -> None:
         with contextlib.suppress(Empty):
@@ -104,7 +121,8 @@ def verified(place: Path) -> Iterator[None]:
         UserError: see ``Verification.finish``.
     """
     verification = Verification(place)
-    yield
+    with verification.explains():
+        yield
     verification.finish()
 
 

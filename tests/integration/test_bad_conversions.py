@@ -121,12 +121,14 @@ def test_metadata_that_would_run_code(model, tmp_path):
     refused(tmp_path / "megatron", tmp_path / "out", "not a distributed", format="hf")
     good.planner_data = Evil()
     file.write_bytes(pickle.dumps(good))
+    seal(file.parent)
     refused(tmp_path / "megatron", tmp_path / "out", "not a distributed", format="hf")
     assert not (tmp_path / "ran").exists()
     good.planner_data = None
     first = next(iter(good.storage_data.values()))
     first.relative_path = "../../secret.distcp"
     file.write_bytes(pickle.dumps(good))
+    seal(file.parent)
     refused(tmp_path / "megatron", tmp_path / "out", "secret.distcp", "outside", format="hf")
 
 
