@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 5.0
 CHECK_S = 1.0
-STALE_S = 120.0
+STALE_S = 45.0  # less than the shortest --distributed-timeout-minutes: other ranks wait meanwhile
 POLL_S = 0.5
 START_TOLERANCE_S = 5.0  # of the time at which a process began, which the kernel may correct
 

@@ -31,7 +31,10 @@ fi
 shift 2
 
 logs=${ATTNEDIT_LOGS:-logs}/$(hostname)
-mkdir -p "$logs"
+if ! mkdir -p "$logs" || ! [ -w "$logs" ]; then
+    echo "error: ATTNEDIT_LOGS: $logs cannot be written" >&2
+    exit 2
+fi
 ranks=(--nproc-per-node "$ATTNEDIT_DEVICES" --max-restarts 0)
 if [ "${NNODES:-1}" -eq 1 ]; then
     ranks+=(--standalone)

@@ -13,7 +13,7 @@ from megatron_attnedit.convert.pieces import pieces_of
 from megatron_attnedit.convert.reading import DTYPES, Reading
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.export.loading import load_model, load_tokenizer
-from megatron_attnedit.files import write_output
+from megatron_attnedit.files import check_file_writable, check_writable, write_output
 
 TOKENS = 512
 
@@ -38,6 +38,9 @@ def verify(
     Returns:
         Whether all tensors are the same, bit for bit.
     """
+    if json_file:
+        check_writable(json_file.parent, "--json")
+        check_file_writable(json_file)
     manifests = manifest_of(a, teacher), manifest_of(b, teacher)
     result = compare(*manifests)
     if text:

@@ -190,6 +190,8 @@ def _in_the_user_s_words(write: Callable[[], Any], where: Path) -> None:
         causes = [str(cause).strip().splitlines()[0] for cause, _ in error.failures.values()]
         reason = causes[0][:200] if causes else "see rank 0"
         raise UserError(_failed(where, reason)) from None
+    except OSError as error:  # of Megatron's own small files
+        raise UserError(_failed(where, str(error))) from None
 
 
 def _failed(where: Path, reason: str) -> str:

@@ -130,7 +130,7 @@ def test_an_owner_elsewhere_that_was_alive_lately_is_waited_for(tmp_path, owner,
 def test_an_owner_elsewhere_is_alive_when_its_heart_beats(tmp_path, owner, monkeypatch):
     monkeypatch.setattr(locks, "POLL_S", 0.05)
     os.kill(owner.pid, signal.SIGSTOP)
-    rewrite(file_of(tmp_path), age=60, **OTHER)
+    rewrite(file_of(tmp_path), age=20, **OTHER)
     threading.Timer(0.5, os.utime, [file_of(tmp_path)]).start()
     with pytest.raises(UserError, match=rf"{owner.pid} on node7"):
         lock_of(tmp_path).take()
