@@ -163,7 +163,7 @@ def test_a_run_whose_unfinished_checkpoint_is_removed(inputs, tmp_path, monkeypa
         write(function, partial, *args)
         shutil.rmtree(partial)
 
-    monkeypatch.setattr(writing, "_write_and_hash", write_and_remove)
+    monkeypatch.setattr(writer, "_write_and_hash", write_and_remove)
     recipe = small_recipe(
         Stage1Recipe, inputs, "mla", tmp_path / "run", train_iters=1, async_save=behind
     )
