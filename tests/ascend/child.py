@@ -25,7 +25,13 @@ class _Triton(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {}) if name[0].isupper() else MagicMock(name=name)
+        if name[0].isupper():
+            return type(name, (), {"__init__": lambda self, *args, **kwargs: None})
+        mock = MagicMock(name=name)
+        active = {"runtime": mock.driver.active, "driver": mock.active, "active": mock}.get(name)
+        if active is not None:  # it is asked which device it drives
+            active.get_current_target.return_value.backend = "npu"
+        return mock
 
 
 class _NoTriton(MetaPathFinder, Loader):

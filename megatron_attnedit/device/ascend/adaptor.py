@@ -61,10 +61,16 @@ class Adaptor:
     repatch: Callable[[dict[str, Any]], object] | None = None
 
     def configure(self, grid: Mapping[str, Any]) -> None:
-        """Hand over the run's grid and the fixed options; before Megatron's groups are formed."""
+        """Hand over the run's grid and the fixed options; before Megatron's groups are formed.
+
+        MindSpeed puts them into every ``TransformerConfig`` that does not set them itself, where
+        an empty text is no default: an empty pipeline layout is one without layers. What is empty
+        is therefore handed over as Megatron's default, None.
+        """
         if self.repatch is not None:
+            options = {name: None if value == "" else value for name, value in grid.items()}
             with hidden_argv():
-                self.repatch({**OPTIONS, **grid})
+                self.repatch({**OPTIONS, **options})
 
 
 @contextlib.contextmanager
