@@ -11,11 +11,9 @@ A parameter is converted at a time, so memory stays small. Run under torchrun
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
-from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import run_tool
 from megatron_attnedit.logs import start_logging
 
@@ -81,8 +79,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = vars(parse_args())
     start_logging()
-    # Ends as an exception, so that what is half-written is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    from megatron_attnedit.device import bootstrap
+
     bootstrap()
     from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
     from megatron_attnedit.checkpoint.verify import verify

@@ -4,7 +4,6 @@
 import argparse
 import dataclasses
 
-from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import run_tool
 from megatron_attnedit.logs import start_logging
 
@@ -15,6 +14,8 @@ MEASURED_ON += ("calibration_data_path", "calibration_tokens")
 
 def main() -> None:
     start_logging()
+    from megatron_attnedit.device import bootstrap
+
     bootstrap()
     from megatron_attnedit.attention.flags import add_student_flags, student_flag_names
     from megatron_attnedit.training.edit import EditConfig, edit

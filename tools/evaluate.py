@@ -11,6 +11,7 @@ import functools
 import tempfile
 from pathlib import Path
 
+from megatron_attnedit import stop_signals
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError, run_tool
 from megatron_attnedit.files import check_file_writable, check_writable, write_output
@@ -109,7 +110,8 @@ def evaluate(args: argparse.Namespace) -> None:
     students = [parse_student(text) for text in args.student]
     check_students(students)
     dtype = args.dtype or ("float32" if accelerator.kind == "cpu" else "bfloat16")
-    with tempfile.TemporaryDirectory() as folder:
+    # A student's weights may be in the folder, which is removed whatever happens.
+    with stop_signals.held(), tempfile.TemporaryDirectory() as folder:
         directory = hf_directory(args.teacher, Path(folder))
         tokenizer = load_tokenizer(directory)
         windows = token_windows(

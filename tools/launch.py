@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """torchrun with two additions: the ranks' exit code comes through, and signals reach them.
 
-Takes torchrun's arguments. Exit code 75 (saved, start me again) or 2 (bad input) of any rank is
-this program's; any other failure is 1. SIGTERM and SIGUSR1 are handed to the ranks, which save and
-leave; torchrun itself would give them 30 seconds, and none on SIGUSR1.
+Takes torchrun's arguments. Exit code 75 (saved, start me again), 2 (bad input) or 130 (SIGINT
+twice) of any rank is this program's; any other failure is 1. SIGTERM, SIGUSR1 and SIGINT are handed
+to the ranks, which save and leave, or at the second SIGINT end at once; torchrun itself would give
+them 30 seconds, and none on SIGUSR1.
 """
 
 import contextlib
+import os
 import signal
 import sys
 from types import FrameType
@@ -16,7 +18,8 @@ import psutil
 
 from megatron_attnedit.errors import BAD_INPUT, STOPPED
 
-HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
+HANDED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+AT_ONCE = 128 + signal.SIGINT
 
 
 class Launcher:
@@ -29,7 +32,7 @@ class Launcher:
         self.told_to_stop = True
         ranks = psutil.Process().children()
         if not ranks:  # they have not begun
-            sys.exit(STOPPED)
+            os._exit(STOPPED)  # an exception would pass through torchrun, wherever that is
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
@@ -38,16 +41,19 @@ class Launcher:
         for number in HANDED_ON:
             signal.signal(number, self.hand_on)
         # Seconds of imports, in which a signal must not be lost.
+        from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import parse_args, run
 
         args: Any = parse_args(argv)
         if hasattr(args, "signals_to_handle"):  # older torchruns take SIGTERM for themselves
-            args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+            args.signals_to_handle = "SIGHUP,SIGQUIT"
         try:
             run(args)
         except ChildFailedError as failure:
             return self.exit_code({part.exitcode for part in failure.failures.values()})
+        except SignalException as signalled:  # those that torchrun keeps; it has ended the ranks
+            return 128 + signalled.sigval
         finally:
             for rank in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -55,7 +61,7 @@ class Launcher:
         return 0
 
     def exit_code(self, codes: set[int]) -> int:
-        for code in (BAD_INPUT, STOPPED):
+        for code in (BAD_INPUT, STOPPED, AT_ONCE):
             if code in codes:
                 return code
         # A rank that is still starting dies of the signal: nothing new was there to save.

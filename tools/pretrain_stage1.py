@@ -3,13 +3,15 @@
 
 import sys
 
-from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import run_tool
 from megatron_attnedit.logs import start_logging
 
 
 def main() -> None:
     start_logging()
+    # Inside, because it takes seconds, in which a signal must end the program without a traceback.
+    from megatron_attnedit.device import bootstrap
+
     bootstrap()
     from megatron_attnedit.training.dry_run import dry_run
     from megatron_attnedit.training.recipe import Stage1Recipe

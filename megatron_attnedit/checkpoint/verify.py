@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_attnedit import stop_signals
 from megatron_attnedit.checkpoint.as_hf import hf_directory
 from megatron_attnedit.checkpoint.reader import open_checkpoint
 from megatron_attnedit.convert.pieces import pieces_of
@@ -106,10 +107,11 @@ def logit_difference(a: Path, b: Path, text: Path, teacher: str | None = None) -
     if not text.is_file():
         raise UserError(f"--text {text}: no such file")
     device = torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
+    with stop_signals.held(), tempfile.TemporaryDirectory() as folder:
         logits = []
         ids = None
         for path in (a, b):
+            stop_signals.check()
             directory = hf_directory(path, Path(folder), teacher)
             if ids is None:
                 ids = load_tokenizer(directory)(text.read_text(), return_tensors="pt").input_ids

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_attnedit import stop_signals
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_writable
 from megatron_attnedit.locks import folder_lock, output_lock
@@ -91,7 +92,14 @@ def new_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         UserError: the disk is full, for example.
+        StoppedBySignal: between two pieces, or before what was there is replaced.
     """
+    with stop_signals.held():
+        yield from _new_directory(output, overwrite)
+
+
+def _new_directory(output: Path, overwrite: bool) -> Iterator[Path]:
+    """The same, where signals are noted."""
     partial = _partial(output)
     try:
         barrier()
@@ -100,6 +108,7 @@ def new_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
             partial.mkdir(parents=True)
         barrier()
         yield partial
+        stop_signals.check()
         barrier()
         on_first(lambda: _put_in_place(output, overwrite), f"--output {output}")
         barrier()

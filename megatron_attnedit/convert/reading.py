@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import Self
 
+from megatron_attnedit import stop_signals
 from megatron_attnedit.convert.completeness import check_finite
 from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
 from megatron_attnedit.convert.pieces import Piece, Read
@@ -63,6 +64,7 @@ class Reading:
         self._bar.close()
 
     def __call__(self, piece: Piece) -> list[Tensor]:
+        stop_signals.check()
         result = []
         for (name, _, _), tensor in zip(piece.hf_slices(), self._read(piece), strict=True):
             check_finite(tensor, where=self._where, name=name)

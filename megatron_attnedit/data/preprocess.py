@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_attnedit import stop_signals
 from megatron_attnedit.data.documents import DatasetOptions, expand_inputs, read_documents
 from megatron_attnedit.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
 from megatron_attnedit.errors import UserError
@@ -86,8 +87,16 @@ def _preprocess(config: PreprocessConfig) -> dict[str, Any]:
             f"--tokenizer {config.tokenizer}: has no end-of-document token; use --no-append-eod"
         )
     partial = f"{config.output}{PARTIAL}{os.getpid()}"
+    with stop_signals.held():
+        return _write_and_rename(config, sources, tokenizer, partial)
+
+
+def _write_and_rename(
+    config: PreprocessConfig, sources: list[str], tokenizer: Tokenizer, partial: str
+) -> dict[str, Any]:
     try:
         description = _write(config, sources, tokenizer, partial)
+        stop_signals.check()
         # The description goes first and comes last: it never stands beside data of another run.
         Path(config.output + ".json").unlink(missing_ok=True)
         for suffix in SUFFIXES:
@@ -163,6 +172,7 @@ def _tokenized(
     chunks = _chunked(_texts(config, sources, counts))
     with tqdm(desc="tokenize", unit=" docs", unit_scale=True, mininterval=1.0) as bar:
         for chunk in _encoded(chunks, config.tokenizer, config.workers):
+            stop_signals.check()
             bar.update(len(chunk))
             seconds = bar.format_dict["elapsed"] or 1e-9
             bar.set_postfix_str(f"{counts.bytes / 1e6 / seconds:.1f} MB/s", refresh=False)

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 import megatron_attnedit
+from megatron_attnedit import stop_signals
 from megatron_attnedit.data.tokenizer import end_of_document
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.compare import Measured, compare, compared
@@ -54,6 +55,7 @@ def load_students(
     for student in students:
         loaded[student.name] = {}
         for state, path in student.directories.items():
+            stop_signals.check()
             directory = as_hf(path)
             model = load_model(directory, teacher.dtype, teacher.device)
             check_same_vocabulary(teacher, model, tokenizer, teacher_dir, path)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_attnedit import stop_signals
 from megatron_attnedit.attention.registry import student_attention_class
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.checkpoint import run_folder, sharded_state
@@ -143,7 +144,8 @@ def edit(config: EditConfig) -> Path:
             recipe={"init": config.init, "seed": config.seed, **config.flags},
         )
         state = {"model": sharded_state.attention_state(attentions)}
-        return save(Path(config.save), 0, state, lineage)
+        with stop_signals.held():  # complete or absent: not half of it, which would stay
+            return save(Path(config.save), 0, state, lineage)
     finally:
         stop_processes()
 

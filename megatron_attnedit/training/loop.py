@@ -8,12 +8,14 @@ from megatron.core import parallel_state
 
 from megatron_attnedit.data.datasets import Batch
 from megatron_attnedit.training.health import BAD_LOSS, FINE, agree
-from megatron_attnedit.training.heartbeat import FINISHED, STOPPED
+from megatron_attnedit.training.heartbeat import FAILED, FINISHED, STOPPED
 from megatron_attnedit.training.random_state import gather_states
 from megatron_attnedit.training.resuming import start_or_resume
 from megatron_attnedit.training.run_state import Run
 
 logger = logging.getLogger(__name__)
+
+AT_ONCE = "received SIGINT twice: ended at once; the last good checkpoint is kept"
 
 
 def train(run: Run) -> str:
@@ -29,6 +31,7 @@ def train(run: Run) -> str:
     start_or_resume(run)
     num_microbatches = recipe.num_microbatches(parallel_state.get_data_parallel_world_size())
     train_batches = run.batches(run.train_data, run.iteration * recipe.global_batch_size)
+    run.stopping.before_end = lambda: run.heartbeat.beat(run.iteration, FAILED, AT_ONCE)
     with run.stopping:
         if run.iteration == 0:
             validate(run)
@@ -43,8 +46,8 @@ def train(run: Run) -> str:
             run.writer.poll()
             run.heartbeat.beat(run.iteration)
         run.writer.finish()
-    run.log.close()
-    run.heartbeat.beat(run.iteration, STOPPED if reason else FINISHED, reason)
+        run.log.close()
+        run.heartbeat.beat(run.iteration, STOPPED if reason else FINISHED, reason)
     if reason:
         logger.info("stopped after iteration %d: %s", run.iteration, reason)
     return reason

@@ -3,25 +3,33 @@
 Any rank may have one; all stop after the same iteration, with a checkpoint.
 """
 
+import contextlib
 import signal
-import threading
 import time
-from types import FrameType, TracebackType
-from typing import Any
+from collections.abc import Callable
+from types import TracebackType
 
 from typing_extensions import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from megatron_attnedit import stop_signals
+from megatron_attnedit.stop_signals import SIGNALS
+
+__all__ = ["SIGNALS", "Stopping"]
+
 TIME_IS_UP = 1  # beside signal numbers, of which none that is caught is 1
 
 
 class Stopping:
-    """Notes signals while it is entered.
+    """Notes signals while it is entered (``stop_signals``).
 
     Args:
         exit_duration_in_mins: Minutes from ``started`` after which to stop; 0: never.
         exit_interval: Stop after an iteration that is a multiple of it; 0: never.
         started: ``time.monotonic()`` at the start of the program.
+
+    Attributes:
+        before_end: Is called, in another thread, when SIGINT has come twice and the process ends
+            at once.
     """
 
     def __init__(
@@ -30,12 +38,11 @@ class Stopping:
         self._limit_s = exit_duration_in_mins * 60
         self._interval = exit_interval
         self._started = started
-        self._signal = 0
-        self._before: dict[int, Any] = {}
+        self._held = contextlib.ExitStack()
+        self.before_end: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._held.enter_context(stop_signals.held(lambda: self.before_end()))
         return self
 
     def __exit__(
@@ -44,17 +51,13 @@ class Stopping:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        # Again and again: a scheduler signals the launcher, which passes it on, and its processes.
-        self._signal = number
+        stop_signals.forget()  # the last checkpoint is that of now, or the run has failed anyway
+        self._held.close()
 
     def code(self) -> int:
         """This rank's reason as a number, 0 for none; ranks agree on the largest."""
-        if self._signal:
-            return self._signal
+        if stop_signals.noted():
+            return stop_signals.noted()
         is_over = self._limit_s and time.monotonic() - self._started >= self._limit_s
         return TIME_IS_UP if is_over else 0
 

@@ -22,7 +22,8 @@ from tests.ascend import stand_in_cann
 
 VERSION = "2.13.0"
 ROOT = Path(__file__).parents[2]
-CACHE = Path(tempfile.gettempdir()) / f"megatron_attnedit-{os.getuid()}"
+# The user's own, not the common temporary folder, where others could put something by that name.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_attnedit-tests"
 # Names a folder with another torch_npu of this version.
 VARIABLE = "MEGATRON_ATTNEDIT_TORCH_NPU"
 # Names a checkout of MindSpeed, which no package index has.
@@ -35,7 +36,10 @@ class Unavailable(Exception):
 
 def _made_once(folder: Path, make: Any) -> Path:
     """``folder``, filled under another name first, so that it is whole or absent."""
-    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unavailable(f"{folder.parent} cannot be made: {error.strerror}") from None
     if folder.parent.stat().st_uid != os.getuid():
         raise Unavailable(f"{folder.parent} is somebody else's")
     if not folder.is_dir():

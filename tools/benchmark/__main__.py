@@ -12,6 +12,7 @@ convert:   import and export of a model, against cp of the same bytes.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megatron_attnedit import stop_signals
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError, run_tool
 from megatron_attnedit.logs import start_logging
@@ -236,10 +238,12 @@ def main() -> None:
     args = parse_args()
     config = read_config(args)
     if args.suite == "convert":
-        convert(args, config)
+        with stop_signals.held():  # so that --scratch is removed
+            convert(args, config)
         return
     suites = {"attention": kernels, "kl": kernels, "scaling": scaling}
-    rows = suites.get(args.suite, stage)(args, config)
+    with stop_signals.held() if args.suite == "checkpoint" else contextlib.nullcontext():
+        rows = suites.get(args.suite, stage)(args, config)
     if os.environ.get("RANK", "0") != "0":
         return
     print(json.dumps(rows, indent=1))

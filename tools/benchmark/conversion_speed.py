@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_attnedit import stop_signals
 from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.convert.hf_writer import HFWriter
@@ -145,6 +146,7 @@ def _run(command: list[str]) -> tuple[float, float]:
     done.set()
     watcher.join()
     if code:
+        stop_signals.check()  # the command was asked to stop, too
         raise UserError(f"{' '.join(command)}: exit code {code}")
     return seconds, largest[0]
 

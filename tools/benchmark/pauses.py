@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megatron_attnedit import stop_signals
 from megatron_attnedit.checkpoint import run_folder, sharded_state
 from megatron_attnedit.checkpoint.lineage import Lineage
 from megatron_attnedit.checkpoint.writer import CheckpointWriter
@@ -41,6 +42,7 @@ def _one_way(built: Training, folder: Path, *, behind: bool) -> dict[str, float]
     writer = CheckpointWriter(folder, lineage, background=behind, retention=retention)
     pauses, completes, meanwhile = [], [], []
     for iteration in range(1, ROUNDS + 1):
+        stop_signals.check()
         bootstrap().synchronize()
         start = time.perf_counter()
         writer.save(iteration, _state(built))
