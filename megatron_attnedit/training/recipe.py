@@ -1,83 +1,82 @@
 """What a run may be told, with Megatron's names, and what does not go together."""
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.layerwise import NORMALISATIONS
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_output_folder
 from megatron_attnedit.models.grid import num_microbatches
-from megatron_attnedit.training.random_state import check_seed
+from megatron_attnedit.training.options import check_options, flag_name, option
+from megatron_attnedit.training.random_state import LARGEST_SEED
 
 POLICIES = ("stop", "skip")  # for bad iterations
-COUNTS = (
-    "keep_last keep_every exit_duration_in_mins exit_interval max_skipped_iterations "
-    "loss_spike_factor max_epochs"
-)
-
-
-def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A recipe field: its default, its help text with the unit, and what it may be."""
-    metadata = {"help": text, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+# Megatron keeps the order of a run's samples in memory, 16 bytes and more for each.
+MOST_SAMPLES = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What both stages have in common. Flags are the field names with dashes."""
 
-    teacher: str = option("", "teacher: Hugging Face directory, or imported Megatron checkpoint")
-    load: str = option("", "student to start from: checkpoint, exported model or edited weights")
-    save: str = option("", "folder for checkpoints, metrics.jsonl and TensorBoard; resumed from")
-    train_data_path: list[str] = option(
-        [], "prefix of .bin/.idx files, or weight prefix weight prefix ..."
+    teacher: str = option(
+        "", "teacher: Hugging Face directory, or imported Megatron checkpoint", is_path=True
     )
-    valid_data_path: list[str] = option([], "the same for validation; empty: no validation")
-    data_cache_path: str = option("", "folder for data indices; default: data-cache inside --save")
+    load: str = option(
+        "", "student to start from: checkpoint, exported model or edited weights", is_path=True
+    )
+    save: str = option(
+        "", "folder for checkpoints, metrics.jsonl and TensorBoard; resumed from", is_path=True
+    )
+    train_data_path: list[str] = option(
+        [], "prefix of .bin/.idx files, or weight prefix weight prefix ...", is_path=True
+    )
+    valid_data_path: list[str] = option(
+        [], "the same for validation; empty: no validation", is_path=True
+    )
+    data_cache_path: str = option(
+        "", "folder for data indices; default: data-cache inside --save", is_path=True
+    )
     eod_mask_loss: bool = option(False, "leave end-of-document tokens out of the loss")
 
-    seq_length: int = option(4096, "tokens of a sample")
-    micro_batch_size: int = option(1, "samples that one process computes at a time")
-    global_batch_size: int = option(32, "samples of an iteration, over all processes")
-    train_iters: int = option(1000, "iterations (optimizer updates)")
+    seq_length: int = option(4096, "tokens of a sample", minimum=1)
+    micro_batch_size: int = option(1, "samples that one process computes at a time", minimum=1)
+    global_batch_size: int = option(32, "samples of an iteration, over all processes", minimum=1)
+    train_iters: int = option(1000, "iterations (optimizer updates)", minimum=1)
 
-    lr: float = option(1e-3, "largest learning rate")
-    min_lr: float = option(1e-5, "last learning rate")
+    lr: float = option(1e-3, "largest learning rate", above=0)
+    min_lr: float = option(1e-5, "last learning rate", minimum=0)
     lr_decay_style: str = option(
         "cosine",
         "shape of the decay; WSD: warm-up, stable, decay",
         ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
-    lr_wsd_decay_iters: int = option(0, "with WSD, last iterations: those of the decay")
+    lr_wsd_decay_iters: int = option(0, "with WSD, last iterations: those of the decay", minimum=0)
     lr_wsd_decay_style: str = option(
         "minus_sqrt", "shape of WSD's decay", ("exponential", "linear", "cosine", "minus_sqrt")
     )
-    lr_warmup_iters: int = option(0, "iterations of linear warm-up")
-    weight_decay: float = option(0.0, "AdamW's weight decay")
-    adam_beta1: float = option(0.9, "AdamW's first moment")
-    adam_beta2: float = option(0.95, "AdamW's second moment")
-    adam_eps: float = option(1e-8, "AdamW's epsilon")
-    clip_grad: float = option(1.0, "largest norm of the gradient; 0: no clipping")
+    lr_warmup_iters: int = option(0, "iterations of linear warm-up", minimum=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", minimum=0)
+    adam_beta1: float = option(0.9, "AdamW's first moment", minimum=0, below=1)
+    adam_beta2: float = option(0.95, "AdamW's second moment", minimum=0, below=1)
+    adam_eps: float = option(1e-8, "AdamW's epsilon", above=0, maximum=1)
+    clip_grad: float = option(1.0, "largest norm of the gradient; 0: no clipping", minimum=0)
     bf16: bool = option(False, "bfloat16 parameters with float32 master weights")
-    seed: int = option(1234, "of data order")
+    seed: int = option(1234, "of data order", maximum=LARGEST_SEED, minimum=0)
 
-    tensor_model_parallel_size: int = option(1, "processes that share each layer")
+    tensor_model_parallel_size: int = option(1, "processes that share each layer", minimum=1)
     sequence_parallel: bool = option(False, "cut norms over tensor-parallel processes, too")
-    pipeline_model_parallel_size: int = option(1, "stages that the layers are cut into")
+    pipeline_model_parallel_size: int = option(1, "stages that the layers are cut into", minimum=1)
     num_virtual_stages_per_pipeline_rank: int = option(
-        1, "pieces of the model on each process; above 1: interleaved pipeline"
+        1, "pieces of the model on each process; above 1: interleaved pipeline", minimum=1
     )
     pipeline_model_parallel_layout: str = option(
         "", "layers of each stage, for example Et|ttt|tttL (E embedding, t layer, L loss)"
     )
-    context_parallel_size: int = option(1, "processes that share each sequence")
-    expert_model_parallel_size: int = option(1, "processes that share the experts")
-    expert_tensor_parallel_size: int = option(1, "processes that share each expert")
+    context_parallel_size: int = option(1, "processes that share each sequence", minimum=1)
+    expert_model_parallel_size: int = option(1, "processes that share the experts", minimum=1)
+    expert_tensor_parallel_size: int = option(1, "processes that share each expert", minimum=1)
     gradient_accumulation_fusion: bool = option(
         True, "weight gradients straight into main gradients"
     )
@@ -104,61 +103,55 @@ class Recipe:
         "expert parallelism",
     )
 
-    log_interval: int = option(10, "iterations between log lines")
-    eval_interval: int = option(100, "iterations between validations; also runs first and last")
-    eval_iters: int = option(10, "global batches of a validation")
+    log_interval: int = option(10, "iterations between log lines", minimum=1)
+    eval_interval: int = option(
+        100, "iterations between validations; also runs first and last", minimum=1
+    )
+    eval_iters: int = option(10, "global batches of a validation", minimum=1)
     wandb_project: str = option("", "Weights & Biases project to log to, besides TensorBoard")
     wandb_exp_name: str = option("", "name of the run there; default: that of the folder --save")
 
-    save_interval: int = option(500, "iterations between checkpoints; the last one is always saved")
+    save_interval: int = option(
+        500, "iterations between checkpoints; the last one is always saved", minimum=1
+    )
     async_save: bool | None = option(
         None, "write checkpoints behind the training; not given: on accelerators, not on a CPU"
     )
-    keep_last: int = option(0, "newest checkpoints that stay; 0: all")
+    keep_last: int = option(0, "newest checkpoints that stay; 0: all", minimum=0)
     keep_every: int = option(
-        0, "with --keep-last: those of iterations that are a multiple of it stay, too; 0: none"
+        0, "with --keep-last: those of iterations that are a multiple of it stay, too; 0: none",
+        minimum=0,
     )
 
     exit_duration_in_mins: float = option(
-        0.0, "minutes after which to save and exit with code 75; 0: no limit"
+        0.0, "minutes after which to save and exit with code 75; 0: no limit", minimum=0
     )
     exit_interval: int = option(
-        0, "save and exit with code 75 after an iteration that is a multiple of it; 0: never"
+        0, "save and exit with code 75 after an iteration that is a multiple of it; 0: never",
+        minimum=0,
     )
     distributed_timeout_minutes: int = option(
-        10, "minutes until a process stops waiting for another one"
+        10, "minutes until a process stops waiting for another one", minimum=1, maximum=43200
     )
     bad_iterations: str = option(
         "stop", "what to do when loss or gradients are not finite, or a loss jumps", POLICIES
     )
-    max_skipped_iterations: int = option(10, "iterations that --bad-iterations skip may skip")
-    loss_spike_factor: float = option(
-        0.0, "a loss above so many times its running mean is bad; 0: none is"
+    max_skipped_iterations: int = option(
+        10, "iterations that --bad-iterations skip may skip", minimum=0
     )
-    max_epochs: float = option(0.0, "times that the training data may be read; 0: any number")
+    loss_spike_factor: float = option(
+        0.0, "a loss above so many times its running mean is bad; 0: none is", minimum=0
+    )
+    max_epochs: float = option(
+        0.0, "times that the training data may be read; 0: any number", minimum=0
+    )
 
     def __post_init__(self) -> None:
         for name in ("teacher", "load", "save", "train_data_path"):
-            if not getattr(self, name):
+            if getattr(self, name) in ("", []):
                 raise UserError(f"--{name.replace('_', '-')} is required")
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            choices = item.metadata["choices"]
-            if choices and value not in choices:
-                flag = item.name.replace("_", "-")
-                raise UserError(f"--{flag} {value!r}: expected one of {', '.join(choices)}")
-        positive = "seq_length micro_batch_size global_batch_size train_iters lr"
-        intervals = " log_interval eval_interval eval_iters save_interval"
-        intervals += " distributed_timeout_minutes"
-        for name in (positive + intervals).split():
-            if not getattr(self, name) > 0:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} {getattr(self, name)}: expected a positive number")
-        for name in COUNTS.split():
-            if getattr(self, name) < 0:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} {getattr(self, name)}: expected 0 or a positive number")
-        check_seed(self.seed)
+        check_options(self)
+        self._check_samples()
         if self.keep_every and not self.keep_last:
             raise UserError(f"--keep-every {self.keep_every}: all stay without --keep-last")
         if 0 < self.loss_spike_factor <= 1:
@@ -176,7 +169,7 @@ class Recipe:
                 "--optimizer-cpu-offload needs --bf16 and --use-distributed-optimizer: mcore's "
                 "optimizer on the host is of that kind"
             )
-        if not 0 <= self.lr_warmup_iters < self.train_iters:
+        if self.lr_warmup_iters >= self.train_iters:
             raise UserError(
                 f"--lr-warmup-iters {self.lr_warmup_iters}: expected from 0 to less than "
                 f"--train-iters {self.train_iters}"
@@ -191,8 +184,21 @@ class Recipe:
             raise UserError(
                 f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters}: needs --lr-decay-style WSD"
             )
-        if not 0 <= self.min_lr <= self.lr:
+        if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr}: expected from 0 to --lr {self.lr}")
+
+    def _check_samples(self) -> None:
+        counts = {"train_iters": self.train_iters}
+        if self.valid_data_path:
+            counts["eval_iters"] = self.eval_iters
+        for name, iterations in counts.items():
+            samples = iterations * self.global_batch_size
+            if samples > MOST_SAMPLES:
+                raise UserError(
+                    f"{flag_name(name)} {iterations} times --global-batch-size "
+                    f"{self.global_batch_size}: {samples:,} samples, more than the "
+                    f"{MOST_SAMPLES:,} whose order is kept in memory"
+                )
 
     def check_folders(self) -> None:
         """Find out before anything is loaded whether the folders that a run writes can be made.
@@ -223,19 +229,17 @@ class Stage1Recipe(Recipe):
         "layer", "error divided by the layer's or by each token's energy", NORMALISATIONS
     )
     student_input_start: float = option(
-        0.0, "probability in the first iteration that a layer gets the student's own hidden states"
+        0.0, "probability in the first iteration that a layer gets the student's own hidden states",
+        minimum=0, maximum=1,
     )
     student_input_end: float = option(
-        0.0, "the same in the last iteration, linear between; both 0: layers get the teacher's only"
+        0.0,
+        "the same in the last iteration, linear between; both 0: layers get the teacher's only",
+        minimum=0, maximum=1,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("student_input_start", "student_input_end"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} {value}: expected a probability, from 0 to 1")
         if self.record and self.overlap_grad_reduce:
             raise UserError(
                 "--record does not go with --overlap-grad-reduce: in a replay nothing tells when a "
@@ -252,13 +256,15 @@ class Stage1Recipe(Recipe):
 class Stage2Recipe(Recipe):
     """Model-level distillation."""
 
-    lr: float = option(1e-4, "largest learning rate")
+    lr: float = option(1e-4, "largest learning rate", above=0)
     kl: str = option("forward", "divergence: forward is KL(teacher || student)", tuple(DIVERGENCES))
-    temperature: float = option(1.0, "divides the logits of both models")
-    feature_matching_weight: float = option(
-        0.0, "weight of 1 - cosine of hidden states against the KL loss; 0: off"
+    temperature: float = option(
+        1.0, "divides the logits of both models", minimum=0.01, maximum=1000
     )
-    kl_chunk_tokens: int = option(1024, "tokens whose logits live at a time")
+    feature_matching_weight: float = option(
+        0.0, "weight of 1 - cosine of hidden states against the KL loss; 0: off", minimum=0
+    )
+    kl_chunk_tokens: int = option(1024, "tokens whose logits live at a time", minimum=1)
     recompute: str = option(
         "none",
         "what backward computes again to save memory: core attention, or whole layers",

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import read_input
+from megatron_attnedit.training.options import flag_name, shown
 from megatron_attnedit.training.recipe import Recipe
+
+LARGEST_FILE = 256 * 1024  # bytes; YAML is read slowly, and a recipe is a page
 
 
 def _field_types(cls: type[Recipe]) -> dict[str, Any]:
@@ -29,23 +33,43 @@ def _checked(name: str, value: Any, kind: Any, where: str) -> Any:
     if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if wanted is list and isinstance(value, list | str):
         items = value if isinstance(value, list) else [value]
-        return [str(item) for item in items]
+        if all(isinstance(item, str | int | float) for item in items) and True not in items:
+            return [str(item) for item in items]
     if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
     raise UserError(
-        f"{where}: {name} is {value!r}, expected {getattr(wanted, '__name__', wanted)}"
+        f"{where}: {name} is {shown(value)}, expected {getattr(wanted, '__name__', wanted)}"
     )
 
 
-def _repeated_key(text: str) -> str | None:
-    """The first key that is there twice; PyYAML would keep the last value without a word."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    return next((key for key in keys if keys.count(key) > 1), None)
+def _check_shape(root: Node | None) -> None:
+    """Keys and plain values, each key once: PyYAML would keep the last value without a word.
+
+    Values inside of values are refused before anything is made of them: a few lines of YAML can
+    name each other, and stand for more than a memory holds.
+
+    Raises:
+        UserError: names the key.
+    """
+    if root is None:
+        return
+    if not isinstance(root, MappingNode):
+        raise UserError("expected keys and values")
+    seen = set()
+    for key, value in root.value:
+        if not isinstance(key, ScalarNode):
+            raise UserError("expected keys that are words")
+        name = shown(key.value)
+        if key.value in seen:
+            raise UserError(f"key {name} is there more than once")
+        seen.add(key.value)
+        parts = value.value if isinstance(value, SequenceNode) else [value]
+        if not all(isinstance(part, ScalarNode) for part in parts):
+            raise UserError(f"{name} holds keys or lists, expected a value or a list of values")
 
 
 def _suggestion(key: Any, known: Iterable[str]) -> str:
@@ -56,20 +80,26 @@ def _suggestion(key: Any, known: Iterable[str]) -> str:
 
 
 def _read_yaml(path: Path) -> Any:
-    """What a YAML file holds; every key once.
+    """What a YAML file holds: keys, each once, and plain values.
 
     Raises:
         UserError: it holds something else.
     """
-    text = read_input(path)
     try:
-        repeated = _repeated_key(text)
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # the latter of dates and numbers
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if repeated is not None:
-        raise UserError(f"{path}: key {repeated!r} is there more than once")
-    return content
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise UserError(f"{size:,} bytes; a recipe has at most {LARGEST_FILE:,}")
+        loader = yaml.SafeLoader(read_input(path))
+        root = loader.get_single_node()
+        _check_shape(root)
+        return loader.construct_document(root) if root is not None else None
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+    except RecursionError:
+        raise UserError(f"{path}: values inside of values, too deep for a recipe") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # of dates, numbers and sets, too
+        text = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid YAML: {text[:300]}") from None
 
 
 def read_recipe_file(cls: type[Recipe], file: str | Path) -> dict[str, Any]:
@@ -82,12 +112,10 @@ def read_recipe_file(cls: type[Recipe], file: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     content = _read_yaml(path) or {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys and values")
     kinds = _field_types(cls)
     for key in content:
         if key not in kinds:
-            raise UserError(f"{path}: unknown key {key!r}; {_suggestion(key, kinds)}")
+            raise UserError(f"{path}: unknown key {shown(key)}; {_suggestion(key, kinds)}")
     defaults = {item.name: item.default for item in dataclasses.fields(cls)}
     return {
         key: _checked(key, value, kinds[key], str(path))
@@ -118,7 +146,7 @@ def parser_for(cls: type[Recipe], description: str) -> argparse.ArgumentParser:
             kwargs.update(nargs="+", metavar="ARG")
         else:
             kwargs.update(type=kinds[item.name], metavar=kinds[item.name].__name__.upper())
-        parser.add_argument(f"--{item.name.replace('_', '-')}", **kwargs)
+        parser.add_argument(flag_name(item.name), **kwargs)
     return parser
 
 
