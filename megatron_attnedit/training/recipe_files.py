@@ -46,6 +46,21 @@ def _checked(name: str, value: Any, kind: Any, where: str) -> Any:
     )
 
 
+class _FlatLoader(yaml.SafeLoader):
+    """Reads no further where values are inside of values: PyYAML's time grows with their square."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        self._depth += 1
+        if self._depth > 3:  # the keys, a value's list, its entries
+            raise UserError("values inside of values, too deep for a recipe")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+
 def _check_shape(root: Node | None) -> None:
     """Keys and plain values, each key once: PyYAML would keep the last value without a word.
 
@@ -88,15 +103,13 @@ def _read_yaml(path: Path) -> Any:
     try:
         if (size := path.stat().st_size) > LARGEST_FILE:
             raise UserError(f"{size:,} bytes; a recipe has at most {LARGEST_FILE:,}")
-        loader = yaml.SafeLoader(read_input(path))
+        loader = _FlatLoader(read_input(path))
         root = loader.get_single_node()
         _check_shape(root)
         return loader.construct_document(root) if root is not None else None
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None
-    except RecursionError:
-        raise UserError(f"{path}: values inside of values, too deep for a recipe") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:  # of dates, numbers and sets, too
         text = " ".join(str(error).split())
         raise UserError(f"{path}: not valid YAML: {text[:300]}") from None
