@@ -186,8 +186,31 @@ def build_datasets(
     if is_first():
         drop_bad_indices(Path(config.data_cache_path))
     barrier()
+    train, valid = check_datasets(
+        config, train_samples=train_samples, valid_samples=valid_samples
+    )
+    return (
+        _build(config, *train, 0, train_samples),
+        _build(config, *valid, 1, valid_samples) if valid else None,
+    )
+
+
+Checked = tuple[tuple[list[str], list[float] | None], _Tokenizer]
+
+
+def check_datasets(
+    config: DataConfig, *, train_samples: int, valid_samples: int
+) -> tuple[Checked, Checked | None]:
+    """Find out before anything is loaded whether ``build_datasets`` can be.
+
+    Returns:
+        Prefixes, weights and tokenizer of the training data, and of the validation data.
+
+    Raises:
+        UserError: files are missing, too short, or of another tokenizer than the model's.
+    """
     flag = config.train_flag
-    blend, tokenizer = _checked_blend(config, config.train_data_path, flag)
+    train = blend, tokenizer = _checked_blend(config, config.train_data_path, flag)
     check_amount(
         [(prefix, describe(prefix, flag)["tokens"]) for prefix in blend[0]],
         blend[1],
@@ -196,16 +219,13 @@ def build_datasets(
         flag=flag,
     )
     if not config.valid_data_path or not valid_samples:
-        return _build(config, blend, tokenizer, 0, train_samples), None
+        return train, None
     flag = "--valid-data-path"
-    valid_blend, valid_tokenizer = _checked_blend(config, config.valid_data_path, flag)
+    valid = valid_blend, valid_tokenizer = _checked_blend(config, config.valid_data_path, flag)
     name = "tokenizer_sha256"
     if valid_tokenizer.unique_identifiers[name] != tokenizer.unique_identifiers[name]:
         raise UserError(f"{flag} {valid_blend[0][0]}: another tokenizer than --train-data-path's")
-    return (
-        _build(config, blend, tokenizer, 0, train_samples),
-        _build(config, valid_blend, valid_tokenizer, 1, valid_samples),
-    )
+    return train, valid
 
 
 def _stack(samples: list[dict[str, Tensor]]) -> Batch:

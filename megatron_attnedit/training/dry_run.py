@@ -7,21 +7,27 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_attnedit.attention.flags import add_student_flags, student_flag_names
 from megatron_attnedit.attention.registry import student_attention_class
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
-from megatron_attnedit.data.token_files import check_amount, describe
+from megatron_attnedit.data.token_files import describe
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import write_output
-from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.planning.activations import Workload
 from megatron_attnedit.planning.communication_volume import Traffic, traffic_of_stages
 from megatron_attnedit.planning.memory import RESERVE_BYTES, RankMemory, memory_of_stages
+from megatron_attnedit.training.checks import (
+    check_data,
+    check_grid,
+    check_save,
+    check_student,
+    data_config,
+    lineage_of,
+)
 from megatron_attnedit.training.recipe import Recipe, Stage2Recipe
 from megatron_attnedit.training.recipe_files import parser_for, read_recipe_file
 from megatron_attnedit.training.setup import teacher_hf_dir
@@ -121,9 +127,9 @@ def plan_run(
         raise UserError(f"--world-size {world_size}: expected a positive number")
     recipe.check_folders()
     hf = read_hf_config(teacher_hf_dir(recipe.teacher))
-    student = _student(recipe.load, flags, hf)
-    parallel = ParallelConfig.from_fields(vars(recipe))
+    student, parallel = _student(recipe, flags, hf), recipe.parallel()
     work = check_run(recipe, hf, student, parallel, world_size)
+    _check_what_is_here(recipe, hf)
     memory = memory_of_stages(hf, student, parallel, work)
     traffic = traffic_of_stages(hf, student, parallel, work)
     return DryRun(recipe, hf, student, parallel, world_size, work, memory, traffic)
@@ -141,20 +147,10 @@ def check_run(
     Raises:
         UserError: names the flag.
     """
-    dtype = torch.bfloat16 if recipe.bf16 else torch.float32
-    recompute = getattr(recipe, "recompute", "none")
-    count = parallel.num_microbatches(
-        world_size,
-        global_batch_size=recipe.global_batch_size,
-        micro_batch_size=recipe.micro_batch_size,
-    )
-    transformer_config(
-        hf, parallel, dtype, recompute=recompute, moe_grouped_gemm=recipe.moe_grouped_gemm
-    )
-    parallel.check_student(student, recipe.seq_length)
+    count = check_grid(recipe, hf, student, parallel, world_size)
     return Workload(
         stage=2 if isinstance(recipe, Stage2Recipe) else 1,
-        bytes_per_number=dtype.itemsize,
+        bytes_per_number=2 if recipe.bf16 else 4,
         seq_length=recipe.seq_length,
         micro_batch_size=recipe.micro_batch_size,
         num_microbatches=count,
@@ -164,21 +160,45 @@ def check_run(
         optimizer_cpu_offload=recipe.optimizer_cpu_offload,
         moe_grouped_gemm=recipe.moe_grouped_gemm,
         trainable=getattr(recipe, "trainable", "attention"),
-        recompute=recompute,
+        recompute=getattr(recipe, "recompute", "none"),
         feature_matching=getattr(recipe, "feature_matching_weight", 0.0) > 0,
         kl_chunk_tokens=getattr(recipe, "kl_chunk_tokens", 1),
         runs_student=getattr(recipe, "runs_student", False),
     )
 
 
-def _student(load: str, flags: dict[str, Any], hf: HFConfig) -> StudentAttention:
+def _student(recipe: Recipe, flags: dict[str, Any], hf: HFConfig) -> StudentAttention:
     if flags["student_attention"]:
         return student_attention_class(flags["student_attention"]).from_flags(flags, hf)
-    if not Path(load).exists():
+    if not Path(recipe.load).exists():
         raise UserError(
-            f"--load {load}: not there; --student-attention and its dimensions say what will be"
+            f"--load {recipe.load}: not there; --student-attention and its dimensions say what "
+            "will be"
         )
-    return find_student(load)[1].attention()
+    return find_student(recipe.load)[1].attention()
+
+
+def _check_what_is_here(recipe: Recipe, hf: HFConfig) -> None:
+    """The run's other checks, of those of its files that this machine has.
+
+    Raises:
+        UserError: names the flag, field or file.
+    """
+    student = find_student(recipe.load) if Path(recipe.load).exists() else None
+    if student is not None:
+        check_student(recipe, *student)
+    if data_is_here(recipe):
+        data = data_config(recipe, hf)
+        check_data(recipe, data)
+        if student is not None:
+            check_save(recipe, lineage_of(recipe, student[1], data))
+
+
+def data_is_here(recipe: Recipe) -> bool:
+    """Are the tokens of all training and validation data on this machine?"""
+    paths = filter(None, (recipe.train_data_path, recipe.valid_data_path))
+    prefixes = [prefix for path in paths for prefix in get_blend_from_list(path)[0]]
+    return all(Path(f"{prefix}.bin").is_file() for prefix in prefixes)
 
 
 def _grid_lines(found: DryRun) -> list[str]:
@@ -223,12 +243,10 @@ def _schedule_lines(found: DryRun) -> list[str]:
 def _data_line(recipe: Recipe, needed: int) -> str:
     """How often the data is read, where it is on this machine."""
     flag = "--train-data-path"
-    prefixes, weights = get_blend_from_list(recipe.train_data_path)
-    if not all(Path(f"{prefix}.bin").is_file() for prefix in prefixes):
+    if not data_is_here(recipe):
         return "data       not here: not checked"
-    files = [(prefix, describe(prefix, flag)["tokens"]) for prefix in prefixes]
-    check_amount(files, weights, needed=needed, max_epochs=recipe.max_epochs, flag=flag)
-    tokens = sum(count for _, count in files)
+    prefixes, _ = get_blend_from_list(recipe.train_data_path)
+    tokens = sum(describe(prefix, flag)["tokens"] for prefix in prefixes)
     return f"data       {tokens / 1e6:,.1f} M tokens, each read {needed / tokens:.2f} times"
 
 

@@ -73,9 +73,18 @@ def wrap(
     return models, optimizer, schedule
 
 
-def _optimizer(models: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
+def check_offload(recipe: Recipe) -> None:
+    """Refuse to unload a device that is not there.
+
+    Raises:
+        UserError: names the flag.
+    """
     if recipe.optimizer_cpu_offload and bootstrap().kind == "cpu":
         raise UserError("--optimizer-cpu-offload: this machine has no accelerator to unload")
+
+
+def _optimizer(models: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
+    check_offload(recipe)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

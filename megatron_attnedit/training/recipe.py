@@ -7,7 +7,7 @@ from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.layerwise import NORMALISATIONS
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_output_folder
-from megatron_attnedit.models.grid import num_microbatches
+from megatron_attnedit.models.grid import ParallelConfig, num_microbatches
 from megatron_attnedit.training.options import check_options, flag_name, option
 from megatron_attnedit.training.random_state import LARGEST_SEED
 
@@ -209,6 +209,14 @@ class Recipe:
         check_output_folder(Path(self.save), "--save")
         if self.data_cache_path:
             check_output_folder(Path(self.data_cache_path), "--data-cache-path")
+
+    def parallel(self) -> ParallelConfig:
+        """The grid.
+
+        Raises:
+            UserError: its sizes do not go together.
+        """
+        return ParallelConfig.from_fields(vars(self))
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Micro-batches of one process in an iteration.

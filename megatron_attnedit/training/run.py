@@ -9,25 +9,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
-from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.checkpoint.lineage import Lineage
 from megatron_attnedit.checkpoint.run_folder import Retention
 from megatron_attnedit.checkpoint.writer import CheckpointWriter
 from megatron_attnedit.convert.output import on_first
-from megatron_attnedit.data.datasets import DataConfig, build_datasets, data_identity
+from megatron_attnedit.data.datasets import build_datasets
 from megatron_attnedit.device import Accelerator, bootstrap
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.errors import STOPPED, UserError
 from megatron_attnedit.locks import Lock, folder_lock
-from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import edited_attentions
 from megatron_attnedit.models.teacher import can_be_recorded
 from megatron_attnedit.planning.flops import stage1_flops, stage2_flops
+from megatron_attnedit.training.checks import (
+    Checked,
+    check_all,
+    check_teacher_of,
+    finished,
+    own_copies,
+)
 from megatron_attnedit.training.health import Health
-from megatron_attnedit.training.heartbeat import FAILED, Heartbeat
+from megatron_attnedit.training.heartbeat import FAILED, FINISHED, Heartbeat
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.optimizer import wrap
 from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
@@ -36,12 +40,13 @@ from megatron_attnedit.training.sanity import check_teacher
 from megatron_attnedit.training.setup import (
     Teacher,
     load_teacher,
+    quiet_other_ranks,
     start_processes,
     stop_processes,
 )
 from megatron_attnedit.training.stages import Stage, Stage1, Stage2
 from megatron_attnedit.training.stopping import Stopping
-from megatron_attnedit.training.student import Student, find_student
+from megatron_attnedit.training.student import Student
 from megatron_attnedit.training.student_inputs import StudentInputs
 
 logger = logging.getLogger(__name__)
@@ -59,7 +64,11 @@ def run(recipe: Recipe) -> int:
     started = time.monotonic()
     lock = folder_lock(Path(recipe.save), "--save")
     try:
-        prepared = prepare(recipe, started, lock)
+        checked, accelerator = _start(recipe, lock)
+        if iterations := finished(recipe):
+            _say_finished(recipe, iterations)
+            return 0
+        prepared = _prepare(recipe, checked, accelerator, started, lock)
         try:
             return STOPPED if train(prepared) else 0
         except UserError as error:
@@ -73,26 +82,50 @@ def run(recipe: Recipe) -> int:
         lock.release()
 
 
-def prepare(recipe: Recipe, started: float = 0.0, lock: Lock | None = None) -> Run:
+def _say_finished(recipe: Recipe, iterations: int) -> None:
+    """Nothing is left to do, and nothing is loaded for it."""
+    first = dist.get_rank() == 0
+    beat = Heartbeat(Path(recipe.save), enabled=first, train_iters=recipe.train_iters).beat
+    beat(iterations, FINISHED)
+    logger.info(
+        "--save %s: finished already, at iteration %d of --train-iters %d; a larger --train-iters "
+        "goes on from there",
+        recipe.save, iterations, recipe.train_iters,
+    )  # fmt: skip
+
+
+def prepare(recipe: Recipe, started: float = 0.0) -> Run:
     """Start the processes, load teacher, student and data, and make the optimizer.
 
     Args:
         recipe: What to run.
         started: ``time.monotonic()`` at the start of the program; a time limit counts from it.
-        lock: Of the run's folder; rank 0 takes it before anything is loaded.
     """
-    recipe.check_folders()
-    run_folder.check_writable(recipe.save, recipe.data_cache_path)
-    start, before = find_student(recipe.load)
-    parallel = ParallelConfig.from_fields(vars(recipe))
-    parallel.check_sequence(recipe.seq_length)
-    accelerator = start_processes(parallel, recipe.seed, recipe.distributed_timeout_minutes)
+    return _prepare(recipe, *_start(recipe), started)
+
+
+def _start(recipe: Recipe, lock: Lock | None = None) -> tuple[Checked, Accelerator]:
+    """What costs little comes first: it refuses most mistakes, and nothing has been waited for."""
+    quiet_other_ranks()
+    checked = check_all(recipe)
+    timeout = recipe.distributed_timeout_minutes
+    accelerator = start_processes(checked.parallel, recipe.seed, timeout)
     if lock:
         on_first(lock.take, f"--save {recipe.save}")
+    return checked, accelerator
+
+
+def _prepare(
+    recipe: Recipe,
+    checked: Checked,
+    accelerator: Accelerator,
+    started: float,
+    lock: Lock | None = None,
+) -> Run:
     backend = recipe.attention_backend
     teacher = load_teacher(
         recipe.teacher,
-        parallel,
+        checked.parallel,
         torch.bfloat16 if recipe.bf16 else torch.float32,
         accelerator,
         attention_backend=backend,
@@ -100,17 +133,19 @@ def prepare(recipe: Recipe, started: float = 0.0, lock: Lock | None = None) -> R
         moe_grouped_gemm=recipe.moe_grouped_gemm,
         gradient_accumulation_fusion=recipe.gradient_accumulation_fusion,
     )
-    if teacher.fingerprint != before.teacher_fingerprint:
-        raise UserError(
-            f"--load {recipe.load}: its teacher was {before.teacher}, whose weights are not "
-            f"those of --teacher {recipe.teacher}"
-        )
-    parallel.check_student(before.attention(), recipe.seq_length)
-    own_copies = isinstance(recipe, Stage2Recipe) and recipe.trainable == "all"
-    student = Student(teacher, start, before, attention_backend=backend, own_copies=own_copies)
-    size = parallel_state.get_data_parallel_world_size()
-    parallel.check_microbatches(recipe.num_microbatches(size))
-    data_config, train_data, valid_data = _data(recipe, teacher)
+    check_teacher_of(recipe, checked.before, teacher.fingerprint)
+    student = Student(
+        teacher,
+        checked.start,
+        checked.before,
+        attention_backend=backend,
+        own_copies=own_copies(recipe),
+    )
+    train_data, valid_data = build_datasets(
+        checked.data,
+        train_samples=recipe.train_iters * recipe.global_batch_size,
+        valid_samples=recipe.eval_iters * recipe.global_batch_size,
+    )
     check_teacher(teacher, train_data)
     if isinstance(recipe, Stage2Recipe):
         modules, stage_of, flops_per_token = _stage2(recipe, teacher, student)
@@ -118,24 +153,18 @@ def prepare(recipe: Recipe, started: float = 0.0, lock: Lock | None = None) -> R
         assert isinstance(recipe, Stage1Recipe)
         modules, stage_of, flops_per_token = _stage1(recipe, teacher, student)
     models, optimizer, schedule = wrap(modules, recipe)
-    lineage = before.then(
-        "stage2" if isinstance(recipe, Stage2Recipe) else "stage1",
-        trainable="all" if own_copies else "attention",
-        recipe=vars(recipe),
-        data=data_identity(data_config),
-    )
     return Run(
         recipe=recipe,
         train_data=train_data,
         valid_data=valid_data,
         student_state=student.state,
-        lineage=lineage,
+        lineage=checked.lineage,
         stage=stage_of(models),
         optimizer=optimizer,
         schedule=schedule,
         flops_per_token=flops_per_token,
         lock=lock,
-        **_parts(recipe, lineage, started, accelerator),
+        **_parts(recipe, checked.lineage, started, accelerator),
     )
 
 
@@ -230,21 +259,3 @@ def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> Parts:
     flops = stage2_flops(teacher.hf, recipe.seq_length, trainable=recipe.trainable)
     return modules, functools.partial(Stage2, modules), flops
 
-
-def _data(recipe: Recipe, teacher: Teacher) -> tuple[DataConfig, Any, Any]:
-    data_config = DataConfig(
-        train_data_path=recipe.train_data_path,
-        valid_data_path=recipe.valid_data_path,
-        seq_length=recipe.seq_length,
-        seed=recipe.seed,
-        vocab_size=teacher.hf.vocab_size,
-        eod_mask_loss=recipe.eod_mask_loss,
-        data_cache_path=recipe.data_cache_path or str(Path(recipe.save) / "data-cache"),
-        max_epochs=recipe.max_epochs,
-    )
-    train_data, valid_data = build_datasets(
-        data_config,
-        train_samples=recipe.train_iters * recipe.global_batch_size,
-        valid_samples=recipe.eval_iters * recipe.global_batch_size,
-    )
-    return data_config, train_data, valid_data

@@ -53,9 +53,14 @@ def start_processes(
     accelerator.configure_megatron(vars(parallel))
     parallel.start(timeout_minutes)
     random_state.start(seed)
-    if dist.get_rank() != 0:
-        logging.getLogger("megatron_attnedit").setLevel(logging.ERROR)
+    quiet_other_ranks()
     return accelerator
+
+
+def quiet_other_ranks() -> None:
+    """What the first rank says, the others need not."""
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("megatron_attnedit").setLevel(logging.ERROR)
 
 
 def stop_processes() -> None:

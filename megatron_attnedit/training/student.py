@@ -44,6 +44,19 @@ def find_student(load: str) -> tuple[Path, Lineage]:
     return start, lineage
 
 
+def check_shared(start: Path, lineage: Lineage, *, own_copies: bool) -> None:
+    """A student that was trained whole needs copies of the modules that are else the teacher's.
+
+    Raises:
+        UserError: it would get none.
+    """
+    if lineage.trainable == "all" and not own_copies:
+        raise UserError(
+            f"{start}: everything was trained in it, and this run shares frozen modules with "
+            "the teacher; give --trainable all"
+        )
+
+
 class Student:
     """A loaded student and what of it a run may train.
 
@@ -76,11 +89,7 @@ class Student:
             for chunk in self.chunks
             for layer_idx, module in edited_attentions(chunk, self.attention).items()
         }
-        if lineage.trainable == "all" and not own_copies:
-            raise UserError(
-                f"{start}: everything was trained in it, and this run shares frozen modules with "
-                "the teacher; give --trainable all"
-            )
+        check_shared(start, lineage, own_copies=own_copies)
         self.own_copies = own_copies
         if is_hf(start):
             self._load_from_hf(teacher.hf, start, stored_all=lineage.trainable == "all")

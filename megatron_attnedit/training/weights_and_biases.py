@@ -1,5 +1,6 @@
 """Weights & Biases, where it is installed and asked for; nothing else imports it."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,18 @@ from megatron_attnedit.files import write_whole
 from megatron_attnedit.training.metrics import Values, scalars
 
 ID_FILE = "wandb-id.txt"
+
+
+def check_installed(project: str) -> None:
+    """Find out before the work whether the package is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if find_spec("wandb") is None:
+        raise UserError(
+            f"--wandb-project {project}: the package wandb is not installed (pip install wandb)"
+        )
 
 
 class WeightsAndBiases:
@@ -27,12 +40,9 @@ class WeightsAndBiases:
     """
 
     def __init__(self, directory: Path, project: str, name: str, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                f"--wandb-project {project}: the package wandb is not installed (pip install wandb)"
-            ) from None
+        check_installed(project)
+        import wandb
+
         id_file = directory / ID_FILE
         known = id_file.read_text().strip() if id_file.is_file() else None
         self._run = wandb.init(

@@ -15,7 +15,7 @@ from megatron_attnedit.checkpoint.lineage import read_lineage
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.planning.communication_volume import traffic_of_stages
 from megatron_attnedit.training.dry_run import check_run
-from megatron_attnedit.training.run import parallel_config, prepare
+from megatron_attnedit.training.run import prepare
 from tests.support import processes
 from tests.support.grids import GRIDS, STAGES
 from tests.support.inputs import make_inputs
@@ -100,7 +100,7 @@ def predicted(stage, folder, student, save, grid, world_size):
     """Of each pipeline stage, by kind."""
     cls, fields = STAGES[stage]
     recipe = small_recipe(cls, folder, student, save, **fields, **grid)
-    parallel = parallel_config(recipe)
+    parallel = recipe.parallel()
     attention = read_lineage(run_folder.find(str(folder / student), "--load")).attention()
     hf = read_hf_config(folder / "hf")
     work = check_run(recipe, hf, attention, parallel, world_size)
