@@ -13,8 +13,9 @@ import torch
 from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.convert.integrity import MARKER, files_in
 from megatron_attnedit.errors import BAD_INPUT, STOPPED, UserError
+from megatron_attnedit.stop_signals import SAME_REQUEST_S
 from megatron_attnedit.training.heartbeat import Heartbeat
-from megatron_attnedit.training.loop import train
+from megatron_attnedit.training.loop import AT_ONCE, train
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from tests.support.attempts import Attempt, contents, differences, metrics
@@ -237,7 +238,7 @@ def heartbeat(save):
     return json.loads((save / "heartbeat.json").read_text())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(inputs, tmp_path, number):
     save, log = tmp_path / "run", tmp_path / "log.txt"
     fields = {"train_iters": 500, "save_interval": 500, "tensor_model_parallel_size": 2}
@@ -253,6 +254,30 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(inputs, tmp_path, numb
     beat = heartbeat(save)
     assert (beat["state"], beat["iteration"]) == ("stopped", iteration)
     assert beat["why"] == f"received {number.name}"
+
+
+def test_sigint_twice_ends_a_rank_that_waits_for_one_that_hangs(inputs, tmp_path):
+    save, log = tmp_path / "run", tmp_path / "log.txt"
+    fields = {"train_iters": 500, "save_interval": 500, "tensor_model_parallel_size": 2}
+    attempt = Attempt(2, recipe(inputs, save, **fields), log)
+    file = save / "metrics.jsonl"
+    while attempt.is_alive() and not (file.is_file() and file.read_text().count("\n") >= 3):
+        time.sleep(0.01)
+    attempt.signal(1, signal.SIGSTOP)
+    time.sleep(0.2)
+    start = time.monotonic()
+    attempt.signal(0, signal.SIGINT)
+    time.sleep(SAME_REQUEST_S + 0.2)
+    assert attempt.ranks[0].is_alive()  # it cannot save without the other
+    attempt.signal(0, signal.SIGINT)
+    attempt.ranks[0].join(20)
+    assert attempt.ranks[0].exitcode == 128 + signal.SIGINT and time.monotonic() - start < 20
+    attempt.signal(1)
+    attempt.wait(20)
+    text = log.read_text()
+    assert "received SIGINT: ends after what is under way" in text and "Traceback" not in text
+    beat = heartbeat(save)
+    assert (beat["state"], beat["why"]) == ("failed", AT_ONCE)
 
 
 def test_exit_codes_and_heartbeat(inputs, tmp_path):
