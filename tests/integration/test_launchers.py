@@ -42,16 +42,17 @@ def wait_for(save: Path, event: tuple[str, int]) -> None:
         time.sleep(0.1)
 
 
-def test_torchrun_signalled_and_started_again(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_signalled_and_started_again(tmp_path, number):
     root = root_with_stand_in(tmp_path / "root")
     save = tmp_path / "run"
     words = ["examples/torchrun/train.sh", "stage1", "recipe.yaml", "--save", save,
              "--train-iters", 4, "--seconds", 0.3]
     first = bash(root, *words)
     wait_for(save, ("trained", 2))
-    first.send_signal(signal.SIGTERM)
+    first.send_signal(number)
     output, _ = first.communicate(timeout=60)
-    assert first.returncode == 75, output
+    assert first.returncode == 75 and "Traceback" not in output, output
     second = bash(root, *words)
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 0, output
@@ -60,6 +61,23 @@ def test_torchrun_signalled_and_started_again(tmp_path):
     assert [i for what, i in events if what == "trained"] == kept_iterations(events) == [1, 2, 3, 4]
     logs = list((root / "logs").rglob("attempt_0/*/stderr.log"))
     assert {log.parent.name for log in logs} == {"0", "1"}
+
+
+def test_torchrun_interrupted_twice(tmp_path):
+    """The second time at once, although an iteration takes a minute."""
+    root = root_with_stand_in(tmp_path / "root")
+    save = tmp_path / "run"
+    run = bash(root, "examples/torchrun/train.sh", "stage1", "recipe.yaml", "--save", save,
+               "--seconds", 60)
+    wait_for(save, ("started", 0))
+    run.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    output, _ = run.communicate(timeout=50)
+    assert run.returncode == 130 and "Traceback" not in output, output
+    assert "SIGINT once more ends it at once" in output and time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize(

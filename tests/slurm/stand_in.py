@@ -1,7 +1,7 @@
 """Stands in for a training tool where launchers are tested: iterations that take no model.
 
 What a run must do is done: resume from ``--save``, a checkpoint every ``--save-interval``
-iterations, and on SIGTERM or SIGUSR1 a checkpoint and exit code 75 from every rank.
+iterations, and on SIGTERM, SIGUSR1 or SIGINT a checkpoint and exit code 75 from every rank.
 ``journal.jsonl`` in ``--save`` tells what happened.
 """
 
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from megatron_attnedit import stop_signals
 
 STOPPED = 75
 
@@ -38,21 +40,26 @@ def main() -> None:
         return
     if args.exit_with is not None:
         sys.exit(args.exit_with)
-    signals: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: signals.append(number))
+    with stop_signals.held():
+        stopped = join_and_train(args)
+        stop_signals.forget()
+    sys.exit(STOPPED if stopped else 0)
+
+
+def join_and_train(args: argparse.Namespace) -> bool:
+    """Returns: did a signal end it?"""
     dist.init_process_group("gloo")
     try:
-        stopped = train(args, signals)
+        stopped = train(args)
     except RuntimeError:
         while args.deaf:
             time.sleep(1)
         raise
     dist.destroy_process_group()  # gloo's threads may abort a process that leaves them running
-    sys.exit(STOPPED if stopped else 0)
+    return stopped
 
 
-def train(args: argparse.Namespace, signals: list[int]) -> bool:
+def train(args: argparse.Namespace) -> bool:
     """Returns: did a signal end it?"""
     rank = dist.get_rank()
     args.save.mkdir(parents=True, exist_ok=True)
@@ -81,7 +88,7 @@ def train(args: argparse.Namespace, signals: list[int]) -> bool:
         note("trained")
         if iteration == args.crash_at and rank == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        stop = torch.tensor(len(signals))
+        stop = torch.tensor(stop_signals.noted())
         dist.all_reduce(stop)
         if stop:
             save()

@@ -23,6 +23,10 @@ SPEC.loader.exec_module(launch)
         ({-signal.SIGKILL, 1}, True, 1),
         ({-signal.SIGUSR1}, True, 75),
         ({-signal.SIGTERM}, False, 1),
+        ({-signal.SIGINT}, True, 75),
+        ({130}, True, 130),  # SIGINT twice
+        ({130, -signal.SIGTERM}, True, 130),
+        ({75, 130}, True, 75),  # one had saved
     ],
 )
 def test_exit_code(codes, told_to_stop, expected):
