@@ -19,6 +19,7 @@ import psutil
 from megatron_attnedit.errors import BAD_INPUT, STOPPED
 
 HANDED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+KEPT = (signal.SIGHUP, signal.SIGQUIT)  # torchrun's: it ends the ranks
 AT_ONCE = 128 + signal.SIGINT
 
 
@@ -47,14 +48,16 @@ class Launcher:
 
         args: Any = parse_args(argv)
         if hasattr(args, "signals_to_handle"):  # older torchruns take SIGTERM for themselves
-            args.signals_to_handle = "SIGHUP,SIGQUIT"
+            args.signals_to_handle = ",".join(number.name for number in KEPT)
         try:
             run(args)
         except ChildFailedError as failure:
             return self.exit_code({part.exitcode for part in failure.failures.values()})
-        except SignalException as signalled:  # those that torchrun keeps; it has ended the ranks
-            return 128 + signalled.sigval
+        except SignalException:  # of a signal that torchrun keeps; it has ended the ranks
+            return 1
         finally:
+            for number in KEPT:  # once more would raise in the middle of this
+                signal.signal(number, signal.SIG_IGN)
             for rank in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     rank.kill()  # torchrun can fail itself, and leave ranks that wait
@@ -70,4 +73,7 @@ class Launcher:
 
 
 if __name__ == "__main__":
-    sys.exit(Launcher().launch(sys.argv[1:]))
+    code = Launcher().launch(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)  # torchrun leaves threads that may wait for a host that has gone

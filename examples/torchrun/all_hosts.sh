@@ -4,7 +4,8 @@
 #
 #   bash examples/torchrun/all_hosts.sh host0,host1 stage1 RECIPE --teacher ...
 #
-# Ends with the highest exit code of the hosts (see train.sh). SIGTERM and SIGUSR1 are handed on.
+# Ends with the highest exit code of the hosts (see train.sh). SIGTERM, SIGUSR1 and SIGINT (Ctrl-C)
+# are handed on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 root=$PWD
@@ -18,12 +19,34 @@ variables=$(printf '%q ' NNODES="${#hosts[@]}" MASTER_ADDR="${hosts[0]}" \
     MASTER_PORT="${MASTER_PORT:-29500}" RUN_ID="${RUN_ID:-attnedit-$$}" \
     ATTNEDIT_ENV="${ATTNEDIT_ENV:-gpu}" ATTNEDIT_DEVICES="${ATTNEDIT_DEVICES:-8}" \
     ATTNEDIT_LOGS="${ATTNEDIT_LOGS:-logs}")
-ids=$(printf %q "/tmp/attnedit-$$-$RANDOM")
+
+# On every host a file for the launcher's process id, by a name that nobody else can take before.
+names=$(mktemp -d)
+# shellcheck disable=SC2329
+clean() {
+    for i in "${!ids[@]}"; do
+        # shellcheck disable=SC2029
+        timeout 20 "$remote" "${hosts[i]}" "rm -f $(printf %q "${ids[i]}")" </dev/null &
+    done
+    wait
+    rm -rf "$names"
+}
+ids=() making=()
+trap clean EXIT
+for i in "${!hosts[@]}"; do
+    # shellcheck disable=SC2016
+    "$remote" "${hosts[i]}" 'mktemp "${TMPDIR:-/tmp}/attnedit.XXXXXXXXXX"' \
+        </dev/null >"$names/$i" &
+    making+=($!)
+done
+for pid in "${making[@]}"; do wait "$pid"; done
+for i in "${!hosts[@]}"; do ids+=("$(tail -n 1 "$names/$i")"); done
+
 started=()
 for i in "${!hosts[@]}"; do
     # The shell's own id is the launcher's: it turns into it by exec.
     # shellcheck disable=SC2029
-    "$remote" "${hosts[i]}" "cd $(printf %q "$root") && echo \$\$ >$ids-$i && \
+    "$remote" "${hosts[i]}" "cd $(printf %q "$root") && echo \$\$ >$(printf %q "${ids[i]}") && \
         exec env $variables bash examples/torchrun/train.sh $words" </dev/null &
     started+=($!)
 done
@@ -32,14 +55,15 @@ done
 hand_on() {
     for i in "${!hosts[@]}"; do
         # shellcheck disable=SC2029
-        "$remote" "${hosts[i]}" "kill -$1 \$(cat $ids-$i)" </dev/null || true
+        "$remote" "${hosts[i]}" "kill -$1 \$(cat $(printf %q "${ids[i]}"))" </dev/null || true
     done
 }
 trap 'hand_on TERM' TERM
 trap 'hand_on USR1' USR1
+trap 'hand_on INT' INT
 
 # Looked at every second. A host that fails takes the others, which may wait for it, down
-# $patience seconds later: SIGINT ends their ranks without a checkpoint.
+# $patience seconds later: SIGHUP ends their ranks without a checkpoint.
 highest=0 ended='' left=("${started[@]}")
 while [ ${#left[@]} -gt 0 ]; do
     still=()
@@ -54,9 +78,9 @@ while [ ${#left[@]} -gt 0 ]; do
     done
     left=("${still[@]}")
     if [ -n "$ended" ] && [ "${#left[@]}" -gt 0 ] && [ $((SECONDS - ended)) -ge "$patience" ]; then
-        hand_on INT
+        hand_on HUP
         ended=$((SECONDS + 60))
     fi
-    sleep 1
+    sleep 1 || true # a terminal's signal ends it, too
 done
 exit "$highest"

@@ -16,8 +16,9 @@
 #   ATTNEDIT_DEVICES  processes on each host, one per device (default: 8)
 #   ATTNEDIT_LOGS     folder for the ranks' logs (default: logs)
 #
-# Exit codes: 0 finished; 75 saved on SIGTERM, SIGUSR1 or a time limit: start it again to go on;
-# 2 bad input; anything else a crash, after which it may be started again, too.
+# Exit codes: 0 finished; 75 saved on SIGTERM, SIGUSR1, SIGINT or a time limit: start it again to go
+# on; 2 bad input; 130 ended at once by SIGINT twice; anything else a crash, after which it may be
+# started again, too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source=examples/env/select.sh
