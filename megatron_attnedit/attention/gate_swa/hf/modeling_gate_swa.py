@@ -142,12 +142,11 @@ class GateSWAModel(GateSWAPreTrainedModel, Qwen3Model):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As Qwen3's; with sink tokens, masks and a cache that know them.
+        """As Qwen3's; with sink tokens, masks and a cache that have them.
 
-        A mask that the caller has made (not ``[b, s]``) is taken as it is.
+        Without sink tokens a mask that the caller has made (not ``[b, s]``) is taken as it is.
         """
-        own_mask = isinstance(attention_mask, dict) or getattr(attention_mask, "ndim", 2) != 2
-        if self.config.sink_tokens and self.has_sliding_layers and not own_mask:
+        if self.config.sink_tokens and self.has_sliding_layers:
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.embed_tokens(input_ids), None
             caching = self.config.use_cache if use_cache is None else use_cache
@@ -174,6 +173,12 @@ class GateSWAForCausalLM(GateSWAPreTrainedModel, Qwen3ForCausalLM):
         super().__init__(config)
         self.model = GateSWAModel(config)
         self.post_init()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused with sink tokens: the model's own refusal would end in transformers' log."""
+        if self.config.sink_tokens and self.model.has_sliding_layers:
+            raise ValueError("sink_tokens: continuous batching (paged caches) drops the sinks")
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 __all__ = ["GateSWAConfig", "GateSWAForCausalLM", "GateSWAModel", "GateSWAPreTrainedModel"]
