@@ -1,22 +1,18 @@
-"""Documents from files: text, JSON lines, and whatever the ``datasets`` library reads."""
+"""Documents from files: text, JSON lines, columns, and what the ``datasets`` library reads."""
 
-import contextlib
 import glob
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.training.columns import COLUMNS, read_column
+from megatron_attnedit.training.compressed import COMPRESSED, opened
 
 TEXT = (".txt", ".text", ".md", ".rst")
 JSON_LINES = (".jsonl", ".json", ".ndjson")
-COLUMNS = {".parquet": "parquet", ".arrow": "arrow"}
-COMPRESSED = (".gz", ".zst")
 DATASET_PREFIX = "hf:"
 
 
@@ -63,16 +59,13 @@ def read_documents(source: str, key: str, options: DatasetOptions) -> Iterator[t
     A text file is one document; otherwise a line or row is one and ``key`` names its text.
 
     Raises:
-        UserError: bad JSON, a missing key, bytes that are not UTF-8, a damaged archive.
+        UserError: bad JSON, a missing key, what is not text or not UTF-8, a damaged or cut file.
     """
     if source.startswith(DATASET_PREFIX):
-        name = source.removeprefix(DATASET_PREFIX)
-        rows = _load_dataset(source, name, options.config, options.split, options.streaming)
-        return _rows(source, rows, key)
+        return _rows(source, _load_dataset(source, options), key)
     kind = _kind(source)
     if kind in COLUMNS:
-        rows = _load_dataset(source, COLUMNS[kind], None, "train", True, source)
-        return _rows(source, rows, key)
+        return ((where, _text_of(where, key, value)) for where, value in read_column(source, key))
     return _json_lines(source, key) if kind in JSON_LINES else _text(source)
 
 
@@ -82,7 +75,7 @@ def _kind(path: str) -> str:
         suffixes.pop()
         known: tuple[str, ...] = TEXT + JSON_LINES
     else:
-        known = TEXT + JSON_LINES + tuple(COLUMNS)
+        known = TEXT + JSON_LINES + COLUMNS
     if not suffixes or suffixes[-1] not in known:
         raise UserError(
             f"--input {path}: unknown extension; expected one of "
@@ -91,66 +84,57 @@ def _kind(path: str) -> str:
     return suffixes[-1]
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[IO[bytes]]:
-    damage: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    with contextlib.ExitStack() as stack:
-        file: Any = stack.enter_context(open(path, "rb"))
-        if path.endswith(".gz"):
-            file = stack.enter_context(gzip.GzipFile(fileobj=file))
-        elif path.endswith(".zst"):
-            try:
-                import zstandard
-            except ImportError as error:
-                raise UserError(f"--input {path}: needs `pip install zstandard`") from error
-            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            file = stack.enter_context(io.BufferedReader(reader))  # type: ignore[type-var]
-            damage = (*damage, zstandard.ZstdError)
-        try:
-            yield file
-        except damage as error:
-            raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def _decoded(where: str, line: bytes) -> str:
+def _decoded(where: str, content: bytes) -> str:
     try:
-        return line.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start})") from error
+    if (place := content.find(b"\0")) >= 0:
+        raise UserError(f"{where}: not text: byte {place} is zero (UTF-16, or a damaged file?)")
+    return text
 
 
 def _text(path: str) -> Iterator[tuple[str, str]]:
-    with _opened(path) as file:
+    with opened(path) as file:
         content = file.read()
     yield path, _decoded(path, content)
 
 
 def _json_lines(path: str, key: str) -> Iterator[tuple[str, str]]:
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
             where = f"{path}:{number}"
-            try:
-                row = json.loads(_decoded(where, line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
-            yield where, _value(where, row, key)
+            if text := _decoded(where, line).strip():
+                yield where, _value(where, _json(where, text, key), key)
 
 
-def _load_dataset(
-    source: str,
-    name: str,
-    config: str | None,
-    split: str,
-    streaming: bool,
-    data_files: str | None = None,
-) -> Any:
+def _json(where: str, line: str, key: str) -> Any:
+    """What a line of JSON holds.
+
+    Raises:
+        UserError: it is none, or begins an array.
+    """
+    if line.startswith("["):
+        raise UserError(
+            f"{where}: expected an object with the key {key!r} on every line, not a JSON array; "
+            "`jq -c '.[]'` writes the elements of an array as lines"
+        )
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} (column {error.colno}); every line must be one whole object"
+    except (ValueError, RecursionError) as error:  # a number of too many digits; too deep
+        reason = str(error)[:100]
+    raise UserError(f"{where}: not JSON: {reason}")
+
+
+def _load_dataset(source: str, options: DatasetOptions) -> Any:
     import datasets
 
+    name = source.removeprefix(DATASET_PREFIX)
     try:
         return datasets.load_dataset(
-            name, config, split=split, streaming=streaming, data_files=data_files
+            name, options.config, split=options.split, streaming=options.streaming
         )
     except Exception as error:  # of many kinds: network, missing files, unknown configurations
         reason = " ".join(str(error).split())[:200]
@@ -176,6 +160,14 @@ def _value(where: str, row: Any, key: str) -> str:
         raise UserError(f"{where}: expected an object with the key {key!r}")
     if key not in row:
         raise UserError(f"{where}: no key {key!r} (--json-key); it has {', '.join(row) or 'none'}")
-    if not isinstance(row[key], str):
+    return _text_of(where, key, row[key])
+
+
+def _text_of(where: str, key: str, value: Any) -> str:
+    if not isinstance(value, str):
         raise UserError(f"{where}: {key!r} is not text")
-    return row[key]
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: holds half a surrogate pair, not Unicode") from error
+    return value

@@ -70,6 +70,9 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     """
     if config.workers < 1:
         raise UserError(f"--workers {config.workers}: expected at least 1")
+    stem, suffix = os.path.splitext(config.output)
+    if suffix in SUFFIXES[:2]:
+        raise UserError(f"--output {config.output}: expected the prefix {stem}, without {suffix}")
     with output_lock(Path(config.output), "--output"):
         return _preprocess(config)
 
@@ -157,11 +160,8 @@ def _write(
 
 def _texts(config: PreprocessConfig, sources: list[str], counts: Counts) -> Iterator[str]:
     for source in sources:
-        for where, text in read_documents(source, config.json_key, config.dataset):
-            try:
-                counts.bytes += len(text.encode())
-            except UnicodeEncodeError as error:
-                raise UserError(f"{where}: holds half a surrogate pair, not Unicode") from error
+        for _, text in read_documents(source, config.json_key, config.dataset):
+            counts.bytes += len(text.encode())
             yield text
 
 

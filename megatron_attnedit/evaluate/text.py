@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_attnedit.data.documents import DatasetOptions, read_documents
 from megatron_attnedit.data.tokenizer import end_of_document
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.training.compressed import check_whole
 
 
 def token_windows(
@@ -40,6 +41,7 @@ def token_windows(
         for _, text in read_documents(str(file), key, DatasetOptions()):
             ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
             if needed and len(ids) >= needed:
+                check_whole(str(file))
                 break
     except UserError as error:
         raise UserError(str(error).replace("--input", "--text")) from error
