@@ -24,8 +24,9 @@ from megatron_attnedit.data.token_files import (
 from megatron_attnedit.errors import UserError
 
 TENSORS = ("tokens", "labels", "loss_mask", "position_ids")  # of a batch
-# A model's vocabulary is its tokenizer's, rounded up; a larger gap is another tokenizer.
-LARGEST_PADDING = 1024
+# A model's vocabulary is its tokenizer's, rounded up (deepseek-llm by 2,385); a larger gap is another
+# tokenizer.
+LARGEST_PADDING = 4096
 
 
 @dataclass(frozen=True, kw_only=True)

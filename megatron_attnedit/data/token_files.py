@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,18 +32,21 @@ def describe(prefix: str, flag: str) -> dict[str, Any]:
     ``eod``, ``tokens`` and ``tokenizer_sha256``.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or it is no prefix.
     """
-    for suffix in (".bin", ".idx", ".json"):
-        if not Path(prefix + suffix).is_file():
-            raise UserError(f"{flag} {prefix}: {prefix}{suffix} is missing")
+    _check_there(prefix, flag)
     try:
         found = json.loads(Path(prefix + ".json").read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{flag} {prefix}: {prefix}.json is not JSON: {error}") from error
+    except OSError as error:
+        raise UserError(f"{flag} {prefix}: {prefix}.json: {error.strerror}") from error
     for key, kind in REQUIRED.items():
         if not isinstance(found, dict) or not isinstance(found.get(key, ...), kind):
             raise UserError(f"{flag} {prefix}: {prefix}.json has no {key}, or not of its type")
+    eod, vocab_size = found["eod"], found["vocab_size"]
+    if eod is not None and not 0 <= eod < vocab_size:
+        raise UserError(f"{flag} {prefix}: {prefix}.json: eod {eod} is none of {vocab_size} tokens")
     size, tokens = Path(prefix + ".bin").stat().st_size, found["tokens"]
     if size not in (tokens * 2, tokens * 4):  # uint16 and int32, all that Megatron writes
         raise UserError(
@@ -52,6 +56,41 @@ def describe(prefix: str, flag: str) -> dict[str, Any]:
         raise UserError(f"{flag} {prefix}: {prefix}.bin has no tokens")
     _check_index(prefix, size, tokens, flag)
     return found
+
+
+def _check_there(prefix: str, flag: str) -> None:
+    """The three files of a prefix are there.
+
+    Raises:
+        UserError: one is missing; what was given instead, or how to write it.
+    """
+    missing = [s for s in (".bin", ".idx", ".json") if not Path(prefix + s).is_file()]
+    if not missing:
+        return
+    stem, suffix = os.path.splitext(prefix)
+    if suffix in (".bin", ".idx", ".json") and Path(stem + ".bin").is_file():
+        raise UserError(f"{flag} {prefix}: expected the prefix {stem}, without {suffix}")
+    if Path(prefix).is_dir():
+        found = ", ".join(str(file.with_suffix("")) for file in sorted(Path(prefix).glob("*.bin")))
+        raise UserError(
+            f"{flag} {prefix}: is a folder; expected a prefix{found and f', such as {found[:200]}'}"
+        )
+    if missing != [".json"]:
+        raise UserError(f"{flag} {prefix}: {prefix}{missing[0]} is missing")
+    raise UserError(
+        f"{flag} {prefix}: {prefix}.json is missing. For tokens of Megatron-LM's "
+        f'preprocess_data.py write it: {{"vocab_size": V, "eod": E, "tokens": {_count_tokens(prefix)}, '
+        '"tokenizer_sha256": "S"} with V the largest token id plus one, E the id that ends a '
+        "document or null, S any text that is the same for all data of this tokenizer"
+    )
+
+
+def _count_tokens(prefix: str) -> str:
+    try:
+        index = _IndexReader(prefix + ".idx", multimodal=False)
+        return str(index.sequence_lengths.astype(numpy.int64).sum())
+    except Exception:  # garbage makes it fail in any way
+        return "their number"
 
 
 def _check_index(prefix: str, size: int, tokens: int, flag: str) -> None:

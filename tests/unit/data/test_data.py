@@ -1,16 +1,19 @@
 import gc
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_attnedit.data.calibration import calibration_data
 from megatron_attnedit.data.datasets import (
     Batch,
     DataConfig,
     batches,
     build_datasets,
+    check_train_data,
     data_identity,
 )
 from megatron_attnedit.data.preprocess import PreprocessConfig, preprocess
@@ -220,6 +223,7 @@ def test_bad_data(config, make_data, prefix, sentencepiece_model, tmp_path):
     refused("another tokenizer than --train-data-path's", valid_data_path=[other])
     refused("expected weights above 0", train_data_path=["0", prefix, "1", prefix])
     build_datasets(config(vocab_size=vocab_size + 20), train_samples=1, valid_samples=0)
+    build_datasets(config(vocab_size=vocab_size + 2385), train_samples=1, valid_samples=0)
 
 
 @pytest.mark.parametrize(
@@ -286,3 +290,53 @@ def test_data_without_a_document_token(config, make_data, prefix):
     with pytest.raises(UserError, match="--eod-mask-loss"):
         changed = config(train_data_path=[bare], eod_mask_loss=True)
         build_datasets(changed, train_samples=2, valid_samples=0)
+
+
+def test_what_is_given_instead_of_a_prefix(config, prefix, tmp_path):
+    """The same line for training, validation and calibration data."""
+
+    def refused(given, message):
+        for flag, build in {
+            "--train-data-path": lambda: check_train_data(config(train_data_path=[given])),
+            "--valid-data-path": lambda: build_datasets(
+                config(valid_data_path=[given]), train_samples=1, valid_samples=1
+            ),
+            "--calibration-data-path": lambda: calibration_data(
+                [given], save=str(tmp_path), seq_length=SEQ, seed=1, vocab_size=300
+            ),
+        }.items():
+            with pytest.raises(UserError) as caught:
+                build()
+            assert str(caught.value).startswith(f"{flag} {given}: {message}"), caught.value
+            assert "\n" not in str(caught.value)
+
+    for suffix in (".bin", ".idx", ".json"):
+        refused(prefix + suffix, f"expected the prefix {prefix}, without {suffix}")
+    folder = str(Path(prefix).parent)
+    refused(folder, f"is a folder; expected a prefix, such as {prefix}")
+    (tmp_path / "none").mkdir()
+    refused(str(tmp_path / "none"), "is a folder; expected a prefix")
+
+    theirs = str(tmp_path / "theirs_text_document")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(prefix + suffix, theirs + suffix)
+    described = json.loads(Path(prefix + ".json").read_text())
+    missing = f"{theirs}.json is missing. For tokens of Megatron-LM's preprocess_data.py write it: "
+    refused(theirs, missing)
+    with pytest.raises(UserError) as caught:
+        check_train_data(config(train_data_path=[theirs]))
+    # Who does what the message says is done.
+    text = str(caught.value).removeprefix(f"--train-data-path {theirs}: {missing}")
+    text = text[: text.index("}") + 1].replace('"vocab_size": V', '"vocab_size": 300')
+    Path(theirs + ".json").write_text(text.replace('"eod": E', '"eod": 0'))
+    written = json.loads(Path(theirs + ".json").read_text())
+    assert written["tokens"] == described["tokens"]
+    check_train_data(config(train_data_path=[theirs], vocab_size=300))
+    for eod in (-1, 300, 10**9):
+        Path(theirs + ".json").write_text(json.dumps({**written, "eod": eod}))
+        refused(theirs, f"{theirs}.json: eod {eod} is none of 300 tokens")
+    Path(theirs + ".json").write_text("[" * 100_000)
+    refused(theirs, f"{theirs}.json is not JSON")
+    Path(theirs + ".idx").write_bytes(b"garbage")
+    Path(theirs + ".json").unlink()
+    refused(theirs, missing)
