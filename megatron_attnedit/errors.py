@@ -1,6 +1,7 @@
 """The one exception that is the user's to fix, how a tool reports it, and exit codes."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -9,21 +10,26 @@ from collections.abc import Callable
 BAD_INPUT = 2  # exit code: running again without a change fails again
 STOPPED = 75  # exit code, EX_TEMPFAIL: asked to stop, checkpoint written; run again to go on
 
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message
+
 
 class UserError(Exception):
     """Bad input. The message is one line that names the file, field or flag."""
 
 
-def in_short(error: BaseException) -> str:
-    """The first line of a library's message, without its advice to run code from the file."""
-    text = str(error).strip()
-    if "weights_only" in text or "Weights only" in text:
-        return "damaged, or holds something else than tensors and plain values"
-    return (text or repr(error)).splitlines()[0][:300]
-
-
 class StoppedBySignal(SystemExit):
     """A signal asked to stop, and what was half-written is gone; the code is 128 + its number."""
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """What another library says went wrong, without its advice to run what the file holds."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any("trust_remote_code" in line for line in lines):
+        return "it needs code of its own (auto_map), which is never run"
+    if any("weights_only" in line for line in lines):
+        names = [word for line in lines for word in _GLOBAL.findall(line)]
+        return f"it holds a pickled object{names and f' ({names[0]})' or ''}, which is never loaded"
+    return " ".join(lines)[:limit] or repr(error)[:limit]
 
 
 def run_tool(main: Callable[[], None]) -> None:

@@ -118,8 +118,10 @@ def main() -> None:
         raise UserError("--limit: must be at least 1")
     if not (args.model / "config.json").is_file():
         raise UserError(f"{args.model}: no Hugging Face model directory (config.json is missing)")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     windows = cut_windows(read_documents(args.text), tokenizer, args.limit)
     figures = measure(model, tokenizer, windows)
     for name, value in figures.items():

@@ -102,7 +102,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(HERE / "model")
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "model", trust_remote_code=False)
     train, valid = (
         torch.from_numpy(read_tokens(file, tokenizer, args.limit)).to(device)
         for file in (args.train, args.validation)

@@ -47,16 +47,17 @@ def write_teacher(file: Path, output: Path) -> None:
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.bfloat16
+            file.parent, gguf_file=file.name, dtype=torch.bfloat16, trust_remote_code=False
         )
     except (ImportError, ValueError) as error:
         raise UserError(f"{file}: {error} (`pip install gguf accelerate`)") from error
     # transformers does not save a model that came quantised; the same weights in a new one it does.
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    clean = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    named = {"gguf_file": file.name, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(file.parent, **named)
+    clean = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     clean.load_state_dict(model.state_dict())
     clean.save_pretrained(output)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(output)
+    AutoTokenizer.from_pretrained(file.parent, **named).save_pretrained(output)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_attnedit.convert.completeness import check_finite
 from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.convert.verification import verified
-from megatron_attnedit.errors import UserError, in_short
+from megatron_attnedit.errors import UserError, one_line
 from megatron_attnedit.models.teacher import global_name
 
 EXTRA_STATE = "_extra_state"
@@ -107,7 +107,7 @@ def _load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
         cause: BaseException = next(iter(error.failures.values()))[0]
     except _DAMAGED as error:
         cause = error
-    raise UserError(f"{path}: cannot be loaded: {in_short(cause)}")
+    raise UserError(f"{path}: cannot be loaded: {one_line(cause, 300)}")
 
 
 def load_params(path: Path, module_state: dict[str, Any]) -> None:

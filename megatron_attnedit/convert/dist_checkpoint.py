@@ -38,7 +38,7 @@ from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.convert.integrity import HashedFile
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece, Read, pieces_of, read_ahead
-from megatron_attnedit.errors import UserError, in_short
+from megatron_attnedit.errors import UserError, one_line
 from megatron_attnedit.files import why_unwritten
 
 # What a run's checkpoint holds besides the model.
@@ -258,8 +258,9 @@ class DistReader:
         try:
             self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            words = in_short(error)
-            raise UserError(f"{self.directory}: {stored.key} cannot be read: {words}") from None
+            raise UserError(
+                f"{self.directory}: {stored.key} cannot be read: {one_line(error)}"
+            ) from None
         return target if stored.expert is None else target[0]
 
     def _near(self, stored: StoredParam) -> list[ChunkStorageMetadata]:

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import metadata, planner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import _get_layout
 
-from megatron_attnedit.errors import UserError
+from megatron_attnedit.errors import UserError, one_line
 
 FILE = ".metadata"
 _ALLOWED = {
@@ -74,7 +74,7 @@ def read_metadata(directory: Path, *, tensors_only: bool = False) -> metadata.Me
             found = _Unpickler(stream).load()
         files = {info.relative_path for info in found.storage_data.values()}
     except Exception as error:  # a damaged pickle raises anything
-        raise UserError(f"{directory}: not a distributed checkpoint: {error}") from None
+        raise UserError(f"{directory}: not a distributed checkpoint: {one_line(error)}") from None
     for file in files:
         if Path(file).name != file:
             raise UserError(f"{directory / FILE}: file {file!r} is outside the directory")

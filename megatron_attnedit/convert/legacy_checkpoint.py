@@ -24,7 +24,7 @@ from megatron_attnedit.convert.output import write_at
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece, Read, read_ahead
 from megatron_attnedit.convert.reading import as_bytes
-from megatron_attnedit.errors import UserError, in_short
+from megatron_attnedit.errors import UserError, one_line
 from megatron_attnedit.files import why_unwritten
 
 FILE = "model_optim_rng.pt"
@@ -129,7 +129,7 @@ def _load(file: Path, *, mmap: bool) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file}: cannot be loaded: {in_short(error)}") from None
+        raise UserError(f"{file}: cannot be loaded: {one_line(error)}") from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{file}: holds no model (interleaved pipelines' model0 is not supported)")
     return content

@@ -24,8 +24,8 @@ from megatron_attnedit.data.token_files import (
 from megatron_attnedit.errors import UserError
 
 TENSORS = ("tokens", "labels", "loss_mask", "position_ids")  # of a batch
-# A model's vocabulary is its tokenizer's, rounded up (deepseek-llm by 2,385); a larger gap is another
-# tokenizer.
+# A model's vocabulary is its tokenizer's, rounded up (deepseek-llm's by 2,385); a larger gap is
+# another tokenizer.
 LARGEST_PADDING = 4096
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_attnedit.errors import UserError
+from megatron_attnedit.errors import UserError, one_line
 from megatron_attnedit.training.columns import COLUMNS, read_column
 from megatron_attnedit.training.compressed import COMPRESSED, opened
 
@@ -137,7 +137,7 @@ def _load_dataset(source: str, options: DatasetOptions) -> Any:
             name, options.config, split=options.split, streaming=options.streaming
         )
     except Exception as error:  # of many kinds: network, missing files, unknown configurations
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"--input {source}: `datasets` cannot load it: {reason}") from error
 
 
@@ -149,8 +149,7 @@ def _rows(source: str, rows: Any, key: str) -> Iterator[tuple[str, str]]:
         except StopIteration:
             return
         except Exception as error:  # a damaged file shows at the first row, in the reader's own way
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{source}: cannot be read: {reason}") from error
+            raise UserError(f"{source}: cannot be read: {one_line(error)}") from error
         where = f"{source}:{number}"
         yield where, _value(where, row, key)
 

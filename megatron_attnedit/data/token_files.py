@@ -77,9 +77,10 @@ def _check_there(prefix: str, flag: str) -> None:
         )
     if missing != [".json"]:
         raise UserError(f"{flag} {prefix}: {prefix}{missing[0]} is missing")
+    tokens = _count_tokens(prefix)
     raise UserError(
         f"{flag} {prefix}: {prefix}.json is missing. For tokens of Megatron-LM's "
-        f'preprocess_data.py write it: {{"vocab_size": V, "eod": E, "tokens": {_count_tokens(prefix)}, '
+        f'preprocess_data.py write it: {{"vocab_size": V, "eod": E, "tokens": {tokens}, '
         '"tokenizer_sha256": "S"} with V the largest token id plus one, E the id that ends a '
         "document or null, S any text that is the same for all data of this tokenizer"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_attnedit.errors import UserError
+from megatron_attnedit.errors import UserError, one_line
 
 # Instruction-tuned models end a turn, not a document, with their ``eos``; these end a document.
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
@@ -86,11 +86,12 @@ def _hugging_face(directory: Path) -> Tokenizer:
     if not files:
         raise UserError(f"--tokenizer {directory}: holds no tokenizer.json or tokenizer.model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
         vocab = tokenizer.get_vocab()
     except Exception as error:  # the tokenizers library raises bare Exception on a bad file
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--tokenizer {directory}: cannot be read: {reason}") from error
+        raise UserError(f"--tokenizer {directory}: cannot be read: {one_line(error)}") from error
     if not vocab:
         raise UserError(f"--tokenizer {directory}: its vocabulary is empty")
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_attnedit.convert.verification import Verification
-from megatron_attnedit.errors import UserError
+from megatron_attnedit.errors import UserError, one_line
 from megatron_attnedit.export.cpu_attention import attention_implementation
 from megatron_attnedit.export.hf import register
 
@@ -22,16 +22,21 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any
     """
     register()
     verification = Verification(directory)
+    pickled = [file.name for file in sorted(directory.glob("pytorch_model*.bin"))]
+    if pickled and not any(directory.glob("*.safetensors")):
+        raise UserError(f"{directory}: {pickled[0]} is pickled; only .safetensors are read")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             attn_implementation=attention_implementation(device),
             local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{directory}: cannot be loaded: {_one_line(error)}") from error
+    except Exception as error:  # of many kinds: a configuration's own, safetensors' own, no memory
+        raise UserError(f"{directory}: cannot be loaded: {one_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if names := info.get(problem):
             raise UserError(
@@ -50,10 +55,8 @@ def load_tokenizer(directory: Path) -> Any:
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{directory}: no {' or '.join(TOKENIZER_FILES)}")
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library raises bare Exception on a bad file
-        raise UserError(f"{directory}: tokenizer cannot be read: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise UserError(f"{directory}: tokenizer cannot be read: {one_line(error)}") from error

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_attnedit.errors import UserError
+from megatron_attnedit.errors import UserError, one_line
 
 COLUMNS = (".parquet", ".arrow")
 BATCH_ROWS = 256
@@ -32,8 +32,7 @@ def read_column(path: str, key: str) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8 (byte {error.start})") from error
     except Exception as error:  # Arrow reports damage in many ways
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be read after row {number}: {reason}") from error
+        raise UserError(f"{path}: cannot be read after row {number}: {one_line(error)}") from error
 
 
 def _check_column(path: str, key: str, names: list[str]) -> None:

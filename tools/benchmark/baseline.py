@@ -26,7 +26,10 @@ def causal_lm(config: dict[str, Any], attention: str) -> Any:
     settings = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device(bootstrap().device):
         model = AutoModelForCausalLM.from_config(
-            settings, dtype=torch.bfloat16, attn_implementation=attention
+            settings,
+            dtype=torch.bfloat16,
+            attn_implementation=attention,
+            trust_remote_code=False,
         )
     return model.requires_grad_(False).eval()
 
