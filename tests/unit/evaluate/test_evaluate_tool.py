@@ -1,5 +1,6 @@
 """The tool: a whole report, and one line of error for what it cannot use."""
 
+import gzip
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import zstandard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_attnedit.checkpoint.as_hf import check_students
@@ -204,6 +206,32 @@ def test_missing_text_and_unknown_kind(refused, teacher_dir, tmp_path):
     refused("--text .*none.jsonl: no such file", student, text=tmp_path / "none.jsonl")
     (tmp_path / "a.pdf").write_text("x")
     refused("--text .*a.pdf: unknown extension", student, text=tmp_path / "a.pdf")
+
+
+def test_a_text_that_is_cut_off_or_no_lines(refused, teacher_dir, text_file, tmp_path):
+    student, content = f"name=a,after_edit={teacher_dir}", text_file.read_bytes()
+    for pack in (gzip.compress, zstandard.compress):
+        file = tmp_path / f"Text.JSONL.{'GZ' if pack is gzip.compress else 'ZST'}"
+        file.write_bytes(pack(content)[:-2])
+        refused(f"{file}: cannot be read", student, text=file)
+    rows = [json.loads(line) for line in content.splitlines()]
+    cases = {json.dumps(rows): "not a JSON array", '{"text": "\\ud800"}': "surrogate"}
+    for bad, message in cases.items():
+        (tmp_path / "bad.json").write_text(bad)
+        refused(f"bad.json:1: .*{message}", student, text=tmp_path / "bad.json")
+
+
+def test_weights_that_are_no_weights(refused, teacher_dir, tmp_path):
+    """Whatever transformers raises is one line."""
+    student = tmp_path / "student"
+    shutil.copytree(teacher_dir, student)
+    whole = json.loads((student / "config.json").read_text())
+    for field, value in {"num_attention_heads": 0, "hidden_size": "x", "layer_types": 3}.items():
+        (student / "config.json").write_text(json.dumps({**whole, field: value}))
+        refused(f"{student}: ", f"name=a,after_edit={student}")
+    (student / "config.json").write_text(json.dumps(whole))
+    (student / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refused(f"{student}: cannot be loaded", f"name=a,after_edit={student}")
 
 
 def test_other_vocabulary_size(refused, tmp_path):

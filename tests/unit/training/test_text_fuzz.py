@@ -174,6 +174,18 @@ def test_cut_between_blocks_of_zstandard(attempt):
     assert attempt("a.jsonl.zst", b"".join(parts), TEXTS) == ""
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz"])
+def test_evaluation_reads_an_archive_to_its_end(tmp_path, hf_tokenizer, name):
+    """Where its first windows are enough, too: the checksum stands at the end."""
+    file, stock = tmp_path / name, AutoTokenizer.from_pretrained(hf_tokenizer)
+    file.write_bytes(WHOLE[name])
+    assert len(token_windows(file, stock, 8, 2)) == 2
+    for content in (WHOLE[name][:-1], WHOLE[name] + b"x"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: cannot be read"):
+            token_windows(file, stock, 8, 2)
+
+
 def test_frames_in_a_row(attempt):
     content = LINES.encode()
     one, two = zst(content[:501]), zst(content[501:], checksum=False)
