@@ -32,8 +32,13 @@ def parse_args() -> argparse.Namespace:
         metavar="name=NAME,after_edit=DIR,after_stage1=DIR,after_between=DIR,after_stage2=DIR",
         help="a student and its states, at least one; repeatable",
     )
-    add("--text", type=Path, required=True, help="held-out .jsonl or .txt, also with .gz or .zst")
-    add("--json-key", default="text", help="key of the text in .jsonl (default: %(default)s)")
+    add(
+        "--text",
+        type=Path,
+        required=True,
+        help="held-out .jsonl or .txt, also with .gz or .zst, .parquet or .arrow",
+    )
+    add("--json-key", default="text", help="key or column of the text (default: %(default)s)")
     add("--seq-length", type=int, default=1024, help="tokens of a window (default: %(default)s)")
     add("--max-windows", type=int, help="windows to use (default: all the text)")
     add("--batch-size", type=int, default=2, help="windows at a time (default: %(default)s)")
@@ -105,7 +110,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from megatron_attnedit.evaluate import html, report, table
     from megatron_attnedit.evaluate.students import parse_student
     from megatron_attnedit.evaluate.text import token_windows
-    from megatron_attnedit.export.loading import load_model, load_tokenizer
+    from megatron_attnedit.export.loading import check_length, load_model, load_tokenizer
 
     students = [parse_student(text) for text in args.student]
     check_students(students)
@@ -118,8 +123,11 @@ def evaluate(args: argparse.Namespace) -> None:
             args.text, tokenizer, args.seq_length, args.max_windows, args.json_key
         )
         teacher = load_model(directory, getattr(torch, dtype), accelerator.device)
+        check_length(teacher, args.teacher, args.seq_length)
         as_hf = functools.partial(hf_directory, scratch=Path(folder), teacher=str(directory))
-        models = report.load_students(students, teacher, tokenizer, directory, as_hf)
+        models = report.load_students(
+            students, teacher, tokenizer, directory, as_hf, args.seq_length
+        )
     result = report.evaluate(
         teacher, students, models, tokenizer, windows,
         batch_size=args.batch_size, prompts=args.prompts, generations=args.generations,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_attnedit.data.columns import COLUMNS, read_column
+from megatron_attnedit.data.compressed import COMPRESSED, check_whole, opened
 from megatron_attnedit.errors import UserError, one_line
-from megatron_attnedit.training.columns import COLUMNS, read_column
-from megatron_attnedit.training.compressed import COMPRESSED, opened
 
 TEXT = (".txt", ".text", ".md", ".rst")
 JSON_LINES = (".jsonl", ".json", ".ndjson")
@@ -132,6 +132,9 @@ def _load_dataset(source: str, options: DatasetOptions) -> Any:
     import datasets
 
     name = source.removeprefix(DATASET_PREFIX)
+    if Path(name).is_dir():  # the library takes an archive that is cut off for a whole one
+        for file in sorted(Path(name).rglob("*")):
+            check_whole(str(file))
     try:
         return datasets.load_dataset(
             name, options.config, split=options.split, streaming=options.streaming

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -206,12 +207,17 @@ def _encoded(
     # Forked processes inherit the tokenizer; it must not bring threads of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        # A bounded queue, so that a corpus larger than memory can be read.
-        pending: deque[Future[list[np.ndarray]]] = deque()
-        for chunk in chunks:
-            pending.append(pool.submit(_encode, tokenizer, chunk))
-            if len(pending) > 2 * workers:
+    try:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            # A bounded queue, so that a corpus larger than memory can be read.
+            pending: deque[Future[list[np.ndarray]]] = deque()
+            for chunk in chunks:
+                pending.append(pool.submit(_encode, tokenizer, chunk))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"--workers {workers}: one of them was ended from outside (out of memory?)"
+        ) from None

@@ -27,7 +27,7 @@ from megatron_attnedit.evaluate.kv_cache import measure
 from megatron_attnedit.evaluate.recall import probes, recall
 from megatron_attnedit.evaluate.students import StudentStates, stage_metrics
 from megatron_attnedit.evaluate.vocabulary import check_same_vocabulary
-from megatron_attnedit.export.loading import load_model
+from megatron_attnedit.export.loading import check_length, load_model
 
 Models = dict[str, Any]
 
@@ -38,6 +38,7 @@ def load_students(
     tokenizer: Any,
     teacher_dir: Path,
     as_hf: Callable[[Path], Path],
+    seq_length: int = 0,
 ) -> dict[str, Models]:
     """Every state of every student, by name and state, in the teacher's dtype and place.
 
@@ -47,6 +48,7 @@ def load_students(
         tokenizer: The teacher's.
         teacher_dir: Its Hugging Face directory.
         as_hf: From a state's directory to a Hugging Face directory of the same model.
+        seq_length: Tokens that every model is to see.
 
     Raises:
         UserError: a state cannot be loaded or does not fit the teacher.
@@ -59,6 +61,7 @@ def load_students(
             directory = as_hf(path)
             model = load_model(directory, teacher.dtype, teacher.device)
             check_same_vocabulary(teacher, model, tokenizer, teacher_dir, path)
+            check_length(model, path, seq_length)
             layers = model.config.num_hidden_layers
             if layers != teacher.config.num_hidden_layers:
                 raise UserError(f"{path}: {layers} layers, not those of {teacher_dir}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.files import read_input
 
 STATES = ("after_edit", "after_stage1", "after_between", "after_stage2")
 # A run that logs, and the stage that its lines are of.
@@ -68,10 +69,14 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     file = run / "metrics.jsonl"
     if not file.is_file():
         return []
+    lines = [line for line in read_input(file).splitlines() if line.strip()]
     try:
-        return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+        found = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: {error}") from None
+    if not all(isinstance(line, dict) for line in found):
+        raise UserError(f"{file}: expected an object on every line")
+    return found
 
 
 def stage_metrics(student: StudentStates) -> dict[str, list[dict[str, Any]]]:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_attnedit.data.compressed import check_whole
 from megatron_attnedit.data.documents import DatasetOptions, read_documents
 from megatron_attnedit.data.tokenizer import end_of_document
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.training.compressed import check_whole
 
 
 def token_windows(

@@ -42,8 +42,26 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any
             raise UserError(
                 f"{directory}: {len(names)} {problem}, e.g. {sorted(map(str, names))[0]}"
             )
+    layers = getattr(getattr(model, "model", None), "layers", ())
+    if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
+        raise UserError(
+            f"{directory}: {type(model).__name__} is no decoder with an attention in every layer"
+        )
     verification.finish()
     return model.to(device).eval()
+
+
+def check_length(model: Any, directory: Path, seq_length: int) -> None:
+    """Refuse windows that are longer than what a model was made for.
+
+    Raises:
+        UserError: they are.
+    """
+    longest = model.config.max_position_embeddings
+    if seq_length > longest:
+        raise UserError(
+            f"--seq-length {seq_length}: {directory} has max_position_embeddings {longest}"
+        )
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_attnedit.checkpoint.as_hf import check_students
 from megatron_attnedit.errors import UserError
@@ -232,6 +232,27 @@ def test_weights_that_are_no_weights(refused, teacher_dir, tmp_path):
     (student / "config.json").write_text(json.dumps(whole))
     (student / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     refused(f"{student}: cannot be loaded", f"name=a,after_edit={student}")
+
+
+def test_windows_longer_than_the_model(refused, teacher_dir):
+    student = f"name=a,after_edit={teacher_dir}"
+    message = f"--seq-length 129: {teacher_dir} has max_position_embeddings 128"
+    refused(message, student, "--seq-length", 129, "--max-windows", 1)
+
+
+def test_a_student_of_another_build(refused, tmp_path):
+    shape = {"vocab_size": DIMS["vocab_size"], "n_embd": 8, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path)
+    refused(f"{tmp_path}: GPT2LMHeadModel is no decoder", f"name=a,after_edit={tmp_path}")
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"\xff", b"{", b"[" * 100_000, b"5"])
+def test_metrics_that_are_none(gate_swa_dir, tmp_path, line):
+    run_folder = with_metrics(gate_swa_dir, tmp_path / "run", 1)
+    with (run_folder / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(UserError, match="metrics.jsonl: "):
+        stage_metrics(parse_student(f"name=a,after_stage1={run_folder}"))
 
 
 def test_other_vocabulary_size(refused, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 import zstandard
 from transformers import AutoTokenizer
 
+from megatron_attnedit.data.documents import DatasetOptions
 from megatron_attnedit.data.tokenizer import load_tokenizer
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.text import token_windows
@@ -302,6 +303,29 @@ def test_a_shard_without_rows_is_empty(tmp_path, hf_tokenizer):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "6.parquet")
     with pytest.raises(UserError, match="6.parquet:1: no key 'text' .* it has body"):
         run(tmp_path, [str(tmp_path / "6.parquet")], hf_tokenizer, "nothing")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_folder_for_the_datasets_library_is_looked_at(tmp_path, hf_tokenizer, streaming):
+    (tmp_path / "set").mkdir()
+    parts = blocks(LINES.encode(), checksum=False)
+    (tmp_path / "set" / "train.jsonl.zst").write_bytes(b"".join(parts[:2]))
+    options = DatasetOptions(streaming=streaming)
+    with pytest.raises(UserError, match="train.jsonl.zst: cannot be read"):
+        run(tmp_path, [f"hf:{tmp_path / 'set'}"], hf_tokenizer, dataset=options)
+
+
+def _ended(*_):
+    os._exit(1)
+
+
+def test_a_worker_that_is_ended(tmp_path, hf_tokenizer, monkeypatch):
+    """As the kernel does where memory is short."""
+    (tmp_path / "a.txt").write_text("x")
+    monkeypatch.setattr("megatron_attnedit.data.preprocess._encode", _ended)
+    with pytest.raises(UserError, match="--workers 2: one of them was ended"):
+        run(tmp_path, [str(tmp_path / "a.txt")], hf_tokenizer, workers=2)
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_outputs_are_prefixes(tmp_path, hf_tokenizer):
