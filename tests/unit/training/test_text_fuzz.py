@@ -16,7 +16,7 @@ import pytest
 import zstandard
 from transformers import AutoTokenizer
 
-from megatron_attnedit.data.documents import DatasetOptions
+from megatron_attnedit.data.documents import DatasetOptions, read_documents
 from megatron_attnedit.data.tokenizer import load_tokenizer
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.text import token_windows
@@ -192,8 +192,8 @@ def test_frames_in_a_row(attempt):
     one, two = zst(content[:501]), zst(content[501:], checksum=False)
     for whole in (one + two, one + two + SKIPPABLE, one + zst(b"") + SKIPPABLE * 2 + two):
         assert attempt("a.jsonl.zst", whole, TEXTS) == ""
-    for more in (b"x", SKIPPABLE[:-1], b"\0" * 9, two[:-1]):
-        message = attempt("a.jsonl.zst", one + two + more, None)
+    for bad in (two[:-1], two + b"x", two + SKIPPABLE[:-1], two + b"\0" * 9):
+        message = attempt("a.jsonl.zst", one + bad, None)
         assert "a.jsonl.zst: cannot be read" in message
     rows = gzip.compress(content[:501]), gzip.compress(content[501:])
     assert attempt("a.jsonl.gz", b"".join(rows), TEXTS) == ""
@@ -210,6 +210,19 @@ def test_bit_flipped(attempt, name):
         damaged[place] ^= 1 << draw.randrange(8)
         attempt(name, bytes(damaged), expected_of(name, bytes(damaged)))
     assert attempt.refused > 4 and (attempt.right > 4 or name not in PLAIN)
+
+
+def test_no_page_of_a_parquet_file_is_passed_over(tmp_path):
+    """Arrow skips pages of kinds that it does not have, so a damaged kind would lose rows."""
+    file, content, lost = tmp_path / "a.parquet", WHOLE["a.parquet"], 0
+    for place in [i for i, byte in enumerate(content) if byte == 0]:
+        file.write_bytes(content[:place] + b"\x21" + content[place + 1 :])
+        try:
+            found = [text for _, text in read_documents(str(file), "text", DatasetOptions())]
+            assert found == TEXTS, place
+        except UserError as error:
+            lost += "rows more than it has" in str(error)
+    assert lost
 
 
 def test_an_arrow_file_with_a_flipped_bit_is_read_or_refused(tmp_path, hf_tokenizer):
