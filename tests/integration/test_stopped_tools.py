@@ -54,8 +54,9 @@ def in_the_hf_writer(number):
 
 
 def before_a_checkpoint_is_sealed(number):
+    from megatron_attnedit.checkpoint import writer
 
-    at_call(writing, "seal", number)
+    at_call(writer, "seal", number)
 
 
 def while_tokenizing(number):

@@ -22,7 +22,7 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.text import token_windows
 from tests.support.tokenizers import corpus
 from tests.support.tools import call_tool
-from tests.unit.training.test_preprocess import documents, run
+from tests.unit.data.test_preprocess import documents, run
 
 TEXTS = [*corpus(30), "two\nlines\r\n", "naïve café ∑ 漢字 \U0001f600", "\u2028 and \x85 stay"]
 LINES = "".join(
