@@ -11,15 +11,19 @@ import contextlib
 import os
 import signal
 import sys
+import threading
+import time
 from types import FrameType
 from typing import Any
 
 import psutil
 
 from megatron_attnedit.errors import BAD_INPUT, STOPPED
+from megatron_attnedit.stop_signals import SAME_REQUEST_S
 
 HANDED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 KEPT = (signal.SIGHUP, signal.SIGQUIT)  # torchrun's: it ends the ranks
+GRACE_S = 3  # after the second SIGINT
 AT_ONCE = 128 + signal.SIGINT
 
 
@@ -28,9 +32,14 @@ class Launcher:
 
     def __init__(self) -> None:
         self.told_to_stop = False
+        self.interrupted_at = 0.0
 
     def hand_on(self, number: int, frame: FrameType | None) -> None:
         self.told_to_stop = True
+        if number == signal.SIGINT and not self.interrupted_at:
+            self.interrupted_at = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.interrupted_at > SAME_REQUEST_S:
+            threading.Timer(GRACE_S, kill_ranks).start()  # those that do not hear it
         ranks = psutil.Process().children()
         if not ranks:  # they have not begun
             os._exit(STOPPED)  # an exception would pass through torchrun, wherever that is
@@ -58,9 +67,7 @@ class Launcher:
         finally:
             for number in KEPT:  # once more would raise in the middle of this
                 signal.signal(number, signal.SIG_IGN)
-            for rank in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.kill()  # torchrun can fail itself, and leave ranks that wait
+            kill_ranks()  # torchrun can fail itself, and leave ranks that wait
         return 0
 
     def exit_code(self, codes: set[int]) -> int:
@@ -70,6 +77,13 @@ class Launcher:
         # A rank that is still starting dies of the signal: nothing new was there to save.
         died_of_it = codes <= {-number for number in HANDED_ON}
         return STOPPED if self.told_to_stop and died_of_it else 1
+
+
+def kill_ranks() -> None:
+    """End whatever this process has started."""
+    for rank in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
 
 
 if __name__ == "__main__":
