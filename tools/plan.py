@@ -27,7 +27,8 @@ def main() -> None:
     teacher = read_hf_config(args["teacher"])
     student = student_attention_class(args["student_attention"]).from_flags(args, teacher)
     parallel = ParallelConfig.from_fields(args)
-    args["world_size"] = args["world_size"] or parallel.smallest_world_size
+    if args["world_size"] is None:
+        args["world_size"] = parallel.smallest_world_size
     size = RunSize(**{item.name: args[item.name] for item in dataclasses.fields(RunSize)})
     sizes = plan(teacher, student, parallel, size, context=args["context"])
 

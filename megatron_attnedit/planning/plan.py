@@ -4,10 +4,12 @@ from dataclasses import dataclass, replace
 
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.planning.activations import Workload
 from megatron_attnedit.planning.memory import RankMemory, memory_of_stages
 
+MOST = 2**31 - 1
 BYTES = 2  # bfloat16, as served and as trained
 
 
@@ -48,6 +50,21 @@ class RunSize:
     global_batch_size: int = 0
     use_distributed_optimizer: bool = False
 
+    def __post_init__(self) -> None:
+        least_of = {"world_size": 1, "seq_length": 1, "micro_batch_size": 1}
+        for name, least in {**least_of, "global_batch_size": 0}.items():
+            check_count(f"--{name.replace('_', '-')}", getattr(self, name), least)
+
+
+def check_count(flag: str, value: int, least: int = 1) -> None:
+    """Refuse a number of which there cannot be so many.
+
+    Raises:
+        UserError: names the flag.
+    """
+    if not least <= value <= MOST:
+        raise UserError(f"{flag} {value}: expected {least} to {MOST}")
+
 
 def plan(
     teacher: HFConfig,
@@ -63,6 +80,7 @@ def plan(
         UserError: the grid cannot cut this teacher, this student, this batch, or does not fill the
             processes; names the flag.
     """
+    check_count("--context", context)
     parallel.check_processes(size.world_size)
     parallel.check_model(teacher)
     parallel.check_student(student, size.seq_length)

@@ -28,6 +28,7 @@ from megatron_attnedit.training.checks import (
     data_config,
     lineage_of,
 )
+from megatron_attnedit.training.options import LARGEST_INT
 from megatron_attnedit.training.recipe import Recipe, Stage2Recipe
 from megatron_attnedit.training.recipe_files import parser_for, read_recipe_file
 from megatron_attnedit.training.setup import teacher_hf_dir
@@ -78,6 +79,8 @@ def dry_run(cls: type[Recipe], description: str, argv: list[str] | None = None) 
     flags = {name: given.pop(name, None) for name in ("student_attention", *student_flag_names())}
     world_size, limit = given.pop("world_size"), given.pop("device_memory_gib")
     given.pop("dry_run")
+    if not 0 < limit < float("inf"):
+        raise UserError(f"--device-memory-gib {limit:g}: expected a positive, finite number")
     target = given.pop("json")
     file = given.pop("recipe", None)
     values = {**(read_recipe_file(cls, file) if file else {}), **given}
@@ -123,7 +126,7 @@ def plan_run(
     """
     defaults: dict[str, Any] = {"load": "-", "save": "-", "train_data_path": ["-"]}
     recipe = cls(**{**defaults, **values})
-    if world_size < 1:
+    if not 1 <= world_size <= LARGEST_INT:
         raise UserError(f"--world-size {world_size}: expected a positive number")
     recipe.check_folders()
     hf = read_hf_config(teacher_hf_dir(recipe.teacher))

@@ -42,6 +42,8 @@ from megatron_attnedit.training.setup import (
 
 logger = logging.getLogger(__name__)
 
+MOST_CALIBRATION_TOKENS = 2**24
+
 
 @dataclass(frozen=True, kw_only=True)
 class EditConfig:
@@ -76,6 +78,11 @@ class EditConfig:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {getattr(self, name)}: expected a positive number")
+        if self.calibration_tokens > MOST_CALIBRATION_TOKENS:
+            raise UserError(
+                f"--calibration-tokens {self.calibration_tokens}: expected at most "
+                f"{MOST_CALIBRATION_TOKENS}, whose hidden states are kept in memory"
+            )
         check_seed(self.seed)
         check_writable(Path(self.save), "--save")
         self.refuse_checkpoint()

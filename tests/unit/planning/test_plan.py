@@ -90,3 +90,15 @@ def test_layers_chosen_by_measuring_need_the_model(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan.py", *flags, "--full-layers", "auto"])
     with pytest.raises(UserError, match="^--full-layers auto: works in an edit only.*such as 4,9"):
         tool.main()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--context", "--world-size", "--seq-length", "--micro-batch-size"]
+)
+@pytest.mark.parametrize("value", ["0", "-1", str(10**12)])
+def test_numbers_of_which_there_cannot_be_so_many(monkeypatch, flag, value):
+    for student in ("mla", "gate_swa"):
+        given = ["--teacher", str(RECIPES / "qwen3_8b"), "--student-attention", student]
+        monkeypatch.setattr(sys, "argv", ["plan.py", *given, flag, value])
+        with pytest.raises(UserError, match=f"^{flag} {value}: expected 1 to"):
+            tool.main()

@@ -124,6 +124,9 @@ def test_an_optimizer_on_the_host_leaves_the_device(tmp_path, capsys):
         (["--seed", -1], "--seed -1: expected 0 to"),
         (["--lr-warmup-iters", 1000], "--lr-warmup-iters 1000"),
         (["--device-memory-gib", 20], "--device-memory-gib 20"),
+        (["--device-memory-gib", "nan"], "--device-memory-gib nan: expected a positive, finite"),
+        (["--device-memory-gib", "inf"], "--device-memory-gib inf: expected a positive, finite"),
+        (["--world-size", 10**12], "--world-size 1000000000000"),
     ],
 )
 def test_refused(flags, message):

@@ -67,6 +67,12 @@ def test_nothing_to_calibrate_on(refused, flag, value):
     refused(message, *data, *RANDOM, *AUTO, flag, value, student="gate_swa")
 
 
+def test_more_calibration_than_memory_holds(refused):
+    data = ["--calibration-data-path", "data"]
+    refused("^--calibration-tokens 1000000000000: expected at most", *data,
+            "--calibration-tokens", 10**12)
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_numpy_does_not_take(refused, seed):
     refused(f"^--seed {seed}: expected 0 to 4294967295$", *RANDOM, "--seed", seed)
