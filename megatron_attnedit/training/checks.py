@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_attnedit.attention.backends import attention_backend
 from megatron_attnedit.attention.student_attention import StudentAttention
@@ -207,10 +208,14 @@ def finished(recipe: Recipe) -> int:
 
     Its checkpoint is hashed, the processes sharing the files: one that is damaged is not the end.
     """
-    found = None
-    with suppress(UserError):
-        found = run_folder.tracked(Path(recipe.save))
-    name = run_folder.ITERATION_DIR.fullmatch(found.name) if found is not None else None
-    if found is None or name is None or int(name[1]) < recipe.train_iters:
+    iterations = [0]
+    if dist.get_rank() == 0:
+        with suppress(UserError):
+            found = run_folder.tracked(Path(recipe.save))
+            match = found and run_folder.ITERATION_DIR.fullmatch(found.name)
+            iterations = [int(match[1]) if match else 0]
+    dist.broadcast_object_list(iterations)
+    if iterations[0] < recipe.train_iters:
         return 0
-    return 0 if run_folder.damage(found) else int(name[1])
+    folder = run_folder.iteration_dir(Path(recipe.save), iterations[0])
+    return 0 if run_folder.damage(folder) else iterations[0]

@@ -6,6 +6,7 @@ Keys are the names with underscores, flags those with dashes.
 import argparse
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -122,7 +123,7 @@ def read_recipe_file(cls: type[Recipe], file: str | Path) -> dict[str, Any]:
         UserError: no such file, not YAML, a key unknown or repeated, or a value of another type.
     """
     path = Path(file)
-    if not path.is_file():
+    if not os.path.isfile(path):  # of a name that no file can have, too
         raise UserError(f"{path}: no such file")
     content = _read_yaml(path) or {}
     kinds = _field_types(cls)

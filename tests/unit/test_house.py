@@ -14,6 +14,7 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 80
 DEVICE_NAME = re.compile(r"(cuda|npu)(:\d+)?|nccl|hccl")
 # Spelled apart so that this file does not find itself.
+GUESSABLE = re.compile("/t" + r"mp\b|gettemp" + r"dir\(|tempfile\.mk" + r"temp\(")
 UNFINISHED = re.compile("TO" + "DO|FIX" + "ME")
 
 
@@ -72,7 +73,18 @@ def not_ascii(root: Path) -> list[str]:
     return [str(p.relative_to(root)) for p in paths if not p.read_bytes().isascii()]
 
 
-RULES = [long_files, long_functions, device_names, unfinished, not_ascii]
+def guessable_names(root: Path) -> list[str]:
+    """Names in the common temporary folder that others can take first; mktemp makes the others."""
+    found = []
+    for path in files(root, FOLDERS, ".py", ".sh", ".sbatch"):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            by_mktemp = "mktemp" in line and "tempfile" not in line
+            if GUESSABLE.search(line) and not by_mktemp:
+                found.append(f"{path.relative_to(root)}:{number}")
+    return found
+
+
+RULES = [long_files, long_functions, device_names, unfinished, not_ascii, guessable_names]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -90,6 +102,9 @@ def test_rule_holds(rule):
         (device_names, "backend = 'nccl'\n"),
         (unfinished, "# TO" + "DO: later\n"),
         (not_ascii, "a = '\u00e9'\n"),
+        (guessable_names, "folder = '/t" + "mp/attnedit'\n"),
+        (guessable_names, "folder = Path(tempfile.gettemp" + "dir()) / 'attnedit'\n"),
+        (guessable_names, "file = tempfile.mk" + "temp()\n"),
     ],
 )
 def test_a_planted_violation_is_found(tmp_path, rule, content):

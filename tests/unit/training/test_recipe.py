@@ -90,6 +90,7 @@ def test_not_yaml(tmp_path):
 
 def test_missing_file():
     refused(["nowhere.yaml", "no such file"], "--recipe", "nowhere.yaml")
+    refused(["no such file"], "--recipe", "n" * 300)
 
 
 @pytest.mark.parametrize("missing", ["teacher", "load", "save", "train-data-path"])
