@@ -85,9 +85,9 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout(job):
     assert seconds > 30
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_the_launcher_passes_signals_on(job, number):
-    signals = "SIGTERM,SIGUSR1"
+    signals = "SIGTERM,SIGUSR1,SIGINT"
     os.environ["PET_SIGNALS_TO_HANDLE"] = signals
     try:
         launcher, _, save = job(2, "--tensor-model-parallel-size", 2)
