@@ -10,9 +10,9 @@ import contextlib
 import functools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from megatron_attnedit import stop_signals
-from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError, run_tool
 from megatron_attnedit.files import check_file_writable, check_writable, write_output
 from megatron_attnedit.locks import folder_lock, output_lock
@@ -92,18 +92,19 @@ def check(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     start_logging()
-    bootstrap()
+    from megatron_attnedit.device import bootstrap
+
+    accelerator = bootstrap()
     check(args)
     with contextlib.ExitStack() as owned:
         owned.enter_context(folder_lock(args.output, "--output"))
         if args.json:
             owned.enter_context(output_lock(args.json, "--json"))
-        evaluate(args)
+        evaluate(args, accelerator)
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: argparse.Namespace, accelerator: Any) -> None:
     """Load, compare, write the report."""
-    accelerator = bootstrap()
     import torch
 
     from megatron_attnedit.checkpoint.as_hf import check_students, hf_directory, training_runs

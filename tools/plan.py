@@ -6,12 +6,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError, run_tool
 from megatron_attnedit.files import write_output
 
 
 def main() -> None:
+    from megatron_attnedit.device import bootstrap
+
     bootstrap()
     from megatron_attnedit.attention.registry import student_attention_class
     from megatron_attnedit.convert.hf_config import read_hf_config

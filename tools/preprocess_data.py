@@ -3,9 +3,6 @@
 
 import argparse
 
-from megatron_attnedit.data.documents import DatasetOptions
-from megatron_attnedit.data.preprocess import PreprocessConfig, preprocess
-from megatron_attnedit.device import quiet_megatron
 from megatron_attnedit.errors import run_tool
 from megatron_attnedit.logs import start_logging
 
@@ -54,6 +51,11 @@ def main() -> None:
     """Parse, preprocess, say what was written."""
     args = parser().parse_args()
     start_logging()
+    # Inside, because it takes seconds, in which a signal must end the program without a traceback.
+    from megatron_attnedit.data.documents import DatasetOptions
+    from megatron_attnedit.data.preprocess import PreprocessConfig, preprocess
+    from megatron_attnedit.device import quiet_megatron
+
     quiet_megatron()
     options = DatasetOptions(args.dataset_config, args.dataset_split, args.streaming)
     config = PreprocessConfig(

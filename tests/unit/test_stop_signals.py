@@ -1,9 +1,11 @@
 """Signals are noted where something is half-written, and end the process at once elsewhere."""
 
+import ast
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -144,3 +146,20 @@ def test_handlers_are_put_back():
         assert all(signal.getsignal(number) != before[number] for number in SIGNALS)
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize(
+    "tool",
+    ["convert_checkpoint", "edit_checkpoint", "evaluate", "plan", "preprocess_data",
+     "pretrain_stage1", "pretrain_stage2"],
+)  # fmt: skip
+def test_a_tool_imports_nothing_slow_before_it_takes_signals(tool):
+    """In the seconds of those imports SIGINT would be a traceback."""
+    text = (Path(__file__).parents[2] / "tools" / f"{tool}.py").read_text()
+    quick = {"errors", "files", "logs", "stop_signals"}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("megatron_attnedit"):
+            names = {node.module.partition(".")[2]} - {""} or {name.name for name in node.names}
+            assert names <= quick, names
+        elif isinstance(node, ast.Import):
+            assert not {name.name.partition(".")[0] for name in node.names} & {"torch", "megatron"}
