@@ -60,7 +60,7 @@ class Lock:
         self._made: list[Path] = []
         self._ended = threading.Event()
         self._beaten = 0.0
-        self.lost = False
+        self.lost = self._warned = False
 
     def take(self) -> None:
         """Become the owner.
@@ -135,8 +135,12 @@ class Lock:
             if folder.is_dir():
                 raise
             return False
-        with os.fdopen(opened, "w") as stream:
-            stream.write(json.dumps(_description() | {"token": self._token}))
+        try:
+            with os.fdopen(opened, "w") as stream:
+                stream.write(json.dumps(_description() | {"token": self._token}))
+        except OSError:  # the disk is full
+            self._file.unlink(missing_ok=True)
+            raise
         return True
 
     def _remove_if_dead(self) -> None:
@@ -198,7 +202,9 @@ class Lock:
             if not self.lost:
                 os.utime(self._file)
         except OSError as error:
-            logger.warning("warning: %s cannot be renewed: %s", self._file, error)
+            if not self._warned:
+                logger.warning("warning: %s cannot be renewed: %s", self._file, error)
+            self._warned = True
         self._beaten = time.monotonic()
 
     def _remove_made_folders(self) -> None:

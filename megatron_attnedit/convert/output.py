@@ -113,7 +113,10 @@ def _new_directory(output: Path, overwrite: bool) -> Iterator[Path]:
         on_first(lambda: _put_in_place(output, overwrite), f"--output {output}")
         barrier()
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written: {error}") from None
+        file = Path(str(error.filename or partial))
+        if partial in (file, *file.parents) or file in (output, output.parent):
+            raise UserError(f"--output {output}: cannot be written: {error}") from None
+        raise UserError(f"{file}: {error.strerror}") from None  # of the source
     finally:
         if is_first():
             _remove(partial)

@@ -260,3 +260,37 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match=r"--save .*run: cannot be written: .*"):
         lock_of(tmp_path).take()
+
+
+def test_a_full_disk_leaves_no_lock_of_nobody(tmp_path, monkeypatch):
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    def full(descriptor, mode):
+        os.close(descriptor)
+        return Full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdopen", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            lock_of(tmp_path).take()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_heartbeat_that_cannot_be_renewed_is_a_single_warning(tmp_path, monkeypatch, caplog):
+    def denied(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    with lock_of(tmp_path) as lock:
+        monkeypatch.setattr(os, "utime", denied)
+        lock._renew()
+        lock._renew()
+        lock.check()
+    assert len(caplog.records) == 1 and ".lock cannot be renewed" in caplog.text
