@@ -89,12 +89,13 @@ def test_grouped_experts_of_each_rank(models, tmp_path):
 
 @pytest.fixture
 def foreign(models, tmp_path):
-    """As another program leaves it: no lineage, a padded vocabulary, Megatron's ``release``."""
+    """As another program leaves it: no lineage or seal, a padded vocabulary, Megatron's ``release``."""
     folder = tmp_path / "foreign"
     sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     make(models("qwen3_moe"), folder, "torch", moe_grouped_gemm=True, **sizes)
     start = folder / "iter_0000001"
-    (start / "attnedit.json").unlink()
+    for name in ("attnedit.json", "complete.json", "manifest.json"):
+        (start / name).unlink()
     shutil.rmtree(start / "hf")
     for stage in range(2):
         files = [start / f"mp_rank_{tp:02d}_{stage:03d}" / "model_optim_rng.pt" for tp in range(2)]
