@@ -1,6 +1,7 @@
 """Files that a user names: text that is either complete or as it was, and where outputs go."""
 
 import errno
+import glob
 import os
 import tempfile
 from pathlib import Path
@@ -23,6 +24,17 @@ def write_whole(file: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_partial_files(folder: Path, name: str = "") -> None:
+    """Remove what killed programs left of ``write_whole``; nobody else may write there now.
+
+    Args:
+        folder: Where.
+        name: Of the file; default: of any.
+    """
+    for partial in folder.glob(f".{glob.escape(name) or '*'}.*.partial"):
+        partial.unlink(missing_ok=True)
 
 
 def read_input(file: Path) -> str:

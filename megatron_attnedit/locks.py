@@ -219,6 +219,14 @@ def folder_lock(folder: Path, flag: str) -> Lock:
     return Lock(folder / ".lock", f"{flag} {folder}")
 
 
+def owner_died(folder: Path) -> bool:
+    """Was a folder locked by a process of this machine that is not there any more?"""
+    owner = _read(folder / ".lock")
+    if owner is None or owner["machine"] != _machine():
+        return False
+    return not _is_running(owner["pid"], owner["process_started"])
+
+
 def output_lock(output: Path, flag: str) -> Lock:
     """The lock of a file, a prefix of files or a folder that is replaced; it lies beside it."""
     return Lock(output.parent / f".{output.name}.lock", f"{flag} {output}")

@@ -8,15 +8,20 @@ in memory together.
 import argparse
 import contextlib
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from megatron_attnedit import stop_signals
 from megatron_attnedit.errors import UserError, run_tool
-from megatron_attnedit.files import check_file_writable, check_writable, write_output
+from megatron_attnedit.files import (
+    check_file_writable,
+    check_writable,
+    remove_partial_files,
+    write_output,
+)
 from megatron_attnedit.locks import folder_lock, output_lock
 from megatron_attnedit.logs import start_logging
+from megatron_attnedit.scratch import scratch_folder
 
 
 def parse_args() -> argparse.Namespace:
@@ -98,8 +103,10 @@ def main() -> None:
     check(args)
     with contextlib.ExitStack() as owned:
         owned.enter_context(folder_lock(args.output, "--output"))
+        remove_partial_files(args.output)
         if args.json:
             owned.enter_context(output_lock(args.json, "--json"))
+            remove_partial_files(args.json.parent, args.json.name)
         evaluate(args, accelerator)
 
 
@@ -117,15 +124,15 @@ def evaluate(args: argparse.Namespace, accelerator: Any) -> None:
     check_students(students)
     dtype = args.dtype or ("float32" if accelerator.kind == "cpu" else "bfloat16")
     # A student's weights may be in the folder, which is removed whatever happens.
-    with stop_signals.held(), tempfile.TemporaryDirectory() as folder:
-        directory = hf_directory(args.teacher, Path(folder))
+    with stop_signals.held(), scratch_folder() as folder:
+        directory = hf_directory(args.teacher, folder)
         tokenizer = load_tokenizer(directory)
         windows = token_windows(
             args.text, tokenizer, args.seq_length, args.max_windows, args.json_key
         )
         teacher = load_model(directory, getattr(torch, dtype), accelerator.device)
         check_length(teacher, args.teacher, args.seq_length)
-        as_hf = functools.partial(hf_directory, scratch=Path(folder), teacher=str(directory))
+        as_hf = functools.partial(hf_directory, scratch=folder, teacher=str(directory))
         models = report.load_students(
             students, teacher, tokenizer, directory, as_hf, args.seq_length
         )

@@ -18,7 +18,7 @@ from megatron_attnedit.convert.output import TRACKER, is_first
 from megatron_attnedit.convert.reading import MANIFEST
 from megatron_attnedit.convert.verification import check_small_files
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.files import check_file_writable, write_whole
+from megatron_attnedit.files import check_file_writable, remove_partial_files, write_whole
 from megatron_attnedit.files import check_writable as check_folder_writable
 
 logger = logging.getLogger(__name__)
@@ -235,5 +235,4 @@ def clean(directory: Path) -> None:
     for prefix in (WRITING, REPLACED, DELETING):
         for path in directory.glob(f"{prefix}*"):
             shutil.rmtree(path, ignore_errors=True)
-    for path in directory.glob(".*.partial"):  # of files.write_whole
-        path.unlink(missing_ok=True)
+    remove_partial_files(directory)

@@ -1,7 +1,6 @@
 """Are two checkpoints, of whatever formats, the same numbers?"""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from megatron_attnedit.convert.reading import DTYPES, Reading
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.export.loading import load_model, load_tokenizer
 from megatron_attnedit.files import check_file_writable, check_writable, write_output
+from megatron_attnedit.scratch import scratch_folder
 
 TOKENS = 512
 
@@ -107,12 +107,12 @@ def logit_difference(a: Path, b: Path, text: Path, teacher: str | None = None) -
     if not text.is_file():
         raise UserError(f"--text {text}: no such file")
     device = torch.device("cpu")
-    with stop_signals.held(), tempfile.TemporaryDirectory() as folder:
+    with stop_signals.held(), scratch_folder() as folder:
         logits = []
         ids = None
         for path in (a, b):
             stop_signals.check()
-            directory = hf_directory(path, Path(folder), teacher)
+            directory = hf_directory(path, folder, teacher)
             if ids is None:
                 ids = load_tokenizer(directory)(text.read_text(), return_tensors="pt").input_ids
             model = load_model(directory, torch.float32, device)

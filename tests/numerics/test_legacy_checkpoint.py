@@ -89,7 +89,7 @@ def test_grouped_experts_of_each_rank(models, tmp_path):
 
 @pytest.fixture
 def foreign(models, tmp_path):
-    """As another program leaves it: no lineage or seal, a padded vocabulary, Megatron's ``release``."""
+    """As another program leaves it: no lineage, no seal, padded vocabulary, ``release``."""
     folder = tmp_path / "foreign"
     sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     make(models("qwen3_moe"), folder, "torch", moe_grouped_gemm=True, **sizes)

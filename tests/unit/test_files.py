@@ -3,7 +3,13 @@
 import pytest
 
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.files import check_output_folder, read_input, write_output, write_whole
+from megatron_attnedit.files import (
+    check_output_folder,
+    read_input,
+    remove_partial_files,
+    write_output,
+    write_whole,
+)
 
 
 def test_content_and_nothing_beside(tmp_path):
@@ -64,3 +70,13 @@ def test_an_output_folder_that_leads_nowhere_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match=r"--save .*link/run: .*link is not a folder"):
         check_output_folder(tmp_path / "link" / "run", "--save")
+
+
+def test_what_killed_programs_left_of_a_file_is_removed(tmp_path):
+    names = {".a[1].json.7.partial", ".b.json.8.partial", "c.partial", ".d.json"}
+    for name in names:
+        (tmp_path / name).touch()
+    remove_partial_files(tmp_path, "a[1].json")
+    assert {p.name for p in tmp_path.iterdir()} == names - {".a[1].json.7.partial"}
+    remove_partial_files(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"c.partial", ".d.json"}

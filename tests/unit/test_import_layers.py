@@ -29,7 +29,7 @@ LAYERS = [
     "tools",
 ]
 # Plain helpers that import nothing of the package but errors.
-HELPERS = ["logs", "files", "locks", "stop_signals"]
+HELPERS = ["logs", "files", "locks", "owners", "scratch", "stop_signals"]
 OPTIONAL = ["transformer_engine", "torch_npu", "mindspeed", "apex", "wandb", "lm_eval"]
 
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from megatron_attnedit import locks
+from megatron_attnedit import locks, scratch
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.locks import folder_lock, output_lock
 from tests.support.forked import FORKED
@@ -294,3 +294,21 @@ def test_a_heartbeat_that_cannot_be_renewed_is_a_single_warning(tmp_path, monkey
         lock._renew()
         lock.check()
     assert len(caplog.records) == 1 and ".lock cannot be renewed" in caplog.text
+
+
+def test_temporary_folders_of_killed_programs_are_removed(tmp_path, monkeypatch, owner):
+    monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
+    dead, alive, foreign = (tmp_path / f"{scratch.PREFIX}{name}" for name in "abc")
+    for folder in (dead, alive, foreign):
+        (folder / "export1").mkdir(parents=True)
+        (folder / ".lock").write_bytes(file_of(tmp_path).read_bytes())
+    rewrite(dead / ".lock", process_started=1.0)
+    rewrite(foreign / ".lock", process_started=1.0, **OTHER)
+    (tmp_path / f"{scratch.PREFIX}d").symlink_to(tmp_path)
+    with scratch.scratch_folder() as mine:
+        assert mine.parent == tmp_path and not dead.exists()
+        assert alive.is_dir() and foreign.is_dir()
+        with scratch.scratch_folder() as other:
+            assert mine.is_dir() and other != mine
+    assert not mine.exists() and not other.exists()
+    assert file_of(tmp_path).is_file()
