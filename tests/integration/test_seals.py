@@ -183,7 +183,6 @@ def test_another_program_s_files_are_read_and_a_line_says_so(inputs, tmp_path, c
 
 HF_READERS = {
     "import": lambda path, inputs, tmp: make(path, tmp / "out", dtype="float32"),
-    "verify": lambda path, inputs, tmp: manifest_of(path),
     "evaluate": lambda path, inputs, tmp: load_model(path, torch.float32, torch.device("cpu")),
     "edit": READERS["edit"],
     "--teacher": READERS["--teacher"],
@@ -203,6 +202,14 @@ def test_an_exported_directory(inputs, tmp_path, reader, kind):
         entries.popitem()
         (copy / MANIFEST).write_text(json.dumps(entries))
     refused(HF_READERS[reader], copy, inputs, tmp_path, MANIFEST)
+
+
+def test_verify_compares_what_was_changed_and_says_so(inputs, tmp_path, caplog):
+    copy = shutil.copytree(inputs / "back", tmp_path / "hf")
+    flip(copy / "model.safetensors")
+    assert manifest_of(copy) != manifest_of(inputs / "back")
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert MANIFEST in record.message and str(copy) in record.message
 
 
 def test_what_a_manifest_says_is_checked_whole(inputs, tmp_path):
