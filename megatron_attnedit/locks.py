@@ -19,8 +19,6 @@ import json
 import logging
 import os
 import secrets
-import socket
-import sys
 import tempfile
 import threading
 import time
@@ -28,9 +26,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 from typing_extensions import Self
 
+from megatron_attnedit import owners
 from megatron_attnedit.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +37,6 @@ BEAT_S = 5.0
 CHECK_S = 1.0
 STALE_S = 45.0  # less than the shortest --distributed-timeout-minutes: other ranks wait meanwhile
 POLL_S = 0.5
-START_TOLERANCE_S = 5.0  # of the time at which a process began, which the kernel may correct
 
 
 class Lock:
@@ -86,7 +83,7 @@ class Lock:
             return
         self._pid = 0
         self._ended.set()
-        if (_read(self._file) or {}).get("token") == self._token:
+        if (owners.read(self._file) or {}).get("token") == self._token:
             self._file.unlink(missing_ok=True)
         self._remove_made_folders()
 
@@ -101,9 +98,10 @@ class Lock:
         if time.monotonic() - self._beaten > CHECK_S:  # suspended: so was the thread
             self._renew()
         if self.lost:
-            owner = _read(self._file)
+            owner = owners.read(self._file)
+            new = owners.in_words(owner) if owner else "nobody"
             raise UserError(
-                f"{self._name}: was taken over by {_words(owner) if owner else 'nobody'}: its "
+                f"{self._name}: was taken over by {new}: its "
                 f"file {self._file} was removed, or had not been renewed for {STALE_S:.0f} s"
             )
 
@@ -137,7 +135,7 @@ class Lock:
             return False
         try:
             with os.fdopen(opened, "w") as stream:
-                stream.write(json.dumps(_description() | {"token": self._token}))
+                stream.write(json.dumps(owners.describe_this() | {"token": self._token}))
         except OSError:  # the disk is full
             self._file.unlink(missing_ok=True)
             raise
@@ -149,13 +147,13 @@ class Lock:
         Raises:
             UserError: the owner is alive.
         """
-        owner = _read(self._file)
+        owner = owners.read(self._file)
         if owner is None:
             return
-        age = self._age()
+        age, name = self._age(), owners.in_words(owner)
         if not self._is_dead(owner, age):
             raise UserError(
-                f"{self._name}: in use by {_words(owner)}, heartbeat {max(0.0, age):.0f} s ago; "
+                f"{self._name}: in use by {name}, heartbeat {max(0.0, age):.0f} s ago; "
                 "wait until it has ended, or name another place"
             )
         # Of several that find the owner dead, one renames its file. One that has renamed the file
@@ -163,19 +161,19 @@ class Lock:
         aside = self._file.with_name(f"{self._file.name}.{self._token}")
         with contextlib.suppress(FileNotFoundError):
             self._file.rename(aside)
-            if (_read(aside) or owner)["token"] == owner["token"]:
-                logger.info("%s: taken over from %s, which has ended", self._name, _words(owner))
+            if (owners.read(aside) or owner)["token"] == owner["token"]:
+                logger.info("%s: taken over from %s, which has ended", self._name, name)
             elif not self._file.exists():
                 aside.rename(self._file)
         aside.unlink(missing_ok=True)
 
     def _is_dead(self, owner: dict[str, Any], age: float) -> bool:
-        if owner["machine"] == _machine():
-            return not _is_running(owner["pid"], owner["process_started"])
+        if owner["machine"] == owners.machine():
+            return not owners.is_running(owner)
         if age <= STALE_S:
             logger.info(
                 "%s: %s may be alive; watching its heartbeat for up to %.0f s",
-                self._name, _words(owner), STALE_S - age,
+                self._name, owners.in_words(owner), STALE_S - age,
             )  # fmt: skip
         first = _modified(self._file)
         while self._age() <= STALE_S:
@@ -197,7 +195,7 @@ class Lock:
     def _renew(self) -> None:
         """Renew the heartbeat, unless the lock is another's by now."""
         try:
-            owner = _read(self._file)
+            owner = owners.read(self._file)
             self.lost = self.lost or owner is None or owner["token"] != self._token
             if not self.lost:
                 os.utime(self._file)
@@ -221,76 +219,15 @@ def folder_lock(folder: Path, flag: str) -> Lock:
 
 def owner_died(folder: Path) -> bool:
     """Was a folder locked by a process of this machine that is not there any more?"""
-    owner = _read(folder / ".lock")
-    if owner is None or owner["machine"] != _machine():
+    owner = owners.read(folder / ".lock")
+    if owner is None or owner["machine"] != owners.machine():
         return False
-    return not _is_running(owner["pid"], owner["process_started"])
+    return not owners.is_running(owner)
 
 
 def output_lock(output: Path, flag: str) -> Lock:
     """The lock of a file, a prefix of files or a folder that is replaced; it lies beside it."""
     return Lock(output.parent / f".{output.name}.lock", f"{flag} {output}")
-
-
-def _description() -> dict[str, Any]:
-    return {
-        "tool": Path(sys.argv[0]).name or "python",
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "process_started": psutil.Process().create_time(),
-        "machine": _machine(),
-    }
-
-
-def _words(owner: dict[str, Any]) -> str:
-    """An owner's name in a message."""
-    name = "{tool} (process {pid} on {host}, since {started})"
-    return name.format_map(owner)
-
-
-def _machine() -> str:
-    """Where process numbers mean the same: host, boot and process namespace."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # not on Linux
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
-
-
-def _is_running(pid: int, started: float) -> bool:
-    """Is it the process that began then, and not one that got its number later?"""
-    try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return abs(process.create_time() - started) < START_TOLERANCE_S
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:  # another user's
-        return True
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """What a lock's file holds; None where there is none.
-
-    One that holds no owner, as after a crash of the host, is that of an unknown one elsewhere.
-    """
-    unknown = dict.fromkeys(("host", "pid", "started", "machine", "token", "tool"), "unknown")
-    for _ in range(20):  # the owner may be about to write it
-        try:
-            found = json.loads(file.read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            time.sleep(0.02)
-            continue
-        if isinstance(found, dict):
-            owner = {**unknown, "process_started": 0.0, **found}
-            fits = isinstance(owner["pid"], int) and isinstance(owner["process_started"], float)
-            return owner if fits else {**owner, "machine": "unknown"}
-        break
-    return {**unknown, "process_started": 0.0}
 
 
 def _modified(file: Path) -> float:
