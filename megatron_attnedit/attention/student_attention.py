@@ -14,7 +14,9 @@ from typing_extensions import Self
 from megatron_attnedit.attention.kept import KeptNumbers
 from megatron_attnedit.attention.traffic import AttentionTraffic
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class StudentAttention(ABC):
     # student attentions do not have a flag of one name.
     TITLE: ClassVar[str]
     FLAGS: ClassVar[Mapping[str, Mapping[str, Any]]]
+    # Fields that are the teacher's, with their names in its configuration.
+    of_teacher: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     @abstractmethod
@@ -112,6 +116,20 @@ class StudentAttention(ABC):
         Raises:
             UserError: names the flag.
         """
+
+    def check_teacher(self, teacher: HFConfig) -> None:
+        """Refuse a teacher for which this attention was not made.
+
+        Raises:
+            UserError: names what differs.
+        """
+        for mine, theirs in self.of_teacher.items():
+            here, there = getattr(self, mine), getattr(teacher, theirs)
+            if here != there:
+                raise UserError(
+                    f"the student attention {self.name} has {mine} {shown(here)}, its teacher in "
+                    f"{teacher.path} has {theirs} {there}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """For the lineage of a checkpoint."""

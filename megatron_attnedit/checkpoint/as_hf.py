@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_attnedit.checkpoint import run_folder
+from megatron_attnedit.checkpoint.contradictions import refuse_two_models
 from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
 from megatron_attnedit.checkpoint.lineage import FILE
 from megatron_attnedit.checkpoint.reader import find_lineage, is_hf, start_of
@@ -43,6 +44,7 @@ def hf_directory(path: Path, scratch: Path, teacher: str | None = None) -> Path:
         UserError: neither is there.
     """
     if (path / "config.json").is_file():
+        refuse_two_models(path, "model")
         return path
     edited = path.suffix == ".safetensors" and path.is_file()
     if not edited and not any((path / name).is_file() for name in MEGATRON_FILES):

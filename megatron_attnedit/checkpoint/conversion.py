@@ -70,23 +70,26 @@ def _check(opened: Opened, config: ConversionConfig) -> None:
     if isinstance(source, HFReader) and opened.base is not None:
         _check_untouched(opened, opened.base)
     elif isinstance(source, HFReader) and config.dtype is None:
-        source.check_dtype(opened.rows, hf.dtype)
+        source.check_dtype(opened.rows, hf)
     elif opened.base is None and config.dtype is None:
         _check_dtype(opened)
     if config.format == "torch":
-        config.grid(hf)
+        config.grid(hf).shapes(opened.rows)
     if config.moe_grouped_gemm and not hf.num_experts:
         raise UserError(f"--moe-grouped-gemm: the model in {hf.path} has no experts")
 
 
 def _check_dtype(opened: Opened) -> None:
     """What is stored otherwise than ``config.json`` says would be rounded without a word."""
+    said = f"says {opened.hf.dtype}"
+    if not opened.hf.names_dtype:
+        said = f"has no dtype (then it is {opened.hf.dtype})"
     for row in opened.rows:
         stored = opened.dtype(row)
         if stored != opened.hf.dtype:
             raise UserError(
                 f"--input {opened.path}: {row.hf_params[0]} is {stored}, "
-                f"{opened.hf.path}/config.json says {opened.hf.dtype}; give --dtype"
+                f"{opened.hf.path}/config.json {said}; give --dtype"
             )
 
 

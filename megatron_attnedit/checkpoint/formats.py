@@ -15,11 +15,12 @@ from megatron_attnedit.checkpoint import run_folder, sharded_state
 from megatron_attnedit.checkpoint.conversion_config import ConversionConfig
 from megatron_attnedit.checkpoint.reader import HF_FILES, LINEAGE_KEY, Opened
 from megatron_attnedit.convert.dist_checkpoint import DistWriter
-from megatron_attnedit.convert.hf_checkpoint import INDEX, copy_tokenizer_files, read_index
+from megatron_attnedit.convert.hf_checkpoint import INDEX, read_index
 from megatron_attnedit.convert.hf_writer import HFWriter
 from megatron_attnedit.convert.integrity import seal
 from megatron_attnedit.convert.legacy_checkpoint import LegacyWriter
 from megatron_attnedit.convert.legacy_grid import ITERATION
+from megatron_attnedit.convert.model_files import copy_model_files
 from megatron_attnedit.convert.output import barrier, is_first
 from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
 from megatron_attnedit.convert.pieces import Read, my_share
@@ -94,7 +95,7 @@ def write_hf(opened: Opened, config: ConversionConfig, folder: Path) -> None:
 
 
 def _write_config(opened: Opened, dtype: str, folder: Path) -> None:
-    copy_tokenizer_files(opened.hf.path, folder)
+    copy_model_files(opened.hf.path, folder)
     if opened.base is not None:
         attention = opened.lineage.attention()
         config = {**attention.hf_config(opened.hf), "dtype": dtype}

@@ -1,6 +1,7 @@
 """Where a checkpoint comes from: the likeliest silent error of a two-stage method is a mix-up."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -8,10 +9,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_attnedit.attention.registry import student_attention_from_dict
 from megatron_attnedit.attention.student_attention import StudentAttention
+from megatron_attnedit.convert.json_files import parse_json, read_json
 from megatron_attnedit.errors import UserError
 
 FILE = "attnedit.json"
 STAGES = ("teacher", "edit", "stage1", "stage2")
+TRAINABLE = ("attention", "all")
 # What a run that goes on keeps; of its recipe, what says which samples an iteration has.
 SAME_RUN = ("stage", "teacher_fingerprint", "student_attention", "trainable")
 SAME_PLACE = ("global_batch_size", "seq_length", "seed")
@@ -80,9 +83,9 @@ def read_lineage(directory: Path) -> Lineage:
         UserError: missing, or not of this program.
     """
     file = directory / FILE
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise UserError(f"{directory}: no {FILE}; expected a checkpoint of this program")
-    return lineage_from_json(file.read_text(), str(file))
+    return _lineage_of(read_json(file), str(file))
 
 
 def lineage_from_json(text: str, where: str) -> Lineage:
@@ -91,15 +94,34 @@ def lineage_from_json(text: str, where: str) -> Lineage:
     Raises:
         UserError: not of this program.
     """
+    return _lineage_of(parse_json(text, where), where)
+
+
+def _lineage_of(fields: dict[str, Any], where: str) -> Lineage:
     try:
-        lineage = Lineage(**json.loads(text))
+        lineage = Lineage(**fields)
         _check_types(lineage, Lineage)
+        _check_choices(lineage)
         if lineage.student_attention:
             attention = lineage.attention()
             _check_types(attention, type(attention))
-    except (ValueError, TypeError, KeyError, UserError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, UserError) as error:
         raise UserError(f"{where}: not a lineage of this version: {error}") from None
     return lineage
+
+
+def _check_choices(lineage: Lineage) -> None:
+    """A lineage is of a stage that there is, and of a student if the stage makes one.
+
+    Raises:
+        TypeError: names the field.
+    """
+    if lineage.stage not in STAGES:
+        raise TypeError(f"stage is {lineage.stage!r}")
+    if lineage.trainable not in TRAINABLE:
+        raise TypeError(f"trainable is {lineage.trainable!r}")
+    if bool(lineage.student_attention) != (lineage.stage != "teacher"):
+        raise TypeError(f"student_attention is {lineage.student_attention!r} in {lineage.stage}")
 
 
 def _check_types(found: Any, cls: type) -> None:

@@ -1,6 +1,7 @@
 """Open a checkpoint of any format: what model it is, and a way to read it a piece at a time."""
 
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -8,8 +9,11 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_attnedit.checkpoint import run_folder
+from megatron_attnedit.checkpoint.contradictions import check_exported_config, refuse_two_models
 from megatron_attnedit.checkpoint.lineage import FILE, Lineage, lineage_from_json, read_lineage
+from megatron_attnedit.convert.diagnosis import check_counts, why_no_model
 from megatron_attnedit.convert.dist_checkpoint import DistReader
+from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.convert.families import ignored_names, teacher_rows
 from megatron_attnedit.convert.fingerprint import fingerprint
 from megatron_attnedit.convert.hf_checkpoint import HFReader, open_file
@@ -110,8 +114,11 @@ def open_checkpoint(path: Path, *, flag: str, teacher: str | None = None) -> Ope
 
 
 def is_hf(path: Path) -> bool:
-    """Is it a Hugging Face directory or a file of edited weights?"""
-    return path.suffix == ".safetensors" or (path / "config.json").is_file()
+    """Is it a Hugging Face directory or a file of edited weights?
+
+    Also one whose ``config.json`` cannot be read: whoever reads it says why.
+    """
+    return path.suffix == ".safetensors" or os.path.lexists(path / "config.json")
 
 
 def find_lineage(start: Path) -> Lineage | None:
@@ -128,7 +135,7 @@ def find_lineage(start: Path) -> Lineage | None:
         if text is None:
             raise UserError(f"{start}: not a file of edited weights of this program")
         return lineage_from_json(text, str(start))
-    return read_lineage(start) if (start / FILE).is_file() else None
+    return read_lineage(start) if os.path.lexists(start / FILE) else None
 
 
 def start_of(path: Path, flag: str) -> Path:
@@ -138,31 +145,59 @@ def start_of(path: Path, flag: str) -> Path:
         UserError: none does.
     """
     if is_hf(path):
+        refuse_two_models(path, flag)
         return path
     for folder in (path, run_folder.tracked(path)):
         if folder is not None and is_legacy(folder):
             return folder
     start = run_folder.latest(path)
     if start is None:
-        raise UserError(f"{flag} {path}: neither config.json nor a Megatron checkpoint there")
+        raise UserError(f"{flag} {path}: {why_no_model(path)}")
     return start
 
 
-def _source(
-    start: Path, rows: list[ParamRow], hf: HFConfig
-) -> tuple[Source, Verification]:
-    """A reader, and the verification of what it reads, which begins."""
-    verification = Verification(start)
-    with verification.explains():
-        return _reader(start, rows, hf), verification
+def check_before_building(start: Path, rows: list[ParamRow], hf: HFConfig) -> Source:
+    """Compare a checkpoint's files with what is expected, before a model of those sizes is built.
+
+    Args:
+        start: Hugging Face directory, iteration's folder, or file of edited weights.
+        rows: What is expected in it.
+        hf: The teacher's configuration.
+
+    Returns:
+        A reader of them.
+
+    Raises:
+        UserError: the files are incomplete or hold something else.
+    """
+    if not is_hf(start) and not is_legacy(start):
+        read_metadata(start, tensors_only=True)
+    return open_source(start, rows, hf)
 
 
-def _reader(start: Path, rows: list[ParamRow], hf: HFConfig) -> Source:
+def open_source(start: Path, rows: list[ParamRow], hf: HFConfig) -> Source:
+    """A reader of one checkpoint's tensors, which have been compared with what is expected.
+
+    Arguments and errors are those of ``check_before_building``.
+    """
     if is_hf(start):
         reader = HFReader(start)
         reader.check(rows, ignored_names(hf))
         return reader
     return LegacyReader(start, rows, hf) if is_legacy(start) else DistReader(start, rows)
+
+
+def open_hf_teacher(hf: HFConfig) -> tuple[HFReader, list[ParamRow]]:
+    """The files of a Hugging Face teacher and its rows, which have been compared.
+
+    Raises:
+        UserError: the configuration and the files do not fit.
+    """
+    reader = HFReader(hf.path)
+    check_counts(hf, reader.shapes, str(hf.path))
+    rows = teacher_rows(hf)
+    reader.check(rows, ignored_names(hf))
+    return reader, rows
 
 
 def _open_teacher(
@@ -178,21 +213,53 @@ def _open_teacher(
         raise UserError(
             f"{path}: not written by this program; give --teacher, a directory with its config.json"
         )
-    rows = teacher_rows(hf)
-    source, verification = _source(start, rows, hf)
+    source: Source
+    verification = Verification(start)
+    with verification.explains():
+        if is_hf(start):
+            source, rows = open_hf_teacher(hf)
+        else:
+            rows = teacher_rows(hf)
+            source = open_source(start, rows, hf)
     if lineage is None:
         identity = fingerprint(rows, source.read)
-        lineage = Lineage(stage="teacher", teacher=str(path), teacher_fingerprint=identity)
+        place = os.path.abspath(path)  # whoever reads it may stand elsewhere
+        lineage = Lineage(stage="teacher", teacher=place, teacher_fingerprint=identity)
     return Opened(path, hf, lineage, rows, rows, source, verification)
 
 
 def _open_student(path: Path, start: Path, lineage: Lineage, teacher: str | None) -> Opened:
-    base = open_checkpoint(Path(teacher or lineage.teacher), flag="--teacher")
+    base = _base_of(start, lineage, teacher)
     if base.lineage.teacher_fingerprint != lineage.teacher_fingerprint:
-        raise UserError(f"its teacher is not the model in --teacher {base.path}")
+        raise UserError(f"{path}: its teacher is not the model in --teacher {base.path}")
     rows = stored = student_rows(base.hf, lineage.attention())
+    if (start / "config.json").is_file():
+        check_exported_config(start, lineage.attention().hf_config(base.hf))
     whole = is_legacy(start) or (start / "config.json").is_file()
     if lineage.trainable == "attention" and not whole:
         stored = edited_rows(base.hf, lineage.attention())
-    source, verification = _source(start, stored, base.hf)
+    verification = Verification(start)
+    with verification.explains():
+        source = open_source(start, stored, base.hf)
     return Opened(path, base.hf, lineage, rows, stored, source, verification, base)
+
+
+def _base_of(start: Path, lineage: Lineage, teacher: str | None) -> Opened:
+    """A student's teacher, from ``--teacher`` or from where it was at edit time.
+
+    Raises:
+        UserError: it is not there; says who named it.
+    """
+    place, flag = Path(teacher or lineage.teacher), "--teacher" if teacher else f"{start}: teacher"
+    if not teacher and not os.path.exists(place):
+        relative = ""
+        if not place.is_absolute():
+            relative = " (a relative path: it depends on the folder that the command runs in)"
+        raise UserError(
+            f"{start}: its {FILE} names the teacher {place}, which is not there{relative}; "
+            "give --teacher"
+        )
+    found = find_lineage(start_of(place, flag))
+    if found is not None and found.stage != "teacher":
+        raise UserError(f"{flag} {place}: holds a student, expected its teacher")
+    return open_checkpoint(place, flag=flag)

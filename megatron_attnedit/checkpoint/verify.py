@@ -15,12 +15,15 @@ from megatron_attnedit.convert.pieces import pieces_of
 from megatron_attnedit.convert.reading import DTYPES, Reading
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.export.loading import load_model, load_tokenizer
-from megatron_attnedit.files import check_file_writable, check_writable, write_output
+from megatron_attnedit.files import check_file_writable, check_writable, read_input, write_output
 from megatron_attnedit.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
 TOKENS = 512
+LOGIT_TOLERANCE = 1e-4  # of the largest logit: float32 rounds otherwise at other addresses
+# Fields of a student attention that say how it was started, not what it computes.
+FIRST_WEIGHTS_ONLY = ("fit",)
 
 
 def verify(
@@ -41,15 +44,21 @@ def verify(
         json_file: Write the result here.
 
     Returns:
-        Whether all tensors are the same, bit for bit.
+        Whether the models are the same: all tensors, bit for bit, what the configurations make of
+        them, and, with ``text``, the logits but for rounding.
     """
     if json_file:
         check_writable(json_file.parent, "--json")
         check_file_writable(json_file)
-    manifests = manifest_of(a, teacher), manifest_of(b, teacher)
+    opened = [open_checkpoint(path, flag="checkpoint", teacher=teacher) for path in (a, b)]
+    manifests = manifest_of_opened(opened[0]), manifest_of_opened(opened[1])
     result = compare(*manifests)
+    result["configurations differ"] = configuration_differences(*opened)
+    same = not any(result[what] for what in result if what != "same")
     if text:
-        result["largest_logit_difference"] = logit_difference(a, b, text, teacher)
+        largest, difference_of_logits = logit_difference(a, b, text, teacher)
+        result["largest_logit_difference"] = difference_of_logits
+        same = same and difference_of_logits <= LOGIT_TOLERANCE * largest  # never true of NaN
     if json_file:
         write_output(json_file, json.dumps(result, indent=1) + "\n")
     print(f"{len(result['same'])} tensors are the same, bit for bit")
@@ -59,9 +68,13 @@ def verify(
             print(f"{len(names)} {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
     for name in result["differ"][:5]:
         print(f"  {name}: {difference(*(manifest[name] for manifest in manifests))}")
+    for text_of_difference in result["configurations differ"]:
+        print(f"the configurations differ: {text_of_difference}")
     if text:
-        print(f"largest difference of logits: {result['largest_logit_difference']:.3g}")
-    return not (result["only in a"] or result["only in b"] or result["differ"])
+        print(f"largest difference of logits: {difference_of_logits:.3g}")
+        if not difference_of_logits <= LOGIT_TOLERANCE * largest:
+            print(f"the models differ: rounding is at most {LOGIT_TOLERANCE * largest:.3g}")
+    return same
 
 
 def manifest_of(path: Path, teacher: str | None = None) -> dict[str, dict[str, object]]:
@@ -70,15 +83,19 @@ def manifest_of(path: Path, teacher: str | None = None) -> dict[str, dict[str, o
     Raises:
         UserError: it cannot be opened, holds NaN, or is not as its seal says.
     """
-    opened = open_checkpoint(path, flag="checkpoint", teacher=teacher)
+    return manifest_of_opened(open_checkpoint(path, flag="checkpoint", teacher=teacher))
+
+
+def manifest_of_opened(opened: Opened) -> dict[str, dict[str, object]]:
+    """The same of a checkpoint that is open."""
     with Reading(
         opened.read,
-        where=str(path),
+        where=str(opened.path),
         rows=opened.rows,
         stored=DTYPES[opened.dtype(opened.rows[0])],
         verify=functools.partial(_verify, opened),
         progress=True,
-        text=path.name,
+        text=opened.path.name,
     ) as reading:
         for row in opened.rows:
             for piece in pieces_of(row):
@@ -107,6 +124,19 @@ def compare(a: dict[str, dict[str, object]], b: dict[str, dict[str, object]]) ->
     }
 
 
+def configuration_differences(a: Opened, b: Opened) -> list[str]:
+    """What two checkpoints compute differently with the same weights; one text for each field."""
+    found = a.hf.differences(b.hf)
+    mine, theirs = (dict(opened.lineage.student_attention) for opened in (a, b))
+    names = sorted(mine.keys() | theirs.keys()) if mine and theirs else []
+    found += [
+        f"{name} of the student attention {mine.get(name)} and {theirs.get(name)}"
+        for name in names
+        if name not in FIRST_WEIGHTS_ONLY and mine.get(name) != theirs.get(name)
+    ]
+    return found
+
+
 def difference(a: dict[str, object], b: dict[str, object]) -> str:
     """The first of type, shape and numbers in which two tensors differ."""
     for what in ("dtype", "shape"):
@@ -116,10 +146,15 @@ def difference(a: dict[str, object], b: dict[str, object]) -> str:
 
 
 @torch.no_grad()
-def logit_difference(a: Path, b: Path, text: Path, teacher: str | None = None) -> float:
-    """Largest absolute difference of float32 logits; both models are loaded whole."""
-    if not text.is_file():
-        raise UserError(f"--text {text}: no such file")
+def logit_difference(
+    a: Path, b: Path, text: Path, teacher: str | None = None
+) -> tuple[float, float]:
+    """Largest logit and difference, both absolute; both models are loaded whole, in float32.
+
+    Raises:
+        UserError: the text cannot be read or has no tokens, or the vocabularies differ.
+    """
+    words = read_input(text)
     device = torch.device("cpu")
     with stop_signals.held(), scratch_folder() as folder:
         logits = []
@@ -128,7 +163,12 @@ def logit_difference(a: Path, b: Path, text: Path, teacher: str | None = None) -
             stop_signals.check()
             directory = hf_directory(path, folder, teacher)
             if ids is None:
-                ids = load_tokenizer(directory)(text.read_text(), return_tensors="pt").input_ids
+                ids = load_tokenizer(directory)(words, return_tensors="pt").input_ids
+                if not ids.numel():
+                    raise UserError(f"--text {text}: has no tokens")
             model = load_model(directory, torch.float32, device)
             logits.append(model(ids[:, :TOKENS]).logits)
-    return (logits[0] - logits[1]).abs().max().item()
+    if logits[0].shape != logits[1].shape:
+        sizes = " and ".join(str(item.shape[-1]) for item in logits)
+        raise UserError(f"{a} and {b}: logits of {sizes} tokens, which cannot be compared")
+    return logits[0].abs().max().item(), (logits[0] - logits[1]).abs().max().item()

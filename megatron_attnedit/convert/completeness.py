@@ -67,6 +67,11 @@ def _reason(name: str, ignored: Mapping[str, str]) -> str | None:
     return next(fits, None)
 
 
+def is_ignored(name: str, ignored: Mapping[str, str]) -> bool:
+    """Whether a name fits a pattern of what is left out."""
+    return _reason(name, ignored) is not None
+
+
 def _some(names: Iterable[str]) -> str:
     listed = sorted(names)
     return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")

@@ -65,6 +65,13 @@ def check_tensor_parallel(config: HFConfig, tp_size: int) -> None:
             f"{flag} neither divides nor is a multiple of num_key_value_heads {groups} "
             f"of {config.path}"
         )
+    rows = (heads + 2 * groups) * config.head_dim
+    if rows % tp_size:  # mcore cuts them like any others, also where groups are fewer
+        raise UserError(
+            f"{flag} does not divide the {rows} rows of queries, keys and values "
+            f"((num_attention_heads {heads} + 2 times num_key_value_heads {groups}) times head_dim "
+            f"{config.head_dim}) of {config.path}"
+        )
     names = ["hidden_size"] if config.num_experts else ["hidden_size", "intermediate_size"]
     for name in names:
         if getattr(config, name) % tp_size:

@@ -1,35 +1,28 @@
 """Read the safetensors files of a Hugging Face directory."""
 
-import json
-import shutil
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_attnedit.convert.completeness import check_complete
+from megatron_attnedit.convert.completeness import Shapes, check_complete, is_ignored
+from megatron_attnedit.convert.diagnosis import why_no_weights, why_other_names
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.json_files import check_readable, read_json, shown
 from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
 from megatron_attnedit.convert.pieces import Piece
 from megatron_attnedit.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+COMPARED_NUMBERS = 16 * 2**20  # at a time
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# Not weights, and not ours to change: copied byte for byte into an export.
-TOKENIZER_AND_GENERATION_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 def read_index(directory: Path) -> dict[str, str]:
@@ -39,18 +32,45 @@ def read_index(directory: Path) -> dict[str, str]:
         UserError: it cannot be read, or points outside the directory.
     """
     index = directory / INDEX
-    if not index.is_file():
+    if not os.path.lexists(index):
         return {}
-    try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: not a safetensors index: {error!r}") from None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: not a safetensors index: it has no weight_map")
     for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UserError(f"{index}: shard {shard!r} is outside the directory")
+            raise UserError(f"{index}: shard {shown(shard)} is outside the directory")
         if Path(shard).suffix != ".safetensors":
-            raise UserError(f"{index}: shard {shard!r} is not a .safetensors file")
+            raise UserError(f"{index}: shard {shown(shard)} is not a .safetensors file")
     return weight_map
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory, sorted.
+
+    Raises:
+        UserError: there are none, or two models; says which files are there.
+    """
+    shards = sorted(set(read_index(directory).values()))
+    single = directory / SINGLE
+    if not shards:
+        check_readable(single, why_no_weights(directory))
+        return [single]
+    files = [directory / shard for shard in shards]
+    for file in files:
+        check_readable(file, f"; {INDEX} names it")
+    if SINGLE not in shards and os.path.lexists(single):
+        # transformers reads the one, vLLM the others.
+        raise UserError(
+            f"{directory}: holds two models, {SINGLE} and the shards of {INDEX} ({shards[0]}); "
+            "remove the one that is not meant"
+        )
+    if SINGLE in shards and len(shards) > 1:
+        raise UserError(
+            f"{directory / INDEX}: names {SINGLE} beside {shards[0]}; transformers would read "
+            f"{SINGLE} alone"
+        )
+    return files
 
 
 def open_file(file: Path) -> Any:
@@ -59,11 +79,10 @@ def open_file(file: Path) -> Any:
     Raises:
         UserError: it is missing or damaged.
     """
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
+    check_readable(file)
     try:
         return safe_open(file, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: truncated or not a safetensors file: {error}") from None
 
 
@@ -83,10 +102,10 @@ class HFReader:
         self._open: dict[Path, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
+        self._checked: Sequence[ParamRow] | None = None
         files = [self.directory]
         if self.directory.suffix != ".safetensors":
-            shards = set(read_index(self.directory).values()) or {SINGLE}
-            files = [self.directory / shard for shard in sorted(shards)]
+            files = weight_files(self.directory)
         for file in files:
             handle = self._open[file] = open_file(file)
             for name in handle.keys():  # noqa: SIM118, a handle is not iterable
@@ -126,7 +145,11 @@ class HFReader:
         Raises:
             UserError: names the tensors.
         """
+        if rows is self._checked:  # before the model was built, and again before it is filled
+            return
         where, expected = str(self.directory), hf_shapes(rows)
+        if cause := why_other_names(expected, self._unexplained(expected, ignored)):
+            raise UserError(f"{where}: {cause}")
         check_complete(expected, self.shapes, where=where, ignored=ignored)
         for name in expected:
             if self._dtypes[name] not in STORED_DTYPES:
@@ -134,24 +157,48 @@ class HFReader:
                     f"{self._file_of[name]}: tensor {name} is {self._dtypes[name]}; expected "
                     f"{', '.join(STORED_DTYPES)}"
                 )
+        if HEAD in self.shapes and HEAD in ignored and EMBEDDING in expected:
+            self._check_tied_head()
+        self._checked = rows
 
-    def check_dtype(self, rows: Sequence[ParamRow], dtype: str) -> None:
+    def _unexplained(self, expected: Shapes, ignored: Mapping[str, str]) -> Shapes:
+        """What is in the files, without what may be left out."""
+        return {
+            name: shape
+            for name, shape in self.shapes.items()
+            if name in expected or not is_ignored(name, ignored)
+        }
+
+    def _check_tied_head(self) -> None:
+        """Refuse a stored output layer that is not the embedding to which it is said to be tied.
+
+        Raises:
+            UserError: names the flag of ``config.json`` and the tensor.
+        """
+        different = self.shapes[HEAD] != self.shapes[EMBEDDING]
+        rows = max(1, COMPARED_NUMBERS // max(1, math.prod(self.shapes[EMBEDDING][1:])))
+        for start in range(0, 0 if different else self.shapes[HEAD][0], rows):
+            stop = min(start + rows, self.shapes[HEAD][0])
+            head, embedding = (self.slice(name, 0, start, stop) for name in (HEAD, EMBEDDING))
+            if not torch.equal(head.float(), embedding.float()):
+                different = True
+                break
+        if different:
+            raise UserError(
+                f"{self._file_of[HEAD]}: {HEAD} is not {EMBEDDING}, although config.json says "
+                "tie_word_embeddings true; one of the two is wrong"
+            )
+
+    def check_dtype(self, rows: Sequence[ParamRow], hf: HFConfig) -> None:
         """The tensors of these rows are of the type that ``config.json`` says.
 
         Raises:
             UserError: names the first that is not.
         """
+        said = f"config.json says {hf.dtype}; give --dtype to convert"
+        if not hf.names_dtype:
+            said = f"config.json has no dtype (then it is {hf.dtype}); give --dtype"
         for name in hf_shapes(rows):
-            if (found := STORED_DTYPES[self._dtypes[name]]) != dtype:
-                raise UserError(
-                    f"{self._file_of[name]}: tensor {name} is {found}, config.json says {dtype}; "
-                    "give --dtype to convert"
-                )
+            if (found := STORED_DTYPES[self._dtypes[name]]) != hf.dtype:
+                raise UserError(f"{self._file_of[name]}: tensor {name} is {found}, {said}")
 
-
-def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation config byte for byte; return their names."""
-    names = [name for name in TOKENIZER_AND_GENERATION_FILES if (source / name).is_file()]
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names

@@ -1,15 +1,25 @@
 """``config.json`` of a supported Hugging Face model, read and checked once."""
 
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_attnedit.convert.config_fields import (
+    DTYPES,
+    FAMILIES,
+    MOST_EXPERTS,
+    read_fields,
+)
+from megatron_attnedit.convert.json_files import read_json
+from megatron_attnedit.convert.rope_fields import check_full_attention, read_rope
 from megatron_attnedit.errors import UserError
 
-FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama")
+__all__ = ["DTYPES", "FAMILIES", "HFConfig", "read_hf_config"]
+
 QK_NORM = ("qwen3", "qwen3_moe")
-DTYPES = ("float32", "bfloat16", "float16")
+# What tools for quantised models write instead of quantization_config.
+QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+NO_DTYPE = "float32"  # transformers' own default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +38,9 @@ class HFConfig:
         moe_intermediate_size: Width of an expert.
         norm_topk_prob: Do the weights of the visited experts sum to one?
         raw: Everything in the file, for export.
+
+    Raises:
+        UserError: fields that contradict each other.
     """
 
     path: Path
@@ -61,29 +74,49 @@ class HFConfig:
         """Do the query, key and value projections have a bias?"""
         return self.model_type == "qwen2"
 
+    @property
+    def names_dtype(self) -> bool:
+        """Does the file say of which type the tensors are?"""
+        return bool(self.raw.get("dtype") or self.raw.get("torch_dtype"))
+
+    def differences(self, other: "HFConfig") -> list[str]:
+        """What two models compute differently although their weights may be the same.
+
+        Returns:
+            Field and both values, one text for each field that differs.
+        """
+        apart = ("path", "dtype", "raw")
+        names = (item.name for item in fields(self) if item.name not in apart)
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        return [f"{name} {mine} and {theirs}" for name, mine, theirs in pairs if mine != theirs]
+
+    def check_sequence(self, seq_length: int) -> None:
+        """Refuse sequences beyond those that the model was made for.
+
+        Raises:
+            UserError: names the flag and the field.
+        """
+        if seq_length > self.max_position_embeddings:
+            raise UserError(
+                f"--seq-length {seq_length} is longer than max_position_embeddings "
+                f"{self.max_position_embeddings} of {self.path / 'config.json'}"
+            )
+
     def __post_init__(self) -> None:
         file = self.path / "config.json"
-        if self.model_type not in FAMILIES:
-            raise UserError(
-                f"{file}: model_type {self.model_type!r} is not supported; "
-                f"supported: {', '.join(FAMILIES)}"
-            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"{file}: num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        for name in ("attention_bias", "mlp_bias"):
-            if self.raw.get(name):
-                raise UserError(f"{file}: {name} true is not supported")
-        if self.raw.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{file}: hidden_act {self.raw['hidden_act']!r} is not supported")
-        if self.raw.get("use_sliding_window"):
-            raise UserError(f"{file}: use_sliding_window true is not supported in a teacher")
-        if self.raw.get("mlp_only_layers") or self.raw.get("decoder_sparse_step", 1) != 1:
+        if self.head_dim < 2 or self.head_dim % 2:
             raise UserError(
-                f"{file}: dense layers between experts (mlp_only_layers, decoder_sparse_step) are "
-                "not supported"
+                f"{file}: head_dim {self.head_dim} is not an even number, whose halves are rotated"
+            )
+        if self.num_hidden_layers * self.num_experts > MOST_EXPERTS:
+            raise UserError(
+                f"{file}: num_hidden_layers {self.num_hidden_layers} times num_experts "
+                f"{self.num_experts} is more than {MOST_EXPERTS}"
             )
         if self.model_type == "qwen3_moe" and not 0 < self.num_experts_per_tok <= self.num_experts:
             raise UserError(
@@ -97,83 +130,65 @@ class HFConfig:
             )
 
 
-def _rope(raw: dict[str, Any], file: Path) -> tuple[float, dict[str, Any] | None]:
-    """Rotary base and scaling; transformers 5 writes both into ``rope_parameters``."""
-    parameters = raw.get("rope_parameters") or {}
-    scaling = parameters or raw.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise UserError(f"{file}: rope_type {kind!r} is not supported; supported: default, llama3")
-    return theta, {key: value for key, value in scaling.items() if key != "rope_theta"}
-
-
 def read_hf_config(directory: str | Path) -> HFConfig:
     """Read ``directory/config.json``.
 
     Raises:
-        UserError: no such file, not JSON, a missing field, or a model that is not supported.
+        UserError: no such file, not JSON, a field that is missing, of another type or out of
+            range, or a model that is not supported.
     """
     path = Path(directory)
     file = path / "config.json"
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; expected a Hugging Face model directory")
-    try:
-        raw = json.loads(file.read_text())
-    except ValueError as error:  # of the JSON, or of its encoding
-        raise UserError(f"{file}: not valid JSON: {error}") from None
-    _check_types(raw, file)
-    rope_theta, rope_scaling = _rope(raw, file)
-    try:
-        heads = raw["num_attention_heads"]
-        return HFConfig(
-            path=path,
-            model_type=raw.get("model_type", ""),
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            dtype=_dtype(raw, file),
-            **_experts(raw),
-            raw=raw,
+    raw = read_json(file, "; expected a Hugging Face model directory")
+    found = read_fields(raw, file)
+    for name in QUANTISATION_FILES:
+        if (path / name).is_file():
+            raise UserError(f"{path / name}: quantised weights are not supported")
+    check_full_attention(found["layer_types"], file)
+    rope_theta, rope_scaling = read_rope(found, raw, file)
+    taken = (
+        *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "max_position_embeddings", "tie_word_embeddings"),
+    )
+    return HFConfig(
+        path=path,
+        **{name: found[name] for name in taken},
+        num_key_value_heads=found["num_key_value_heads"] or found["num_attention_heads"],
+        head_dim=found["head_dim"] or _head_dim(found, file),
+        rms_norm_eps=float(found["rms_norm_eps"]),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        dtype=_one(found, "dtype", "torch_dtype", file) or NO_DTYPE,
+        **_experts(found, file),
+        raw=raw,
+    )
+
+
+def _head_dim(found: dict[str, Any], file: Path) -> int:
+    size, rest = divmod(found["hidden_size"], found["num_attention_heads"])
+    if rest:
+        raise UserError(
+            f"{file}: hidden_size {found['hidden_size']} is not a multiple of num_attention_heads "
+            f"{found['num_attention_heads']}, and there is no head_dim"
         )
-    except KeyError as error:
-        raise UserError(f"{file}: field {error} is missing") from None
+    return int(size)
 
 
-def _check_types(raw: Any, file: Path) -> None:
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: expected an object, found {raw!r}")
-    for name in (item.name for item in fields(HFConfig) if item.type is int):
-        value = raw.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int | None):
-            raise UserError(f"{file}: {name} is {value!r}, expected a whole number")
-
-
-def _experts(raw: dict[str, Any]) -> dict[str, Any]:
+def _experts(found: dict[str, Any], file: Path) -> dict[str, Any]:
     """Fields of a mixture of experts; transformers 5 may call ``num_experts`` local."""
-    if raw.get("model_type") != "qwen3_moe":
+    if found["model_type"] != "qwen3_moe":
         return {}
-    return {
-        "num_experts": raw.get("num_local_experts") or raw["num_experts"],
-        "num_experts_per_tok": raw["num_experts_per_tok"],
-        "moe_intermediate_size": raw["moe_intermediate_size"],
-        "norm_topk_prob": raw.get("norm_topk_prob", False),
-    }
+    count = _one(found, "num_experts", "num_local_experts", file)
+    if count is None:
+        raise UserError(f"{file}: field 'num_experts' is missing")
+    names = ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+    return {"num_experts": count, **{name: found[name] for name in names}}
 
 
-def _dtype(raw: dict[str, Any], file: Path) -> str:
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if dtype not in DTYPES:
-        raise UserError(f"{file}: dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-    return dtype
+def _one(found: dict[str, Any], name: str, other: str, file: Path) -> Any:
+    """The value of a field that has two names."""
+    if None not in (found[name], found[other]) and found[name] != found[other]:
+        raise UserError(
+            f"{file}: {name} {found[name]} and {other} {found[other]} contradict each other"
+        )
+    return found[name] if found[other] is None else found[other]

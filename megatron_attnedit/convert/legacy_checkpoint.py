@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_attnedit.convert.completeness import check_complete
 from megatron_attnedit.convert.grouped_experts import group_shapes
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.legacy_grid import ITERATION, OUTPUT, LegacyGrid
+from megatron_attnedit.convert.legacy_grid import EMBEDDING, ITERATION, OUTPUT, LegacyGrid
 from megatron_attnedit.convert.output import write_at
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece, Read, read_ahead
@@ -29,7 +29,15 @@ from megatron_attnedit.files import why_unwritten
 
 FILE = "model_optim_rng.pt"
 UNFINISHED = f"{FILE}.writing"
-RANK_DIR = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
+# Megatron's flags that are kept in a file, and what they are called in config.json.
+FIELD_OF_ARG = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+}
+RANK_DIR = re.compile(r"mp_rank_(\d{2,6})(?:_(\d{3,6}))?(?:_(\d{3,6}))?")
 
 
 class LegacyWriter:
@@ -153,19 +161,38 @@ class LegacyReader:
     """
 
     def __init__(self, directory: Path, rows: Sequence[ParamRow], hf: HFConfig) -> None:
-        self._grid = LegacyGrid(*_grid_of(directory, has_experts=hf.num_experts > 0), hf)
         self._models: dict[tuple[int, int, int], dict[str, Tensor]] = {}
-        expected = self._grid.shapes(rows)
+        sizes = _grid_of(directory, has_experts=hf.num_experts > 0)
+        try:
+            self._grid = LegacyGrid(*sizes, hf)
+            expected = self._grid.shapes(rows)
+        except UserError as error:  # nobody gave the flag that it names
+            raise UserError(f"{directory}: its files do not fit {hf.path}: {error}") from None
         padded = {row.megatron_param for row in rows if row.pad_to_tp} | {OUTPUT}
         for tp, pp, ep in self._grid.ranks():
             file = directory / self._grid.folder(tp, pp, ep) / FILE
-            model = _load(file, mmap=True)["model"]
+            content = _load(file, mmap=True)
+            _check_args(content.get("args"), hf, file)
+            model = content["model"]
             tensors = {key: value for key, value in model.items() if isinstance(value, Tensor)}
             held = self._models[tp, pp, ep] = self._grid.one_by_one(tensors)
             found = {name: tuple(tensor.shape) for name, tensor in held.items()}
             check_complete(
                 expected[pp, ep], found, where=str(file), ignored={}, padded=padded
             )
+        if hf.tie_word_embeddings and self._grid.pp > 1:
+            self._check_tied_copies(directory)
+
+    def _check_tied_copies(self, directory: Path) -> None:
+        """Refuse a last stage whose copy of the tied embedding is another than the first's."""
+        for tp in range(self._grid.tp):
+            first = self._models[tp, 0, 0][EMBEDDING]
+            last = self._models[tp, self._grid.pp - 1, 0][OUTPUT]
+            if not torch.equal(first, last):
+                raise UserError(
+                    f"{directory}: {OUTPUT} of the last pipeline stage is not {EMBEDDING} of the "
+                    "first, although config.json says tie_word_embeddings true"
+                )
 
     def dtype(self, row: ParamRow) -> str:
         """Type of a stored parameter in torch's words."""
@@ -177,6 +204,23 @@ class LegacyReader:
         pp, ep, local = self._grid.homes(piece.row.megatron_param)[0]
         shards = [self._models[tp, pp, ep][local] for tp in range(self._grid.tp)]
         return piece.cut(piece.row.to_hf(shards))
+
+
+def _check_args(args: object, hf: HFConfig, file: Path) -> None:
+    """Compare what a file says of its model where shapes do not show it: heads of fused weights.
+
+    Raises:
+        UserError: names both fields.
+    """
+    known = vars(args) if isinstance(args, argparse.Namespace) else {}
+    groups = known.get("num_query_groups") if known.get("group_query_attention", True) else None
+    for name, value in {**known, "num_query_groups": groups}.items():
+        field = FIELD_OF_ARG.get(name)
+        if field and value is not None and value != getattr(hf, field):
+            raise UserError(
+                f"{file}: its args have {name} {value}, {hf.path / 'config.json'} says {field} "
+                f"{getattr(hf, field)}"
+            )
 
 
 def _grid_of(directory: Path, *, has_experts: bool) -> tuple[int, int, int]:

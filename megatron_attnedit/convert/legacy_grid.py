@@ -100,7 +100,17 @@ class LegacyGrid:
 
 
     def shapes(self, rows: Sequence[ParamRow]) -> dict[tuple[int, int], Shapes]:
-        """By pipeline and expert rank, what a rank holds, experts one by one."""
+        """By pipeline and expert rank, what a rank holds, experts one by one.
+
+        Raises:
+            UserError: the tensor-parallel size cannot cut a row, of a student's attention, say.
+        """
+        for row in rows:
+            if not row.can_be_cut(self.tp):
+                raise UserError(
+                    f"--tensor-model-parallel-size {self.tp} does not divide "
+                    f"{', '.join(row.hf_params)} {list(row.shape)} along dimension {row.tp_dim}"
+                )
         held: dict[tuple[int, int], Shapes] = {}
         for row in rows:
             for pp, ep, local in self.homes(row.megatron_param):

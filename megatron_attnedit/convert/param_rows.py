@@ -61,6 +61,13 @@ class ParamRow:
             shape[self.tp_dim] = -(-shape[self.tp_dim] // tp_size)
         return tuple(shape)
 
+    def can_be_cut(self, tp_size: int) -> bool:
+        """Whether all tensor-parallel shards have one size, which Megatron needs."""
+        if self.tp_dim is None or self.pad_to_tp:
+            return True
+        parts = self.layout.stacked if self.tp_dim == 0 else 1
+        return self.shape[self.tp_dim] % (parts * tp_size) == 0
+
     def to_megatron(self, tensors: Sequence[Tensor], *, tp_rank: int, tp_size: int) -> Tensor:
         """This rank's shard of the Megatron parameter."""
         whole = self.layout.join(tensors)

@@ -24,9 +24,9 @@ from megatron_attnedit.data.token_files import (
 from megatron_attnedit.errors import UserError
 
 TENSORS = ("tokens", "labels", "loss_mask", "position_ids")  # of a batch
-# A model's vocabulary is its tokenizer's, rounded up (deepseek-llm's by 2,385); a larger gap is
-# another tokenizer.
-LARGEST_PADDING = 4096
+# A model's vocabulary is its tokenizer's, rounded up; a larger gap is another tokenizer. Public
+# models pad by up to 2.3 % (deepseek-llm-7b-base, by 2,385). Samples are checked token by token.
+LARGEST_PADDING, LARGEST_PADDED_FRACTION = 1024, 1 / 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,9 @@ def _checked_blend(
     found = {prefix: describe(prefix, flag) for prefix in prefixes}
     first = found[prefixes[0]]
     for prefix, description in found.items():
-        if not 0 <= config.vocab_size - description["vocab_size"] < LARGEST_PADDING:
+        padding = config.vocab_size - description["vocab_size"]
+        largest = max(LARGEST_PADDING, int(LARGEST_PADDED_FRACTION * config.vocab_size))
+        if not 0 <= padding < largest:
             raise UserError(
                 f"{flag} {prefix}: written with a tokenizer whose vocabulary does not match: "
                 f"{description['vocab_size']} tokens, the model has {config.vocab_size}"

@@ -7,19 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_attnedit.convert.json_files import check_readable
+from megatron_attnedit.convert.model_files import TOKENIZERS, tokenizer_files
 from megatron_attnedit.errors import UserError, one_line
 
 # Instruction-tuned models end a turn, not a document, with their ``eos``; these end a document.
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
-# The files that decide which number a token gets. Chat templates may differ.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-)
 
 
 def sha256_of(files: list[Path]) -> str:
@@ -70,7 +63,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         UserError: missing, or not a tokenizer.
     """
     place = Path(path)
-    if not place.exists():
+    if not place.exists() and not place.is_symlink():
         raise UserError(f"--tokenizer {path}: no such directory or .model file")
     if place.is_dir():
         return _hugging_face(place)
@@ -82,9 +75,12 @@ def load_tokenizer(path: str) -> Tokenizer:
 def _hugging_face(directory: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    files = tuple(directory / name for name in TOKENIZER_FILES if (directory / name).is_file())
+    files = tokenizer_files(directory)
     if not files:
-        raise UserError(f"--tokenizer {directory}: holds no tokenizer.json or tokenizer.model")
+        raise UserError(
+            f"--tokenizer {directory}: holds no tokenizer.json or tokenizer.model"
+            f" (nor {' or '.join(TOKENIZERS[2:])})"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
@@ -118,6 +114,7 @@ def end_of_document(tokenizer: Any) -> int | None:
 def _sentencepiece(file: Path) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
 
+    check_readable(file)
     try:
         processor = SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:

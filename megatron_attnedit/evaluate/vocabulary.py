@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_attnedit.convert.model_files import tokenizer_files
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.export.loading import TOKENIZER_FILES, load_tokenizer
+from megatron_attnedit.export.loading import load_tokenizer
 
 
 def check_same_vocabulary(
@@ -18,7 +19,7 @@ def check_same_vocabulary(
     ours, theirs = teacher.config.vocab_size, student.config.vocab_size
     if ours != theirs:
         raise UserError(f"{student_dir}: vocab_size {theirs}, but {teacher_dir} has {ours}")
-    if not any((student_dir / name).is_file() for name in TOKENIZER_FILES):
+    if not tokenizer_files(student_dir):
         return
     if load_tokenizer(student_dir).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{student_dir}: its tokenizer's vocabulary is not that of {teacher_dir}")

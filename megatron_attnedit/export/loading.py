@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_attnedit.convert.model_files import TOKENIZERS, tokenizer_files
 from megatron_attnedit.convert.verification import Verification
 from megatron_attnedit.errors import UserError, one_line
 from megatron_attnedit.export.cpu_attention import attention_implementation
 from megatron_attnedit.export.hf import register
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -60,7 +59,8 @@ def check_length(model: Any, directory: Path, seq_length: int) -> None:
     longest = model.config.max_position_embeddings
     if seq_length > longest:
         raise UserError(
-            f"--seq-length {seq_length}: {directory} has max_position_embeddings {longest}"
+            f"--seq-length {seq_length} is longer than max_position_embeddings {longest} of "
+            f"{directory / 'config.json'}"
         )
 
 
@@ -70,8 +70,8 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         UserError: the directory holds none, or a broken one.
     """
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{directory}: no {' or '.join(TOKENIZER_FILES)}")
+    if not tokenizer_files(directory):
+        raise UserError(f"{directory}: no {' or '.join(TOKENIZERS)}")
     try:
         return AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False

@@ -9,15 +9,7 @@ from torch import Tensor
 
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.device import bootstrap
-from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.grid import ParallelConfig
-
-# What mcore's RotaryEmbedding has built in for Llama 3's frequency scaling.
-LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 @torch.no_grad()
@@ -48,15 +40,9 @@ def transformer_config(
             parameters must have when backward runs.
 
     Raises:
-        UserError: the grid cannot cut this model, or its rotary scaling is another than Llama 3's.
+        UserError: the grid cannot cut this model.
     """
     parallel.check_model(hf)
-    for key, value in LLAMA3_ROPE.items():
-        if hf.rope_scaling and hf.rope_scaling.get(key, value) != value:
-            raise UserError(
-                f"{hf.path / 'config.json'}: rope scaling with {key} {hf.rope_scaling[key]} is "
-                f"not supported; supported: {value}"
-            )
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,

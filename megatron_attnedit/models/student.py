@@ -64,7 +64,12 @@ def edited_attentions(
 
 
 def student_rows(hf: HFConfig, student_attention: StudentAttention) -> list[ParamRow]:
-    """The exported student's whole table."""
+    """The exported student's whole table.
+
+    Raises:
+        UserError: the attention was not made for this teacher.
+    """
+    student_attention.check_teacher(hf)
     rows = shared_rows(hf)
     for i in range(hf.num_hidden_layers):
         edited = student_attention.edits(i)
@@ -73,7 +78,12 @@ def student_rows(hf: HFConfig, student_attention: StudentAttention) -> list[Para
 
 
 def edited_rows(hf: HFConfig, student_attention: StudentAttention) -> list[ParamRow]:
-    """What is new in the student."""
+    """What is new in the student.
+
+    Raises:
+        UserError: the attention was not made for this teacher.
+    """
+    student_attention.check_teacher(hf)
     layers = [i for i in range(hf.num_hidden_layers) if student_attention.edits(i)]
     return [row for i in layers for row in student_attention.rows(hf, i)]
 

@@ -84,6 +84,7 @@ def plan(
     parallel.check_processes(size.world_size)
     parallel.check_model(teacher)
     parallel.check_student(student, size.seq_length)
+    teacher.check_sequence(size.seq_length)
     copies = parallel.data_parallel_size(size.world_size)
     round_of_all = size.micro_batch_size * copies * parallel.pipeline_model_parallel_size
     work = Workload(

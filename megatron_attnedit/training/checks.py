@@ -99,6 +99,7 @@ def check_grid(
         moe_grouped_gemm=recipe.moe_grouped_gemm,
     )
     parallel.check_student(student, recipe.seq_length)
+    hf.check_sequence(recipe.seq_length)
     return count
 
 

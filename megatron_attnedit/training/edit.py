@@ -125,6 +125,8 @@ def edit(config: EditConfig) -> Path:
         config.flags, hf
     )
     data_config = _calibration_data(config, hf) if config.init == "teacher" else None
+    if config.calibrates:
+        hf.check_sequence(config.seq_length)
     parallel = ParallelConfig()
     accelerator = start_processes(parallel, config.seed)
     try:

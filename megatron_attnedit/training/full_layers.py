@@ -76,6 +76,7 @@ def measured_full_layers(
         seed=seed,
         vocab_size=hf.vocab_size,
     )
+    hf.check_sequence(seq_length)
     accelerator = start_processes(ParallelConfig(), seed)
     try:
         model = load_teacher(teacher, ParallelConfig(), DTYPES[hf.dtype], accelerator).model

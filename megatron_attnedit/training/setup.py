@@ -13,13 +13,19 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from megatron_attnedit.checkpoint import run_folder, sharded_state
+from megatron_attnedit.checkpoint.contradictions import refuse_two_models
 from megatron_attnedit.checkpoint.lineage import Lineage, read_lineage
-from megatron_attnedit.checkpoint.reader import HF_FILES
+from megatron_attnedit.checkpoint.reader import (
+    HF_FILES,
+    check_before_building,
+    is_hf,
+    open_hf_teacher,
+)
+from megatron_attnedit.convert.diagnosis import why_no_model
 from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.fingerprint import fingerprint
-from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
-from megatron_attnedit.convert.verification import verified
+from megatron_attnedit.convert.verification import Verification
 from megatron_attnedit.device import Accelerator, bootstrap, forget_recordings
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
@@ -95,9 +101,8 @@ class Teacher:
 
     def lineage(self) -> Lineage:
         """The root of every student's lineage."""
-        return Lineage(
-            stage="teacher", teacher=self.source, teacher_fingerprint=self.fingerprint
-        )
+        place = os.path.abspath(self.source)  # whoever reads it may stand elsewhere
+        return Lineage(stage="teacher", teacher=place, teacher_fingerprint=self.fingerprint)
 
 
 def teacher_hf_dir(source: str) -> Path:
@@ -109,13 +114,14 @@ def teacher_hf_dir(source: str) -> Path:
     Raises:
         UserError: it is neither, or damaged.
     """
-    if (Path(source) / "config.json").is_file():
+    if is_hf(Path(source)):
+        refuse_two_models(Path(source), "--teacher")
         return Path(source)
     if not Path(source).is_dir():
         raise UserError(f"--teacher {source}: no such directory")
     found = run_folder.latest(source)
     if found is None:
-        raise UserError(f"--teacher {source}: neither config.json nor a Megatron checkpoint there")
+        raise UserError(f"--teacher {source}: {why_no_model(Path(source))}")
     run_folder.check_seal(found)
     return found / HF_FILES
 
@@ -144,14 +150,22 @@ def load_teacher(
     """
     hf = read_hf_config(teacher_hf_dir(source))
     config = transformer_config(hf, parallel, dtype, **flags)
+    from_hf = hf.path == Path(source)
+    # Before anything is built: a configuration that does not fit its files may name any size.
+    if from_hf:
+        verification = Verification(hf.path)
+        with verification.explains():
+            reader, rows = open_hf_teacher(hf)
+    else:
+        path = run_folder.find(source, "--teacher")
+        check_before_building(path, teacher_rows(hf), hf)
     chunks = build_teacher(hf, config, attention_backend=attention_backend)
     for chunk in chunks:
         chunk.to(accelerator.device)
-    if hf.path == Path(source):
-        reader, rows = HFReader(hf.path), teacher_rows(hf)
-        with verified(hf.path):
+    if from_hf:
+        with verification.explains():
             load_from_hf(chunks, reader, rows, hf, progress=dist.get_rank() == 0)
+        verification.finish()
         return Teacher(chunks, hf, fingerprint(rows, reader.read), source)
-    path = run_folder.find(source, "--teacher")
     sharded_state.load_params(path, sharded_state.model_state(chunks))
     return Teacher(chunks, hf, read_lineage(path).teacher_fingerprint, source)

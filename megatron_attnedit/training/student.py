@@ -1,5 +1,6 @@
 """A student, loaded from its checkpoint onto a loaded teacher."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,16 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.checkpoint import run_folder, sharded_state
 from megatron_attnedit.checkpoint.lineage import Lineage
-from megatron_attnedit.checkpoint.reader import find_lineage, is_hf
+from megatron_attnedit.checkpoint.reader import (
+    Source,
+    check_before_building,
+    find_lineage,
+    is_hf,
+)
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.verification import verified
+from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.verification import Verification
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.student import (
     build_student,
@@ -78,6 +85,10 @@ class Student:
         own_copies: bool = False,
     ) -> None:
         self.attention: StudentAttention = lineage.attention()
+        # What a checkpoint in Megatron's format promises is verified where it is loaded.
+        verification = Verification(start) if is_hf(start) else None
+        with verification.explains() if verification else contextlib.nullcontext():
+            source, rows = self._open(teacher.hf, start, lineage)
         device = next(teacher.chunks[0].parameters()).device
         base = _copy_of(teacher, attention_backend) if own_copies else teacher.chunks
         self.chunks = [
@@ -91,20 +102,30 @@ class Student:
         }
         check_shared(start, lineage, own_copies=own_copies)
         self.own_copies = own_copies
-        if is_hf(start):
-            self._load_from_hf(teacher.hf, start, stored_all=lineage.trainable == "all")
+        stored_all = lineage.trainable == "all"
+        if isinstance(source, HFReader):
+            assert verification is not None
+            with verification.explains():
+                self._load_from_hf(teacher.hf, source, rows, stored_all=stored_all)
+            verification.finish()
         else:
-            stored_all = lineage.trainable == "all"
             model_state = sharded_state.model_state
             state = model_state(self.chunks) if stored_all else self._attention_state()
             sharded_state.load_params(start, state)
 
-    def _load_from_hf(self, hf: HFConfig, start: Path, *, stored_all: bool) -> None:
-        edited = edited_rows(hf, self.attention)
-        rows = student_rows(hf, self.attention) if start.is_dir() else edited
-        names = None if stored_all else {row.megatron_param for row in edited}
-        with verified(start):
-            load_from_hf(self.chunks, HFReader(start), rows, hf, only=names)
+    def _open(
+        self, hf: HFConfig, start: Path, lineage: Lineage
+    ) -> tuple[Source, list[ParamRow]]:
+        """Compare the lineage's sizes with the files before modules of those sizes are built."""
+        whole = lineage.trainable == "all" or (is_hf(start) and start.is_dir())
+        rows = student_rows(hf, self.attention) if whole else edited_rows(hf, self.attention)
+        return check_before_building(start, rows, hf), rows
+
+    def _load_from_hf(
+        self, hf: HFConfig, reader: HFReader, rows: list[ParamRow], *, stored_all: bool
+    ) -> None:
+        edited = {row.megatron_param for row in edited_rows(hf, self.attention)}
+        load_from_hf(self.chunks, reader, rows, hf, only=None if stored_all else edited)
 
     def _attention_state(self) -> dict[str, Any]:
         return sharded_state.attention_state(self.attentions)

@@ -24,11 +24,13 @@ from megatron_attnedit.attention.windows import (
     uniform_full_layers,
 )
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.errors import UserError
 
 HF_CLASSES = Path(__file__).parent / "hf"
 OUTPUT_GATES = ("elementwise", "headwise")
+LARGEST_WINDOW = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class GateSWA(StudentAttention):
         },
         "output_gate": {"help": "elementwise (default) or headwise"},
     }
+    of_teacher: ClassVar[Mapping[str, str]] = {"num_layers": "num_hidden_layers"}
     num_layers: int
     sliding_window: int
     full_layers: tuple[int, ...]
@@ -73,6 +76,17 @@ class GateSWA(StudentAttention):
         if self.output_gate not in OUTPUT_GATES:
             raise UserError(
                 f"--output-gate {self.output_gate}: expected one of {', '.join(OUTPUT_GATES)}"
+            )
+        if max(self.sliding_window, self.sink_tokens) > LARGEST_WINDOW:
+            raise UserError(
+                f"--sliding-window {shown(self.sliding_window)}, --sink-tokens "
+                f"{shown(self.sink_tokens)}: expected at most {LARGEST_WINDOW}"
+            )
+        wrong = [i for i in self.full_layers if i not in range(self.num_layers)]
+        if wrong or len(set(self.full_layers)) < len(self.full_layers):
+            raise UserError(
+                f"--full-layers {shown(wrong or self.full_layers)}: expected different layers of "
+                f"0 to {self.num_layers - 1}"
             )
         if len(self.full_layers) >= self.num_layers:
             raise UserError("--full-layers names every layer: nothing is left to edit")

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass, fields
 
+from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.errors import UserError
 
 # DeepSeek's modelling code fixes this, whatever the model's own epsilon is.
 LATENT_NORM_EPS = 1e-6
+# Far above any model; a wrong number in a file must not be allocated.
+LARGEST_SIZE, LARGEST_BASE = 2**16, 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,12 @@ class MLADims:
     def __post_init__(self) -> None:
         for field in fields(MLADims):
             value = getattr(self, field.name)
+            flag = field.name.replace("_", "-")
             if value is not None and not value > 0:
-                flag = field.name.replace("_", "-")
                 raise UserError(f"--{flag} {value}: expected a positive number")
+            most = LARGEST_BASE if field.name == "rotary_base" else LARGEST_SIZE
+            if value is not None and value > most:
+                raise UserError(f"--{flag} {shown(value)}: expected at most {most:g}")
 
     @property
     def query_dim(self) -> int:

@@ -2,7 +2,7 @@
 
 A family gives ``shared_rows`` (everything but attention, the same in teacher and student) and
 ``attention_rows`` (the teacher's own attention of one layer). To add one, write a file like
-``qwen3.py`` and name it here and in ``hf_config.FAMILIES``.
+``qwen3.py`` and name it here and in ``config_fields.FAMILY_FIELDS``.
 """
 
 from types import ModuleType

@@ -60,7 +60,8 @@ def test_left_out_of_an_old_llama(tmp_path, caplog):
     model = tiny_hf_dir(tmp_path / "m", "llama", tie_word_embeddings=True, dtype="bfloat16")
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     same = "model.embed_tokens.weight"
-    extra = {name: torch.zeros(16), "lm_head.weight": torch.zeros(131, 64, dtype=torch.bfloat16)}
+    embedding = HFReader(model).tensor(same)
+    extra = {name: torch.zeros(16), "lm_head.weight": embedding.clone()}
     change(model, lambda tensors: tensors.update(extra))
     caplog.set_level(logging.INFO, "megatron_attnedit")
     back = make(make(model, tmp_path / "megatron"), tmp_path / "back", "hf")

@@ -236,7 +236,8 @@ def test_weights_that_are_no_weights(refused, teacher_dir, tmp_path):
 
 def test_windows_longer_than_the_model(refused, teacher_dir):
     student = f"name=a,after_edit={teacher_dir}"
-    message = f"--seq-length 129: {teacher_dir} has max_position_embeddings 128"
+    file = teacher_dir / "config.json"
+    message = f"--seq-length 129 is longer than max_position_embeddings 128 of {file}"
     refused(message, student, "--seq-length", 129, "--max-windows", 1)
 
 
@@ -278,6 +279,12 @@ def test_other_number_of_layers(refused, tmp_path):
 def test_probes_do_not_fit_short_windows(refused, teacher_dir):
     student = f"name=a,after_edit={teacher_dir}"
     refused("--seq-length 20: --recall-probes needs 48", student, "--seq-length", 20)
+
+
+def test_windows_beyond_the_teachers_positions(refused, teacher_dir):
+    longest = DIMS["max_position_embeddings"]
+    words = f"--seq-length {longest + 1} is longer than max_position_embeddings {longest} of "
+    refused(words, f"name=a,after_edit={teacher_dir}", "--seq-length", longest + 1)
 
 
 @pytest.mark.parametrize("flag", ["--max-windows", "--batch-size", "--seq-length"])

@@ -49,6 +49,25 @@ def test_a_distributed_optimizer_is_shared():
     assert found.stage1.optimizer == pytest.approx(12 * LAYERS * MLA_LAYER / 8, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("context", 0),
+        ("context", -5),
+        ("seq_length", 0),
+        ("seq_length", -64),
+        ("micro_batch_size", 0),
+        ("global_batch_size", -3),
+        ("world_size", 0),
+        ("world_size", -1),
+    ],
+)
+def test_numbers_that_are_none(name, value):
+    flag = name.replace("_", "-")
+    with pytest.raises(UserError, match=f"^--{flag} {value}: expected at least"):
+        of(HF, GateSWA.from_flags({}, HF), **{name: value})
+
+
 def test_experts_are_cut():
     student = GateSWA.from_flags({}, MOE)
     whole, cut = (
