@@ -47,7 +47,7 @@ def main() -> None:
     with config.own_folder():
         if flags["full_layers"] == "auto":
             measured_on = {key: value for key, value in args.items() if key in MEASURED_ON}
-            sizes = {name: flags[name] for name in ("sliding_window", "sink_tokens")}
+            sizes = {name: flags[name] for name in ("sliding_window", "sink", "sink_tokens")}
             measured = measured_full_layers(**sizes, **measured_on)
             config = dataclasses.replace(config, flags=flags | measured)
         print(f"wrote {edit(config)}")

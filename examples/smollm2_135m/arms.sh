@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Comparison arms on SmolLM2-135M, all with the same tokens: both attentions, started from the teacher
 # and at random, through both stages and through stage 2 alone, each at three learning rates; besides,
-# full layers by measurement, sink tokens beside, everything trained in stage 2, layers on the student's own
-# hidden states between the stages, MLA with other numbers in its cache, and its other fits without training.
+# full layers by measurement, sink tokens or logits beside, everything trained in stage 2, layers on the
+# student's own hidden states between the stages, MLA with other numbers in its cache, and its other fits
+# without training.
 #
 #   bash examples/smollm2_135m/arms.sh [options]
 #
@@ -31,7 +32,7 @@ while [ $# -gt 0 ]; do
         --evaluate) evaluate=$2; shift 2 ;;
         --report) report=${2:?--report needs a prefix}; shift 2 ;;
         --list) list=yes; shift ;;
-        -h | --help) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
     esac
 done
@@ -122,8 +123,9 @@ start mla_teacher mla ""
 start gate_swa_teacher gate_swa ""
 start gate_swa_auto gate_swa "--full-layers auto"
 start gate_swa_sinks gate_swa "--full-layers auto --sink-tokens 4"
+start gate_swa_logits gate_swa "--full-layers auto --sink logit"
 for fit in svd pca covariance; do start mla_$fit mla "--mla-fit $fit"; done
-for name in "${starts[@]}" gate_swa_auto gate_swa_sinks; do
+for name in "${starts[@]}" gate_swa_auto gate_swa_sinks gate_swa_logits; do
     case $name in *random) rate=2e-3 ;; *) rate=1e-3 ;; esac
     first "$name" "${name%_*}" "$rate"
 done
@@ -133,7 +135,7 @@ for n in 1 2 3; do
         both "$name" "${name%_*}" "$rate" '' ''
         alone "$name" "${name%_*}" "$rate"
     done
-    for name in gate_swa_auto gate_swa_sinks; do
+    for name in gate_swa_auto gate_swa_sinks gate_swa_logits; do
         both $name gate_swa "$(rates $name | cut -d ' ' -f $n)" '' ''
     done
     for name in mla_teacher gate_swa_teacher; do
@@ -149,7 +151,7 @@ for numbers in 118_16 70_64 230_32 352_32; do
     both "$name" mla 6e-4 _all '--trainable all'
 done
 for name in "${starts[@]/%/_both}" "${starts[@]/%/_alone}" {mla,gate_swa}_teacher_own \
-    gate_swa_{auto,sinks}_both mla_cache edits; do
+    gate_swa_{auto,sinks,logits}_both mla_cache edits; do
     step "report_$name" report - bash $this/arms.sh --work "$work" --report "$name" \
         --iterations "$iterations" --evaluate "$evaluate"
 done

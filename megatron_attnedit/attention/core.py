@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +27,8 @@ class CoreAttention(MegatronModule):
         backend: Name of an attention backend, or ``auto``.
         window_size: Megatron's ``(left, 0)``, or None for full attention.
         sink_tokens: First tokens of the sequence that stay visible outside the window.
+        sink_logits: One more entry of each head's softmax, ``softmax_offset`` (mcore's name of it),
+            which trains.
         softmax_scale: Default: 1 / sqrt(query's head size).
         unused: The rest of what mcore hands to a core attention.
     """
@@ -36,11 +40,15 @@ class CoreAttention(MegatronModule):
         backend: str = "auto",
         window_size: tuple[int, int] | None = None,
         sink_tokens: int = 0,
+        sink_logits: bool = False,
         softmax_scale: float | None = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self.backend = attention_backend(backend, window_size, config.params_dtype, sink_tokens)
+        self.backend = attention_backend(
+            backend, window_size, config.params_dtype, sink_tokens, sink_logits
+        )
+        self.softmax_offset = _logits_of_heads(config) if sink_logits else None
         self.window_size = window_size
         self.sink_tokens = sink_tokens
         self.softmax_scale = softmax_scale
@@ -75,10 +83,11 @@ class CoreAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         scale = self.softmax_scale or query.shape[-1] ** -0.5
+        sink = {} if self.softmax_offset is None else {"sink": self.softmax_offset}
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-            return self.backend(q, k, v, self.window_size, scale).permute(2, 0, 1, 3)
+            return self.backend(q, k, v, self.window_size, scale, **sink).permute(2, 0, 1, 3)
 
         if self.config.context_parallel_size > 1:
             group = parallel_state.get_context_parallel_group()
@@ -88,3 +97,32 @@ class CoreAttention(MegatronModule):
         else:
             out = attend(query, key, value)
         return out.flatten(2)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """For mcore's checkpoints: the sink logits, cut by heads."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        group = (metadata or {}).get("dp_cp_group")
+        return make_sharded_tensors_for_checkpoint(
+            state,
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=group or parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+
+
+def _logits_of_heads(config: TransformerConfig) -> torch.nn.Parameter:
+    """``[n]`` of this rank's heads, marked as cut by tensor parallelism."""
+    size = config.num_attention_heads // config.tensor_model_parallel_size
+    device = torch.get_default_device() if config.use_cpu_initialization else None
+    logits = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=device))
+    assert config.init_method is not None
+    config.init_method(logits)
+    set_tensor_model_parallel_attributes(logits, is_parallel=True, dim=0, stride=1)
+    return logits

@@ -113,7 +113,67 @@ def fusion_attention(
     Returns:
         ``[s, b, n * dv]``.
     """
+    told = _told(mask, sparse_mode, pre_tokens, next_tokens)
+    return torch.ops.npu.npu_fusion_attention(q, k, v, heads, "SBH", scale=scale, **told)[0]
+
+
+def _told(mask: Tensor, sparse_mode: int, pre_tokens: int, next_tokens: int) -> dict[str, Any]:
     band = {"pre_tockens": pre_tokens, "next_tockens": next_tokens} if sparse_mode == 4 else {}
-    return torch.ops.npu.npu_fusion_attention(
-        q, k, v, heads, "SBH", atten_mask=mask, scale=scale, sparse_mode=sparse_mode, **band
-    )[0]
+    return {"atten_mask": mask, "sparse_mode": sparse_mode, **band}
+
+
+def fusion_attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, heads: int, scale: float, **seen: Any
+) -> tuple[Tensor, Tensor]:
+    """``fusion_attention`` without autograd, and the log-sum-exp of the scores, float32.
+
+    Args:
+        q: As there, so are k, v, heads and scale.
+        k: Keys.
+        v: Values.
+        heads: n.
+        scale: Of the scores.
+        seen: Mask, mode and tokens, as there.
+
+    Returns:
+        ``[s, b, n * dv]`` and ``[s, b, n]``.
+    """
+    out, largest, total, *_ = torch.ops.npu.npu_fusion_attention(
+        q, k, v, heads, "SBH", scale=scale, **_told(**seen)
+    )
+    lse = largest[..., 0] + total[..., 0].log()  # [b, n, s]; the kernel repeats them eight times
+    return out, lse.permute(2, 0, 1)
+
+
+def fusion_attention_gradient(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    heads: int,
+    scale: float,
+    **seen: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``fusion_attention`` by q, k and v.
+
+    Args:
+        grad: Of the output, ``[s, b, n * dv]``.
+        q: As there, so are k, v, heads and scale.
+        k: Keys.
+        v: Values.
+        out: The output.
+        lse: ``[s, b, n]``, what probabilities are divided by, as a logarithm.
+        heads: n.
+        scale: Of the scores.
+        seen: Mask, mode and tokens, as there.
+    """
+    # The kernel computes exp(score - largest) / total.
+    largest = lse.permute(1, 2, 0).unsqueeze(-1).repeat(1, 1, 1, 8)
+    gradients = torch.ops.npu.npu_fusion_attention_grad(
+        q, k, v, grad, heads, "SBH", softmax_max=largest, softmax_sum=torch.ones_like(largest),
+        softmax_in=q.new_empty(0), attention_in=out, scale_value=scale, **_told(**seen),
+    )
+    return gradients[:3]

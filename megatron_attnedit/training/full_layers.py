@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from megatron_attnedit.attention.core import CoreAttention
+from megatron_attnedit.attention.sink_fit import fit_sink_logits
 from megatron_attnedit.attention.windows import to_window_size, uniform_full_layers
-from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.convert.reading import DTYPES
 from megatron_attnedit.data.calibration import calibration_data
 from megatron_attnedit.data.datasets import build_datasets
@@ -30,6 +31,9 @@ from megatron_attnedit.training.setup import (
 
 logger = logging.getLogger(__name__)
 
+# A layer and its input ``[s, b, h]`` to a sink logit of each head.
+FitLogits = Callable[[Any, Tensor], Tensor]
+
 
 def measured_full_layers(
     *,
@@ -37,6 +41,7 @@ def measured_full_layers(
     save: str,
     sliding_window: int | None,
     sink_tokens: int | None,
+    sink: str | None,
     calibration_data_path: list[str],
     calibration_tokens: int,
     seq_length: int,
@@ -49,6 +54,7 @@ def measured_full_layers(
         save: Folder of the student; holds the data cache.
         sliding_window: Tokens a sliding layer sees; None for the default of 128.
         sink_tokens: First tokens that it sees besides; None for none.
+        sink: ``logit``: it has sink logits, fitted as those of a student are; None for none.
         calibration_data_path: Data prefix.
         calibration_tokens: How many to measure on.
         seq_length: Tokens of a sample, more than the window and the sink tokens.
@@ -87,8 +93,9 @@ def measured_full_layers(
             .to(accelerator.device)
             for name in ("tokens", "labels")
         )
+        fit = _fit_once(hf, window) if sink == "logit" else None
         rises = nll_rises(
-            model, tokens, labels, window, hf.vocab_size, sink_tokens=sinks
+            model, tokens, labels, window, hf.vocab_size, sink_tokens=sinks, fit=fit
         )
     finally:
         stop_processes()
@@ -112,6 +119,7 @@ def nll_rises(
     vocab_size: int,
     *,
     sink_tokens: int = 0,
+    fit: FitLogits | None = None,
     batch_size: int = 4,
 ) -> list[float]:
     """How much the mean loss per token rises, in nats, when one layer alone slides.
@@ -125,6 +133,7 @@ def nll_rises(
         sliding_window: Tokens a sliding layer sees, itself counted.
         vocab_size: Without padding.
         sink_tokens: First tokens that it sees besides.
+        fit: Makes its sink logits; None for none.
         batch_size: Samples at a time.
 
     Returns:
@@ -134,7 +143,7 @@ def nll_rises(
     batches = list(zip(tokens.split(batch_size), labels.split(batch_size), strict=True))
     with tqdm(total=len(batches) * len(losses), desc="measure layers", disable=None) as bar:
         for batch in batches:
-            sums = _losses(teacher, *batch, sliding_window, sink_tokens, vocab_size)
+            sums = _losses(teacher, *batch, sliding_window, sink_tokens, fit, vocab_size)
             for i, loss in enumerate(sums):
                 losses[i] += loss
                 bar.update()
@@ -149,6 +158,7 @@ def _losses(
     labels: Tensor,
     sliding_window: int,
     sink_tokens: int,
+    fit: FitLogits | None,
     vocab_size: int,
 ) -> Iterator[float]:
     """Sums over tokens of the cross entropy: of the teacher, then with each layer sliding alone.
@@ -171,26 +181,46 @@ def _losses(
     yield _loss(teacher, hidden, labels, vocab_size)
     for i, layer in enumerate(layers):
         hidden = given[layer]["hidden_states"]
-        with _sliding(layer, sliding_window, sink_tokens):
+        logits = None if fit is None else fit(layer, hidden)
+        with _sliding(layer, sliding_window, sink_tokens, logits):
             for later in layers[i:]:
                 hidden, _ = later(**{**given[later], "hidden_states": hidden})
         yield _loss(teacher, teacher.decoder.final_layernorm(hidden), labels, vocab_size)
 
 
 @contextlib.contextmanager
-def _sliding(layer: Any, sliding_window: int, sink_tokens: int) -> Iterator[None]:
+def _sliding(
+    layer: Any, sliding_window: int, sink_tokens: int, logits: Tensor | None = None
+) -> Iterator[None]:
     attention = layer.self_attention
     full = attention.core_attention
     attention.core_attention = CoreAttention(
         full.config,
         window_size=to_window_size(sliding_window),
         sink_tokens=sink_tokens,
+        sink_logits=logits is not None,
         softmax_scale=full.softmax_scale,
     )
+    if logits is not None:
+        attention.core_attention.to(logits.device).softmax_offset.copy_(logits)
     try:
         yield
     finally:
         attention.core_attention = full
+
+
+def _fit_once(hf: HFConfig, sliding_window: int) -> FitLogits:
+    """Fits the logits of a layer to the first input that it is given."""
+    logits: dict[Any, Tensor] = {}
+
+    def fit(layer: Any, hidden: Tensor) -> Tensor:
+        if layer not in logits:
+            weights = {n: p.detach().float() for n, p in layer.self_attention.named_parameters()}
+            inputs = layer.input_layernorm(hidden)
+            logits[layer] = fit_sink_logits(weights, hf, inputs, sliding_window=sliding_window)
+        return logits[layer]
+
+    return fit
 
 
 def _loss(model: GPTModel, hidden: Tensor, labels: Tensor, vocab_size: int) -> float:

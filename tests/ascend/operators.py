@@ -77,6 +77,21 @@ def _hidden(mask: Tensor, queries: int, keys: int, mode: int, pre: int, after: i
     return (distance > pre) | (distance < -after)
 
 
+def _attention_of(
+    query: Tensor, key: Tensor, value: Tensor, head_num: int, mask: Tensor | None, scale: float,
+    mode: int, pre: int, after: int,
+) -> tuple[Tensor, ...]:
+    """Heads of query, key and value ``[b, n, s, d]`` and the masked scores, float32."""
+    assert mask is not None
+    size = query.shape[-1] // head_num
+    groups = key.shape[-1] // size
+    q, k, v = (_heads(t, s) for t, s in ((query, size), (key, size),
+                                        (value, value.shape[-1] // groups)))
+    k, v = (t.repeat_interleave(head_num // groups, dim=1) for t in (k, v))
+    hidden = _hidden(mask, q.shape[2], k.shape[2], mode, pre, after)
+    return q, k, v, (q @ k.transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
+
+
 def npu_fusion_attention(
     query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, *,
     atten_mask: Tensor | None = None, scale: float = 1.0, keep_prob: float = 1.0,
@@ -84,16 +99,10 @@ def npu_fusion_attention(
     **unused: Any,
 ) -> tuple[Any, ...]:
     """Attention, then ``softmax_max``, ``softmax_sum``, ``softmax_in``, seed, offset, numels."""
-    assert input_layout == "SBH" and keep_prob == 1.0 and atten_mask is not None
-    size = query.shape[-1] // head_num
-    groups = key.shape[-1] // size
-    q, k, v = (_heads(t, s) for t, s in ((query, size), (key, size),
-                                        (value, value.shape[-1] // groups)))
-    k, v = (t.repeat_interleave(head_num // groups, dim=1) for t in (k, v))
-    hidden = _hidden(
-        atten_mask, q.shape[2], k.shape[2], sparse_mode, pre_tockens, next_tockens
+    assert input_layout == "SBH" and keep_prob == 1.0
+    *_, v, scores = _attention_of(
+        query, key, value, head_num, atten_mask, scale, sparse_mode, pre_tockens, next_tockens
     )
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
     largest = scores.amax(-1, keepdim=True)
     total = (scores - largest).exp().sum(-1, keepdim=True)
     out = (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2).to(query.dtype)
@@ -134,18 +143,29 @@ def npu_swiglu_backward(grad_output: Tensor, input: Tensor, dim: int = -1) -> Te
 
 def npu_fusion_attention_grad(
     query: Tensor, key: Tensor, value: Tensor, dy: Tensor, head_num: int, input_layout: str, *,
-    atten_mask: Tensor | None = None, scale_value: float = 1.0, pre_tockens: int = 2147483647,
-    next_tockens: int = 2147483647, sparse_mode: int = 0, **unused: Any,
+    atten_mask: Tensor | None = None, softmax_max: Tensor | None = None,
+    softmax_sum: Tensor | None = None, attention_in: Tensor | None = None,
+    scale_value: float = 1.0, pre_tockens: int = 2147483647, next_tockens: int = 2147483647,
+    sparse_mode: int = 0, **unused: Any,
 ) -> tuple[Tensor | None, ...]:
-    """By query, key, value; none by the positional shift and the sink."""
+    """By query, key, value; none by the positional shift and the sink.
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return npu_fusion_attention(
-            q, k, v, head_num, input_layout, atten_mask=atten_mask, scale=scale_value,
-            pre_tockens=pre_tockens, next_tockens=next_tockens, sparse_mode=sparse_mode,
-        )[0]
-
-    return (*_gradients(attend, dy, query, key, value), None, None)
+    From the output and from the softmax's largest score and sum, as they are given.
+    """
+    assert input_layout == "SBH" and softmax_max is not None and softmax_sum is not None
+    assert attention_in is not None
+    q, k, v, scores = _attention_of(
+        query, key, value, head_num, atten_mask, scale_value, sparse_mode, pre_tockens,
+        next_tockens,
+    )
+    dy, out = (_heads(t, v.shape[-1]) for t in (dy, attention_in))
+    p = (scores - softmax_max[..., :1]).exp() / softmax_sum[..., :1]
+    ds = p * (dy @ v.mT - (dy * out).sum(-1, keepdim=True)) * scale_value
+    groups = key.shape[-1] // q.shape[-1]
+    dk, dv = (t.unflatten(1, (groups, -1)).sum(2) for t in (ds.mT @ q, p.mT @ dy))
+    gradients = [t.permute(2, 0, 1, 3).flatten(2) for t in (ds @ k, dk, dv)]
+    inputs = (query, key, value)
+    return (*(g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)), None, None)
 
 
 def _npu_dtype_cast(input: Tensor, dtype: torch.dtype) -> Tensor:
@@ -201,4 +221,13 @@ SCHEMAS = {
     'bool gen_mask_parallel=True, bool sync=False, str softmax_layout="", Tensor? sink=None, '
     "Tensor? dropout_mask=None, int seed=0, int offset=0) -> "
     "(Tensor, Tensor, Tensor, Tensor, int, int, int)",
+    "npu_fusion_attention_grad": "npu::npu_fusion_attention_grad(Tensor query, Tensor key, "
+    "Tensor value, Tensor dy, int head_num, str input_layout, *, Tensor? pse=None, "
+    "Tensor? padding_mask=None, Tensor? atten_mask=None, Tensor? softmax_max=None, "
+    "Tensor? softmax_sum=None, Tensor? softmax_in=None, Tensor? attention_in=None, "
+    "float scale_value=1., float keep_prob=1., int pre_tockens=2147483647, "
+    "int next_tockens=2147483647, int inner_precise=0, int seed=0, int offset=0, int numels=0, "
+    "int[]? prefix=None, int[]? actual_seq_qlen=None, int[]? actual_seq_kvlen=None, "
+    'int sparse_mode=0, bool gen_mask_parallel=True, bool sync=False, str softmax_layout="", '
+    "Tensor? sink=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }

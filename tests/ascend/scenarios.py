@@ -47,6 +47,7 @@ ATTENTIONS = {
     "fewer queries": (64, 64, 4, 2, 16, 40, None),
     "fewer queries, window": (64, 64, 4, 2, 16, 40, (7, 0)),
 }
+WITH_SINKS = ("grouped", "window", "fewer queries, window")
 
 
 @contextlib.contextmanager
@@ -114,6 +115,21 @@ def attention_results(backend: str) -> tuple[dict[str, list[Tensor]], dict[str, 
     return results, recorded
 
 
+def sink_results(backend: str) -> dict[str, list[Tensor]]:
+    """Those of ``WITH_SINKS`` with a sink logit per head: outputs and all gradients."""
+    results = {}
+    for name in WITH_SINKS:
+        d, dv, heads, groups, queries, keys, window = ATTENTIONS[name]
+        make = Inputs(torch.float32)
+        q, k, v = make(queries, 2, heads, d), make(keys, 2, groups, d), make(keys, 2, groups, dv)
+        sink = make(heads)
+        with true_numbers():
+            q4, k4, v4 = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+            out = ATTENTION_BACKENDS[backend](q4, k4, v4, window, 0.1, sink=sink)
+            results[name] = backward(out, q, k, v, sink)
+    return results
+
+
 def schemas() -> dict[str, str]:
     """Of the operators as torch_npu registers them."""
     return {name: str(getattr(torch.ops.npu, name).default._schema) for name in OPERATORS}
@@ -149,6 +165,7 @@ def operators() -> dict[str, Any]:
         torch.float32: kernel_results(torch.float32),
         torch.bfloat16: kernel_results(torch.bfloat16),
         "attention": attention_results("npu_fusion"),
+        "sink": sink_results("npu_fusion"),
     }
 
 
@@ -158,6 +175,7 @@ def in_python(folder: Path) -> dict[str, Any]:
         "accelerator": (str(bootstrap().device), bootstrap().dist_backend),
         "kernels": kernel_results(torch.float32),
         "attention": attention_results("npu_fusion")[0],
+        "sink": sink_results("npu_fusion"),
         "losses": layers_and_losses(folder),
     }
 

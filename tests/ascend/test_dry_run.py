@@ -11,7 +11,7 @@ import torch
 
 from tests.ascend import dry_run, operators, scenarios
 from tests.support import processes
-from tests.support.inputs import make_inputs
+from tests.support.inputs import make_inputs, make_student
 
 BF16 = {"bf16": True, "use_distributed_optimizer": True}
 
@@ -79,6 +79,14 @@ def test_attention(found, name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", scenarios.WITH_SINKS)
+def test_sink_logits(found, name):
+    """The operators called by hand: the softmax's size and the output that they are given."""
+    expected = scenarios.sink_results("reference")
+    for ours, theirs in zip(found["sink"][name], expected[name], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 CAUSAL = {"sparse_mode": 3}
 WINDOW_OF_8 = {"sparse_mode": 4, "pre_tockens": 7, "next_tockens": 0}
 TOLD = {
@@ -109,11 +117,14 @@ def test_what_fusion_attention_is_told(found, name):
 def runs(stand_in, tmp_path_factory):
     """The same short trainings on a CPU and on the stand-in: metrics and operators' arguments."""
     folder = make_inputs(tmp_path_factory.mktemp("dense"), num_hidden_layers=2)
+    flags = {"sliding_window": 8, "sink": "logit", "full_layers": "1"}
+    make_student(folder, "sink_logits", "gate_swa", flags)
     experts = make_inputs(tmp_path_factory.mktemp("experts"), "qwen3_moe", num_hidden_layers=2)
     jobs = {
         "stage 1, mla": (1, folder, "mla", {"use_distributed_optimizer": True}),
         "stage 1, gate_swa": (1, folder, "gate_swa", BF16),
         "stage 2, gate_swa": (2, folder, "gate_swa", {"use_distributed_optimizer": True}),
+        "stage 2, sink_logits": (2, folder, "sink_logits", {"recompute": "selective"}),
         "stage 2, mla, all": (2, folder, "mla", {"trainable": "all", "recompute": "full"}),
         "stage 2, experts": (2, experts, "mla", {**BF16, "moe_grouped_gemm": True}),
     }
@@ -130,8 +141,8 @@ def runs(stand_in, tmp_path_factory):
     return dry_run.run(stand_in, "train_all", on_npu, fitted), expected
 
 
-RUNS = ("stage 1, mla", "stage 1, gate_swa", "stage 2, gate_swa", "stage 2, mla, all",
-        "stage 2, experts")
+RUNS = ("stage 1, mla", "stage 1, gate_swa", "stage 2, gate_swa", "stage 2, sink_logits",
+        "stage 2, mla, all", "stage 2, experts")
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -45,6 +45,11 @@ def test_attention(found, name):
     assert_same(found["attention"][name], scenarios.attention_results("reference")[0][name])
 
 
+@pytest.mark.parametrize("name", scenarios.WITH_SINKS)
+def test_sink_logits(found, name):
+    assert_same(found["sink"][name], scenarios.sink_results("reference")[name])
+
+
 @pytest.mark.parametrize("student", ["mla", "gate_swa"])
 @pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
 def test_losses(found, losses_on_cpu, stage, student):

@@ -82,7 +82,7 @@ def test_arms_have_the_same_tokens_and_three_learning_rates():
     arms = [f"{start}_{path}" for start in starts for path in ("both", "alone")]
     for attention in ("mla", "gate_swa"):
         arms += [f"{attention}_teacher_both_all", f"{attention}_teacher_own"]
-    for arm in [*arms, "gate_swa_auto_both", "gate_swa_sinks_both"]:
+    for arm in [*arms, "gate_swa_auto_both", "gate_swa_sinks_both", "gate_swa_logits_both"]:
         assert len(rates[arm]) == 3, arm
 
 

@@ -27,6 +27,9 @@ STUDENTS = {
     "mla small rotary part": ("mla", {"qk_head_dim": 24, "qk_pos_emb_head_dim": 8}),
     "gate_swa": ("gate_swa", {"sliding_window": 8, "full_layers": "1"}),
     "gate_swa sinks": ("gate_swa", {"sliding_window": 8, "sink_tokens": 3, "full_layers": "1"}),
+    "gate_swa sink logits": (
+        "gate_swa", {"sliding_window": 8, "sink": "logit", "full_layers": "1"}
+    ),
     "gate_swa headwise": (
         "gate_swa",
         {"sliding_window": 8, "full_layers": "none", "output_gate": "headwise"},

@@ -201,7 +201,10 @@ def write_inputs(folder, family):
     code = (
         "from megatron_attnedit.device import bootstrap; bootstrap()\n"
         "from pathlib import Path; from tests.support.inputs import make_inputs\n"
-        f"make_inputs(Path({str(folder)!r}), {family!r})"
+        "from tests.support.inputs import make_student\n"
+        f"folder = make_inputs(Path({str(folder)!r}), {family!r})\n"
+        "flags = {'sliding_window': 8, 'sink': 'logit', 'full_layers': '1'}\n"
+        "make_student(folder, 'sink_logits', 'gate_swa', flags)"
     )
     call([sys.executable, "-c", code], "cpu")
     return folder
@@ -223,14 +226,16 @@ def call(command, device):
     subprocess.run(command, check=True, env=environment, timeout=300)
 
 
-@pytest.mark.parametrize("student", ["mla", "gate_swa"])
+@pytest.mark.parametrize("student", ["mla", "gate_swa", "sink_logits"])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("dtype, bar", [("--no-bf16", 1e-3), ("--bf16", 2e-2)])
 def test_a_run_equals_the_cpu_s(inputs, tmp_path, student, stage, dtype, bar):
     compare_runs(inputs, tmp_path, student, stage, [dtype], bar)
 
 
-@pytest.mark.parametrize("student, stage", [("mla", 1), ("gate_swa", 1), ("mla", 2)])
+@pytest.mark.parametrize(
+    "student, stage", [("mla", 1), ("gate_swa", 1), ("sink_logits", 1), ("mla", 2)]
+)
 def test_a_recorded_run_equals_the_cpu_s(inputs, tmp_path, student, stage):
     """Two micro-batches run, the rest are replayed."""
     compare_runs(inputs, tmp_path, student, stage, ["--no-bf16", "--record"], 1e-3)

@@ -34,6 +34,9 @@ STUDENTS = {
         "gate_swa",
         {"sliding_window": 4, "sink_tokens": 9, "full_layers": "none", "output_gate": "headwise"},
     ),
+    "gate_swa sink logits": (
+        "gate_swa", {"sliding_window": 8, "sink": "logit", "full_layers": "none"}
+    ),
     "gate_swa window over sequence": ("gate_swa", {"sliding_window": 500, "full_layers": "none"}),
 }
 TEACHERS = {
@@ -72,7 +75,7 @@ def reference(case, hf, length):
         out = gate_swa_reference(
             weights, x, hf,
             sliding_window=student.sliding_window, output_gate=student.output_gate,
-            sink_tokens=student.sink_tokens,
+            sink_tokens=student.sink_tokens, sink_logits=student.sink_logits,
         )
     out.backward(direction(out))
     return out.detach(), x.grad, {k: v.grad for k, v in weights.items()}

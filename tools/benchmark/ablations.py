@@ -59,6 +59,8 @@ def _shape(edit: Entry) -> str:
         return f"{attention['kv_lora_rank']} + {attention['qk_pos_emb_head_dim']}"
     chosen = "measured" if edit.get("full_layer_scores") else "uniform"
     sinks = attention.get("sink_tokens")
+    if attention.get("sink") == "logit":
+        return f"{chosen}, sink logits"
     return f"{chosen}, {sinks} sink tokens" if sinks else chosen
 
 

@@ -4,7 +4,9 @@ Shapes: ``q [b, n, s, d]``, ``k [b, g, s, d]``, ``v [b, g, s, dv]``, output ``[b
 n query heads are shared out over g key heads, n a multiple of g. Attention is causal, the last
 query at the last key (there may be fewer queries than keys);
 ``window_size`` is Megatron's ``(left, 0)`` or None. Those of ``WITH_SINKS`` also take
-``sink_tokens``, how many of the first keys stay visible outside the window.
+``sink_tokens``, how many of the first keys stay visible outside the window; those of
+``WITH_SINK_LOGITS`` take ``sink``, a logit ``[n]`` per query head: one more entry of the softmax,
+without a value.
 """
 
 import functools
@@ -30,8 +32,10 @@ FLEX_PAYS = 512
 
 # The others' kernels know a band and nothing beside it.
 WITH_SINKS = ("reference", "sdpa", "flex")
+# The others neither take a further entry nor give the log-sum-exp.
+WITH_SINK_LOGITS = ("reference", "sdpa", "flash", "flex", "npu_fusion")
 
-AttentionBackend = Callable[[Tensor, Tensor, Tensor, tuple[int, int] | None, float], Tensor]
+AttentionBackend = Callable[..., Tensor]
 
 ATTENTION_BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": reference_attention,
@@ -48,6 +52,7 @@ def attention_backend(
     window_size: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     sink_tokens: int = 0,
+    sink_logits: bool = False,
 ) -> AttentionBackend:
     """The backend of that name; ``auto`` takes the fastest that this machine has.
 
@@ -56,9 +61,10 @@ def attention_backend(
         window_size: Megatron's ``(left, 0)``, or None for full attention.
         dtype: Of queries, keys and values.
         sink_tokens: First tokens that stay visible outside the window; told to the backend.
+        sink_logits: Will the backend be called with a ``sink``?
 
     Raises:
-        UserError: unknown name, a backend that is not installed, or one without sink tokens.
+        UserError: unknown name, a backend that is not installed, or one without such sinks.
     """
     if name == "auto":
         name = _fastest(window_size and window_size[0] + 1, dtype, with_sinks=sink_tokens > 0)
@@ -72,6 +78,11 @@ def attention_backend(
         raise UserError("--attention-backend flash: this torch is too old; 2.11 has it")
     if name == "npu_fusion" and not bootstrap().has_fusion_attention:
         raise UserError("--attention-backend npu_fusion: this machine has no Ascend NPU")
+    if sink_logits and name not in WITH_SINK_LOGITS:
+        raise UserError(
+            f"--attention-backend {name}: its softmax has no room for --sink logit; "
+            f"expected auto or one of {', '.join(WITH_SINK_LOGITS)}"
+        )
     if not sink_tokens:
         return ATTENTION_BACKENDS[name]
     if name not in WITH_SINKS:

@@ -5,11 +5,17 @@ Half precision, keys and values of one head size.
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_attnedit.attention.backends.sink import Kernel, sink_attention
+
 HALF = (torch.bfloat16, torch.float16)
+# What ``varlen_attn`` calls in every torch that has it.
+_flash_forward = torch.ops.aten._flash_attention_forward
+_flash_backward = torch.ops.aten._flash_attention_backward
 
 
 @functools.cache
@@ -33,22 +39,57 @@ def _ends(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int] | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int] | None,
+    scale: float,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
     from torch.nn.attention.varlen import varlen_attn
 
     batch, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
-    # torch 2.11 takes fewer key heads without being told.
-    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in _parameters() else {}
-    out = varlen_attn(
-        *(t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)),  # sequences behind each other
-        _ends(batch, num_queries, q.device),
-        _ends(batch, num_keys, q.device),
-        num_queries,
-        num_keys,
-        scale=scale,
-        window_size=window_size or (-1, 0),
-        **grouped,
+    lengths = (
+        *(_ends(batch, length, q.device) for length in (num_queries, num_keys)),
+        *(num_queries, num_keys),
     )
+    heads = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # sequences behind each other
+    if sink is None:
+        # torch 2.11 takes fewer key heads without being told.
+        grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in _parameters() else {}
+        out = varlen_attn(
+            *heads, *lengths, scale=scale, window_size=window_size or (-1, 0), **grouped
+        )
+    else:
+        out = sink_attention(heads, sink, _kernel(lengths, window_size, scale))
     return out.unflatten(0, (batch, num_queries)).transpose(1, 2)
+
+
+def _kernel(lengths: tuple[Any, ...], window_size: tuple[int, int] | None, scale: float) -> Kernel:
+    """FlashAttention without autograd; torch's leaves out the gradient of the log-sum-exp.
+
+    Args:
+        lengths: Where queries and keys of each sequence end, and the longest of each.
+        window_size: Megatron's ``(left, 0)``, or None.
+        scale: Of the scores.
+    """
+    left, right = window_size or (-1, 0)
+    causal, options = window_size is None, {
+        "scale": scale, "window_size_left": left, "window_size_right": right
+    }
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, lse, *state = _flash_forward(
+            q, k, v, *lengths, 0.0, causal, return_debug_mask=False, **options
+        )
+        return out, lse.t(), *state[:2]
+
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *state: Tensor
+    ) -> tuple[Tensor, ...]:
+        return _flash_backward(
+            grad, q, k, v, out, lse.t().contiguous(), *lengths, 0.0, causal, *state, **options
+        )
+
+    return Kernel(forward, backward)

@@ -8,12 +8,30 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+try:
+    from torch.nn.attention.flex_attention import AuxRequest
+except ImportError:  # before torch 2.9
+    AuxRequest = None
+
 BLOCK = 128
+LSE = {"return_lse": True} if AuxRequest is None else {"return_aux": AuxRequest(lse=True)}
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention)
+
+
+@functools.cache
+def _compiled_with_sink() -> Callable[..., Tensor]:
+    return torch.compile(with_sink)
+
+
+def with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, **options: Any) -> Tensor:
+    """FlexAttention with a sink logit ``[n]``; its log-sum-exp has a gradient."""
+    out, lse = flex_attention(q, k, v, **options, **LSE)
+    lse = getattr(lse, "lse", lse)  # [b, n, s]
+    return out * torch.sigmoid(lse - sink[:, None]).unsqueeze(-1).to(out.dtype)
 
 
 @functools.lru_cache(maxsize=32)
@@ -62,17 +80,18 @@ def flex_attention_backend(
     window_size: tuple[int, int] | None,
     scale: float,
     sink_tokens: int = 0,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
     left = None if window_size is None else window_size[0]
-    # Few queries make torch take a kernel for decoding, which does not know every head count.
-    options = {"FORCE_USE_FLEX_ATTENTION": True} if q.shape[2] < BLOCK else None
-    return _compiled()(
-        q,
-        k,
-        v,
-        block_mask=_block_mask(q.shape[2], k.shape[2], left, q.device, sink_tokens),
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options=options,
-    )
+    options: dict[str, Any] = {
+        "block_mask": _block_mask(q.shape[2], k.shape[2], left, q.device, sink_tokens),
+        "scale": scale,
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }
+    if q.shape[2] < BLOCK:
+        # Few queries make torch take a kernel for decoding, which does not know every head count.
+        options["kernel_options"] = {"FORCE_USE_FLEX_ATTENTION": True}
+    if sink is not None:
+        return _compiled_with_sink()(q, k, v, sink, **options)
+    return _compiled()(q, k, v, **options)

@@ -4,11 +4,17 @@ It takes ``[s, b, n * d]``, which is how Megatron lays heads out, so nothing is 
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_attnedit.device.kernels import fusion_attention
+from megatron_attnedit.attention.backends.sink import Kernel, sink_attention
+from megatron_attnedit.device.kernels import (
+    fusion_attention,
+    fusion_attention_gradient,
+    fusion_attention_with_lse,
+)
 
 CAUSAL = 3  # the last query is at the last key
 BAND = 4
@@ -21,19 +27,42 @@ def _mask(device: torch.device) -> Tensor:
 
 
 def npu_fusion_attention(
-    q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int] | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int] | None,
+    scale: float,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
     slides = window_size is not None and window_size[0] + 1 < k.shape[2]
     left, right = window_size if window_size is not None and slides else (0, 0)
-    heads = q.shape[1]
-    out = fusion_attention(
-        *(t.permute(2, 0, 1, 3).flatten(2) for t in (q, k, v)),
-        heads=heads,
-        scale=scale,
-        mask=_mask(q.device),
-        sparse_mode=BAND if slides else CAUSAL,
-        pre_tokens=left,
-        next_tokens=right,
-    )
-    return out.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+    heads = [t.permute(2, 0, 1, 3).flatten(2) for t in (q, k, v)]
+    options: dict[str, Any] = {
+        "heads": q.shape[1],
+        "scale": scale,
+        "mask": _mask(q.device),
+        "sparse_mode": BAND if slides else CAUSAL,
+        "pre_tokens": left,
+        "next_tokens": right,
+    }
+    if sink is None:
+        out = fusion_attention(*heads, **options).unflatten(-1, (q.shape[1], -1))
+    else:
+        out = sink_attention(heads, sink, _kernel(options))
+    return out.permute(1, 2, 0, 3)
+
+
+def _kernel(options: dict[str, Any]) -> Kernel:
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, lse = fusion_attention_with_lse(q, k, v, **options)
+        return out.unflatten(-1, (options["heads"], -1)), lse
+
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
+        return fusion_attention_gradient(
+            grad.flatten(2), q, k, v, out.flatten(2), lse, **options
+        )
+
+    return Kernel(forward, backward)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_attnedit.attention.backends.sink import sink_as_key
 from megatron_attnedit.attention.windows import causal_window_mask
 
 # cuDNN first: on Hopper it is the fastest, and the only fused kernel that takes MLA's head sizes
@@ -24,14 +25,23 @@ def sdpa_attention(
     window_size: tuple[int, int] | None,
     scale: float,
     sink_tokens: int = 0,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
-    if q.shape[2] != k.shape[2]:
-        mask = causal_window_mask(q.shape[2], k.shape[2], window_size, q.device, sink_tokens)
-        return _fused(q, k, v, scale, mask)
-    if window_size is not None and window_size[0] + 1 + sink_tokens < k.shape[2]:
-        return _windowed(q, k, v, window_size[0] + 1, scale, sink_tokens)
-    return _fused(q, k, v, scale, mask=None)
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    slides = window_size is not None and window_size[0] + 1 + sink_tokens < num_keys
+    windowed = slides and num_queries == num_keys
+    if sink is not None:
+        # Other devices' kernels read eight numbers at a time.
+        q, k, v = sink_as_key(q, k, v, sink, scale, multiple=1 if q.is_cpu else 8)
+    if windowed:
+        assert window_size is not None
+        always = 0 if sink is None else 1
+        return _windowed(q, k, v, window_size[0] + 1, scale, sink_tokens, always)
+    if num_queries == num_keys and sink is None:
+        return _fused(q, k, v, scale, mask=None)
+    mask = causal_window_mask(num_queries, num_keys, window_size, q.device, sink_tokens)
+    return _fused(q, k, v, scale, mask if sink is None else F.pad(mask, (1, 0), value=True))
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -50,11 +60,18 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
 
 
 def _windowed(
-    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, sink_tokens: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    scale: float,
+    sink_tokens: int,
+    always: int,
 ) -> Tensor:
     """Sliding window in blocks of ``window`` queries, each of which sees two blocks of keys.
 
-    In front of each two blocks go the sink tokens, for queries whose window does not reach them.
+    In front of each two blocks go the sink tokens, for queries whose window does not reach them,
+    and the ``always`` first keys, which every query sees and which are no tokens.
     Costs ``s (2 window + sink_tokens)`` scores instead of ``s^2``.
     """
     b, n, s, _ = q.shape
@@ -66,14 +83,15 @@ def _windowed(
         return x.transpose(1, 2).flatten(0, 1)
 
     def key_blocks(x: Tensor) -> Tensor:
-        sinks = x[:, None, :, :sink_tokens].expand(-1, blocks, -1, -1, -1)
-        x = F.pad(x, (0, 0, window, tail)).unfold(2, 2 * window, window)
+        first = always + sink_tokens
+        repeated = x[:, None, :, :first].expand(-1, blocks, -1, -1, -1)
+        x = F.pad(x[:, :, always:], (0, 0, window, tail)).unfold(2, 2 * window, window)
         x = x.permute(0, 2, 1, 4, 3)
-        return (torch.cat([sinks, x], 3) if sink_tokens else x).flatten(0, 1)
+        return (torch.cat([repeated, x], 3) if first else x).flatten(0, 1)
 
+    mask = F.pad(_block_mask(blocks, window, q.device, sink_tokens), (always, 0), value=True)
     out = _fused(
-        query_blocks(q), key_blocks(k), key_blocks(v), scale,
-        mask=_block_mask(blocks, window, q.device, sink_tokens).repeat(b, 1, 1, 1),
+        query_blocks(q), key_blocks(k), key_blocks(v), scale, mask.repeat(b, 1, 1, 1)
     )
     return out.unflatten(0, (b, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :s]
 

@@ -1,19 +1,23 @@
 """The shape of a GateSWA student, and its side of the student-attention contract."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Generator, Tensor
 from typing_extensions import Self
 
+from megatron_attnedit.attention.backends import FLEX_PAYS
 from megatron_attnedit.attention.gate_swa import init, rows
 from megatron_attnedit.attention.gate_swa.spec import gate_swa_spec
 from megatron_attnedit.attention.kept import KeptNumbers, kept_by_teacher
+from megatron_attnedit.attention.sink_fit import fit_sink_logits
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.attention.traffic import AttentionTraffic, traffic_of_teacher
 from megatron_attnedit.attention.windows import (
@@ -28,9 +32,12 @@ from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 HF_CLASSES = Path(__file__).parent / "hf"
 OUTPUT_GATES = ("elementwise", "headwise")
 LARGEST_WINDOW = 2**31 - 1
+SINK_KINDS = ("none", "logit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +48,25 @@ class GateSWA(StudentAttention):
         num_layers: Of the teacher.
         sliding_window: Tokens a sliding layer sees, the token itself counted.
         full_layers: 0-based indices.
-        sink_tokens: First tokens of the sequence that a sliding layer sees beside its window.
         output_gate: ``elementwise`` (one gate per output dimension) or ``headwise``.
+        sink_tokens: First tokens of the sequence that a sliding layer sees beside its window;
+            no server keeps them.
+        sink: ``logit``: the softmax of each head of a sliding layer has one more entry, of a size
+            that is learned and without a value; servers have it.
     """
 
     name: ClassVar[str] = "gate_swa"
     TITLE: ClassVar[str] = "GateSWA"
     FLAGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "sliding_window": {"type": int, "help": "tokens seen, itself counted (default 128)"},
+        "sink": {
+            "help": "none (default), or logit: each head's softmax has one more entry, learned and "
+            "without a value, which servers know, too"
+        },
         "sink_tokens": {
             "type": int,
             "help": "first tokens of the sequence that sliding layers see beside the window "
-            "(default 0)",
+            "(default 0); for research: only transformers keeps them, no server does",
         },
         "full_layers": {
             "help": "layers that stay full, such as 4,9, or none; auto, at edit time: as many as "
@@ -67,6 +81,7 @@ class GateSWA(StudentAttention):
     full_layers: tuple[int, ...]
     output_gate: str = "elementwise"
     sink_tokens: int = 0
+    sink: str = "none"
 
     def __post_init__(self) -> None:
         if self.sliding_window < 2:
@@ -88,6 +103,10 @@ class GateSWA(StudentAttention):
                 f"--full-layers {shown(wrong or self.full_layers)}: expected different layers of "
                 f"0 to {self.num_layers - 1}"
             )
+        if self.sink not in SINK_KINDS:
+            raise UserError(f"--sink {self.sink}: expected one of {', '.join(SINK_KINDS)}")
+        if self.sink_tokens and self.sink_logits:
+            raise UserError(f"--sink logit: takes the place of --sink-tokens {self.sink_tokens}")
         if len(self.full_layers) >= self.num_layers:
             raise UserError("--full-layers names every layer: nothing is left to edit")
 
@@ -100,13 +119,24 @@ class GateSWA(StudentAttention):
                 flags["full_layers"], num_layers=num_layers, flag="--full-layers"
             )
         window = flags.get("sliding_window")
+        if flags.get("sink_tokens"):
+            logger.warning(
+                "--sink-tokens %s: transformers only, no server keeps them; --sink logit is served",
+                flags["sink_tokens"],
+            )
         return cls(
             num_layers=num_layers,
             sliding_window=128 if window is None else window,
             full_layers=full_layers,
             output_gate=flags.get("output_gate") or "elementwise",
             sink_tokens=flags.get("sink_tokens") or 0,
+            sink=flags.get("sink") or "none",
         )
+
+    @property
+    def sink_logits(self) -> bool:
+        """Does every sliding layer have a sink logit per head?"""
+        return self.sink == "logit"
 
     @property
     def visible_tokens(self) -> int:
@@ -120,33 +150,51 @@ class GateSWA(StudentAttention):
         return gate_swa_spec(
             sliding_window=self.sliding_window,
             sink_tokens=self.sink_tokens,
+            sink_logits=self.sink_logits,
             output_gate=self.output_gate,
             qk_layernorm=config.qk_layernorm,
             attention_backend=attention_backend,
         )
 
     def rows(self, teacher: HFConfig, layer_idx: int) -> list[ParamRow]:
-        return rows.gate_swa_rows(teacher, self.output_gate, layer_idx)
+        return rows.gate_swa_rows(
+            teacher, self.output_gate, layer_idx, sink_logits=self.sink_logits
+        )
 
     def init_random(
         self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, generator: Generator
     ) -> dict[str, Tensor]:
-        return init.random_weights(self.output_gate, teacher_weights, teacher, generator)
+        weights = init.random_weights(self.output_gate, teacher_weights, teacher, generator)
+        if self.sink_logits:
+            weights[rows.SINKS] = torch.zeros(teacher.num_attention_heads)
+        return weights
 
     def init_from_teacher(
         self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, inputs: Tensor
     ) -> dict[str, Tensor]:
-        return init.copy_of_teacher(self.output_gate, teacher_weights, teacher)
+        weights = init.copy_of_teacher(self.output_gate, teacher_weights, teacher)
+        if self.sink_logits:
+            weights[rows.SINKS] = fit_sink_logits(
+                weights,
+                teacher,
+                inputs,
+                sliding_window=self.sliding_window,
+                gate=torch.tensor(init.OPEN_BIAS).sigmoid().item(),
+            )
+        return weights
 
     def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
         layer_types = [SLIDING if self.edits(i) else FULL for i in range(self.num_layers)]
         added = {"sliding_window": self.sliding_window, "output_gate": self.output_gate}
         if self.sink_tokens:
             added["sink_tokens"] = self.sink_tokens
+        if self.sink_logits:
+            added["sink"] = self.sink
         return rows.gate_swa_config(teacher, layer_types, added)
 
     def describe(self) -> str:
         sinks = f" and {self.sink_tokens} sinks" if self.sink_tokens else ""
+        sinks += " and sink logits" if self.sink_logits else ""
         return f"GateSWA window {self.sliding_window}{sinks}"
 
     def score_flops(self, teacher: HFConfig, seq_length: int) -> float:
@@ -154,8 +202,8 @@ class GateSWA(StudentAttention):
         return 4 * heads * mean_visible_keys(seq_length, self.visible_tokens)
 
     def hf_modeling_files(self, teacher: HFConfig) -> Sequence[Path]:
-        names = ("configuration_gate_swa", "modeling_gate_swa", "sinks_gate_swa")
-        return [HF_CLASSES / f"{name}.py" for name in names]
+        names = ("configuration", "modeling", "sinks", "sink_logits")
+        return [HF_CLASSES / f"{name}_gate_swa.py" for name in names]
 
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
         per_layer = 2 * teacher.num_key_value_heads * teacher.head_dim
@@ -168,9 +216,10 @@ class GateSWA(StudentAttention):
         elementwise = self.output_gate == "elementwise"
         gate = kept.output if elementwise else teacher.num_attention_heads
         # The gate before its sigmoid, and what is multiplied by it.
-        return dataclasses.replace(
-            kept, besides=kept.besides + gate + kept.output, gradients=gate + kept.output
-        )
+        besides, gradients = gate + kept.output, gate + kept.output
+        if self.sink_logits and self.sliding_window >= FLEX_PAYS:
+            besides += kept.output  # FlexAttention's own output, which the logits act on
+        return dataclasses.replace(kept, besides=kept.besides + besides, gradients=gradients)
 
     def traffic(self, teacher: HFConfig) -> AttentionTraffic:
         return dataclasses.replace(traffic_of_teacher(teacher), input_projections=2)
@@ -185,8 +234,9 @@ class GateSWA(StudentAttention):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Without ``sink_tokens`` where there are none, as before there could be any."""
+        """Without sinks where there are none, as before there could be any."""
         fields = super().to_dict()
-        if not self.sink_tokens:
-            del fields["sink_tokens"]
+        for name, default in (("sink_tokens", 0), ("sink", "none")):
+            if fields[name] == default:
+                del fields[name]
         return fields

@@ -1,4 +1,4 @@
-"""GateSWA in plain PyTorch, float32, one process: the oracle for the module."""
+"""GateSWA in plain PyTorch, in the type of its input, one process: the oracle for the module."""
 
 from collections.abc import Mapping
 
@@ -18,10 +18,12 @@ def gate_swa_reference(
     sliding_window: int,
     output_gate: str,
     sink_tokens: int = 0,
+    sink_logits: bool = False,
 ) -> Tensor:
     """The attention's output for input ``x`` ``[s, b, h]``, before the residual.
 
-    Source of the gate: arXiv:2505.06708, position G1.
+    Source of the gate: arXiv:2505.06708, position G1; of the sink logits, which are a softmax's
+    one more entry: gpt-oss (arXiv:2508.10925).
     """
     s, b, _ = x.shape
     q, k, v = (t.unflatten(0, (s, b)) for t in project(x.flatten(0, 1), weights, teacher))
@@ -35,7 +37,10 @@ def gate_swa_reference(
             near = query - key < sliding_window or key < sink_tokens
             if key > query or not near:
                 scores[:, :, query, key] = float("-inf")
-    out = torch.einsum("bnst,tbnd->sbnd", scores.softmax(-1), v)
+    if sink_logits:
+        logits = weights["core_attention.softmax_offset"].view(1, -1, 1, 1)
+        scores = torch.cat([scores, logits.expand(b, -1, s, 1)], dim=-1)
+    out = torch.einsum("bnst,tbnd->sbnd", scores.softmax(-1)[..., :s], v)
 
     gate = torch.sigmoid(x @ weights["linear_gate.weight"].t() + weights["linear_gate.bias"])
     if output_gate == "headwise":

@@ -6,6 +6,7 @@ from megatron_attnedit.convert.families import attention_rows
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
 
+SINKS = "core_attention.softmax_offset"
 NOT_KEPT = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype", "layer_types")
 
 
@@ -15,11 +16,16 @@ def gate_dim(teacher: HFConfig, output_gate: str) -> int:
     return teacher.num_attention_heads * per_head
 
 
-def gate_swa_rows(teacher: HFConfig, output_gate: str, layer_idx: int) -> list[ParamRow]:
-    """The attention of one sliding layer (0-based): the teacher's rows and the gate."""
+def gate_swa_rows(
+    teacher: HFConfig, output_gate: str, layer_idx: int, *, sink_logits: bool = False
+) -> list[ParamRow]:
+    """The attention of one sliding layer (0-based): the teacher's rows, the gate and the sinks.
+
+    A sink logit has the name that gpt-oss has for it, which servers read.
+    """
     gates = gate_dim(teacher, output_gate)
     shapes = {"weight": (gates, teacher.hidden_size), "bias": (gates,)}
-    return attention_rows(teacher, layer_idx) + [
+    rows = attention_rows(teacher, layer_idx) + [
         ParamRow(
             megatron_param=f"decoder.layers.{layer_idx}.self_attention.linear_gate.{part}",
             hf_params=(f"model.layers.{layer_idx}.self_attn.g_proj.{part}",),
@@ -28,6 +34,16 @@ def gate_swa_rows(teacher: HFConfig, output_gate: str, layer_idx: int) -> list[P
         )
         for part, shape in shapes.items()
     ]
+    if sink_logits:
+        rows.append(
+            ParamRow(
+                megatron_param=f"decoder.layers.{layer_idx}.self_attention.{SINKS}",
+                hf_params=(f"model.layers.{layer_idx}.self_attn.sinks",),
+                hf_shapes=((teacher.num_attention_heads,),),
+                tp_dim=0,
+            )
+        )
+    return rows
 
 
 def gate_swa_config(

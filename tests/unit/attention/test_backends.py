@@ -44,6 +44,12 @@ def test_kernels_that_know_no_sinks_are_refused(name, monkeypatch):
     assert callable(attention_backend(name, (127, 0), torch.bfloat16))
 
 
+def test_sink_logits_need_a_log_sum_exp(monkeypatch):
+    monkeypatch.setattr(te, "is_installed", lambda: True)
+    with pytest.raises(UserError, match="te: .* no room for --sink logit; expected auto or .* f"):
+        attention_backend("te", (127, 0), torch.bfloat16, sink_logits=True)
+
+
 @pytest.mark.parametrize(
     "compiles, fusion, without, with_sinks",
     [(True, False, "flash", "flex"), (False, True, "npu_fusion", "sdpa")],
@@ -56,6 +62,9 @@ def test_the_choice_looks_at_sinks(compiles, fusion, without, with_sinks, monkey
     for sinks, name in ((0, without), (4, with_sinks)):
         found = attention_backend("auto", (127, 0), torch.bfloat16, sinks)
         assert getattr(found, "func", found) is backends.ATTENTION_BACKENDS[name]
+    # Logits are no reason to take a slower one.
+    found = attention_backend("auto", (127, 0), torch.bfloat16, sink_logits=True)
+    assert found is backends.ATTENTION_BACKENDS[without]
     backends._fastest.cache_clear()
 
 

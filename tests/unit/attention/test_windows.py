@@ -102,6 +102,8 @@ def test_sinks_against_the_reference(groups, dims, window, sinks, queries, keys,
         (MLA, {"kv_lora_rank": 0}, "--kv-lora-rank 0"),
         (GateSWA, {"sliding_window": 1}, "--sliding-window 1"),
         (GateSWA, {"sink_tokens": -1}, "--sink-tokens -1"),
+        (GateSWA, {"sink": "token"}, "--sink token: expected one of none, logit"),
+        (GateSWA, {"sink": "logit", "sink_tokens": 4}, "--sink logit: .* --sink-tokens 4"),
         (GateSWA, {"output_gate": "diagonal"}, "--output-gate diagonal"),
         (GateSWA, {"full_layers": "0,1,2"}, "--full-layers"),
     ],
@@ -135,6 +137,11 @@ def test_without_sinks_a_lineage_is_as_it_was(tmp_path):
     with_sinks = GateSWA.from_flags({"sliding_window": 8, "sink_tokens": 4}, hf)
     assert student_attention_from_dict(with_sinks.to_dict()) == with_sinks
     assert with_sinks.hf_config(hf)["sink_tokens"] == 4
+    assert "sink" not in student.hf_config(hf)
+    with_logits = GateSWA.from_flags({"sliding_window": 8, "sink": "logit"}, hf)
+    assert with_logits.to_dict() == {**before, "sink": "logit"}
+    assert student_attention_from_dict(with_logits.to_dict()) == with_logits
+    assert with_logits.hf_config(hf)["sink"] == "logit"
 
 
 def test_a_sequence_must_be_longer_than_what_is_seen(tmp_path):

@@ -166,11 +166,13 @@ def test_full_layers_are_the_teacher(teacher_config, tmp_path: Path):
 
 
 @pytest.mark.parametrize("remote", [True, False], ids=["remote_code", "registered"])
-@pytest.mark.parametrize("num_experts, sink_tokens", [(0, 0), (4, 3)])
-def test_saved_directory_loads(remote, num_experts, sink_tokens, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("num_experts, sink_tokens, sink", [(0, 0, "logit"), (4, 3, "none")])
+def test_saved_directory_loads(
+    remote, num_experts, sink_tokens, sink, tmp_path: Path, monkeypatch
+):
     model = gate_swa(
         num_experts=num_experts, num_experts_per_tok=2, moe_intermediate_size=24, qk_norm=False,
-        sink_tokens=sink_tokens,
+        sink_tokens=sink_tokens, sink=sink,
     )
     model.save_pretrained(tmp_path)
     if remote:
@@ -182,7 +184,7 @@ def test_saved_directory_loads(remote, num_experts, sink_tokens, tmp_path: Path,
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=remote)
     assert loaded.config.model_type == "gate_swa"
     assert loaded.config.sliding_window == WINDOW
-    assert loaded.config.sink_tokens == sink_tokens
+    assert (loaded.config.sink_tokens, loaded.config.sink) == (sink_tokens, sink)
     with torch.no_grad():
         assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from megatron_attnedit.checkpoint.lineage import read_lineage
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.teacher import backbone
-from megatron_attnedit.training.full_layers import largest, nll_rises
+from megatron_attnedit.training.full_layers import _fit_once, largest, nll_rises
 from tests.support.models import build_tiny_teacher, tiny_data, tiny_hf_dir
 from tools import edit_checkpoint
 
@@ -91,6 +91,24 @@ def count_calls(layers):
     for layer in layers:
         layer.register_forward_hook(count)
     return calls
+
+
+def test_logits_are_fitted_once_and_help(teacher_dir, one_process):
+    """A head that leaves its attention outside the window loses less with a sink."""
+    hf, teacher = build_tiny_teacher(teacher_dir)
+    ids = torch.randint(0, hf.vocab_size, (6, 41), generator=torch.Generator().manual_seed(3))
+    fitted, fit = [], _fit_once(hf, 4)
+
+    def noted(layer, hidden):
+        fitted.append((layer.layer_number, fit(layer, hidden)))
+        return fitted[-1][1]
+
+    arguments = teacher, ids[:, :-1], ids[:, 1:], 4, hf.vocab_size
+    rises = nll_rises(*arguments, fit=noted, batch_size=3)
+    assert len(fitted) == 2 * LAYERS
+    assert all(one is other for (_, one), (_, other) in zip(fitted[:4], fitted[4:], strict=True))
+    assert [i for i, rise in enumerate(rises) if rise != 0] == [FAR_SIGHTED]
+    assert rises[FAR_SIGHTED] < nll_rises(*arguments, batch_size=3)[FAR_SIGHTED]
 
 
 def test_rise_is_that_of_the_loss(teacher_dir, one_process):

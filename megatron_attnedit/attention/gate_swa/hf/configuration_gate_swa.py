@@ -11,6 +11,7 @@ AUTO_MAP = {
 }
 LAYER_TYPES = {"sliding_attention", "full_attention"}
 OUTPUT_GATES = ("elementwise", "headwise")
+SINKS = ("none", "logit")
 
 
 @strict
@@ -22,6 +23,8 @@ class GateSWAConfig(Qwen3Config):
         output_gate: ``elementwise`` or ``headwise``; sliding layers have it, full layers do not.
         sliding_window: Tokens that a sliding layer sees, the token itself counted; at least 2.
         sink_tokens: First tokens of the sequence that a sliding layer sees beside its window.
+        sink: ``logit``: the softmax of a sliding layer's heads has one more entry, learned and
+            without a value (``self_attn.sinks``); ``none``: it has not.
         attention_bias: Bias of the query, key and value projections.
         attention_output_bias: Bias of the output projection.
         num_experts: Experts of every layer (Qwen3-MoE); 0 is a dense MLP.
@@ -30,7 +33,7 @@ class GateSWAConfig(Qwen3Config):
         norm_topk_prob: Whether the weights of the visited experts are scaled to sum to one.
 
     Raises:
-        ValueError: The layer types, the window or the output gate make no model.
+        ValueError: The layer types, the window, the output gate or the sinks make no model.
     """
 
     model_type = "gate_swa"
@@ -46,6 +49,7 @@ class GateSWAConfig(Qwen3Config):
     qk_norm: bool = True
     output_gate: str = "elementwise"
     sink_tokens: int = 0
+    sink: str = "none"
     attention_output_bias: bool = False
     num_experts: int = 0
     num_experts_per_tok: int = 8
@@ -70,6 +74,8 @@ class GateSWAConfig(Qwen3Config):
             raise ValueError(f"sliding_window must be at least 2, not {self.sliding_window}")
         if self.sink_tokens < 0:
             raise ValueError(f"sink_tokens must be 0 or more, not {self.sink_tokens}")
+        if self.sink not in SINKS:
+            raise ValueError(f"sink must be of {SINKS}, not {self.sink!r}")
 
 
 __all__ = ["GateSWAConfig"]

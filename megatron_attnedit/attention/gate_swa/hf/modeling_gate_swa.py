@@ -2,6 +2,7 @@
 
 A sliding layer's cache keeps the window and nothing more (transformers' ``DynamicCache`` does that
 from ``layer_types`` and ``sliding_window``); with sink tokens also those (``sinks_gate_swa``).
+Sink logits are in no cache (``sink_logits_gate_swa``).
 """
 
 from typing import Any
@@ -32,9 +33,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 
 try:
     from .configuration_gate_swa import GateSWAConfig
+    from .sink_logits_gate_swa import with_sink_key
     from .sinks_gate_swa import masks
 except ImportError:  # loaded as a single file beside the weights
     from configuration_gate_swa import GateSWAConfig  # type: ignore[no-redef]
+    from sink_logits_gate_swa import with_sink_key  # type: ignore[no-redef]
     from sinks_gate_swa import masks  # type: ignore[no-redef]
 
 # Checkpoints hold one tensor per expert, as Qwen3-MoE's do; loading stacks them.
@@ -54,7 +57,9 @@ class GateSWAAttention(Qwen3Attention):
         )
         if not config.qk_norm:
             self.q_norm = self.k_norm = nn.Identity()
-        self.g_proj = None
+        self.g_proj = self.sinks = None
+        if self.sliding_window is not None and config.sink == "logit":
+            self.sinks = nn.Parameter(torch.empty(heads))
         if self.sliding_window is not None:
             per_head = self.head_dim if config.output_gate == "elementwise" else 1
             self.g_proj = nn.Linear(config.hidden_size, heads * per_head, bias=True)
@@ -75,6 +80,13 @@ class GateSWAAttention(Qwen3Attention):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.sinks is not None:
+            query, key, value, attention_mask = with_sink_key(
+                self.config._attn_implementation,
+                *(query, key, value, attention_mask),
+                self.sinks,
+                self.scaling,
+            )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -87,6 +99,7 @@ class GateSWAAttention(Qwen3Attention):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            s_aux=self.sinks,
             **kwargs,
         )  # [b, s, n, d]
         if self.g_proj is not None:
@@ -120,6 +133,8 @@ class GateSWAPreTrainedModel(Qwen3PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, Qwen3MoeTopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, GateSWAAttention) and module.sinks is not None:
+            init.normal_(module.sinks, mean=0.0, std=std)
 
 
 class GateSWAModel(GateSWAPreTrainedModel, Qwen3Model):

@@ -137,7 +137,7 @@ def _register() -> None:
         library.define(schema.partition("::")[2])
         # Autograd sees through it.
         operator = operators.by_name(torch._C.parse_schema(schema))
-        library.impl(name, operator, "CompositeImplicitAutograd")
+        library.impl(name, _defined(operator), "CompositeImplicitAutograd")
     _keep.append(library)
 
     def gloo(store: Any, rank: int, size: int, timeout: Any) -> Any:
@@ -145,6 +145,19 @@ def _register() -> None:
 
     dist.Backend.register_backend("hccl", gloo, devices=["npu", "cpu"])
     NpuMode().__enter__()
+
+
+def _defined(operator: Any) -> Any:
+    """With an empty tensor for each result that there is not: here there must be one."""
+
+    @functools.wraps(operator)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        out = operator(*args, **kwargs)
+        if not isinstance(out, tuple):
+            return out
+        return tuple(torch.empty(0) if result is None else result for result in out)
+
+    return call
 
 
 _keep: list[Any] = []
