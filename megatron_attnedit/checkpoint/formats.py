@@ -1,6 +1,7 @@
 """A checkpoint that is open, written in another format; the processes share the rows."""
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 
 from megatron_attnedit.checkpoint import run_folder, sharded_state
 from megatron_attnedit.checkpoint.conversion_config import ConversionConfig
+from megatron_attnedit.checkpoint.engine_tensors import with_engine_tensors
 from megatron_attnedit.checkpoint.reader import HF_FILES, LINEAGE_KEY, Opened
 from megatron_attnedit.convert.dist_checkpoint import DistWriter
 from megatron_attnedit.convert.hf_checkpoint import INDEX, read_index
@@ -26,6 +28,9 @@ from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
 from megatron_attnedit.convert.pieces import Read, my_share
 from megatron_attnedit.convert.reading import DTYPES, Reading, write_manifest
 from megatron_attnedit.models.student import edited_rows
+
+logger = logging.getLogger(__name__)
+ENGINES_KEY = "attnedit_engines"  # of config.json: what the directory is for, and how
 
 
 class Writer(Protocol):
@@ -85,6 +90,7 @@ def write_hf(opened: Opened, config: ConversionConfig, folder: Path) -> None:
     file_of = read_index(opened.hf.path)
     kept = opened.base is None and dtype == opened.hf.dtype
     kept = kept and file_of.keys() == hf_shapes(opened.rows).keys()
+    opened = with_engine_tensors(opened)
     writer = HFWriter(folder, opened.rows, DTYPES[dtype], file_of=file_of if kept else None)
     manifest = _fill(writer, opened, opened.rows, dtype)
     if is_first():
@@ -99,6 +105,10 @@ def _write_config(opened: Opened, dtype: str, folder: Path) -> None:
     if opened.base is not None:
         attention = opened.lineage.attention()
         config = {**attention.hf_config(opened.hf), "dtype": dtype}
+        engines = attention.engines(opened.hf)
+        config[ENGINES_KEY] = {each.name: each.how for each in engines if not each.problem}
+        for engine in engines:
+            logger.info("%s", engine)
         for file in attention.hf_modeling_files(opened.hf):
             shutil.copyfile(file, folder / file.name)
         opened.lineage.write(folder)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.checkpoint.contradictions import check_exported_config, refuse_two_models
-from megatron_attnedit.checkpoint.lineage import FILE, Lineage, lineage_from_json, read_lineage
 from megatron_attnedit.convert.diagnosis import check_counts, why_no_model
 from megatron_attnedit.convert.dist_checkpoint import DistReader
 from megatron_attnedit.convert.dist_metadata import read_metadata
@@ -23,6 +23,7 @@ from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece
 from megatron_attnedit.convert.verification import Verification
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.lineage import FILE, Lineage, lineage_from_json, read_lineage
 from megatron_attnedit.models.student import edited_rows, student_rows
 
 HF_FILES = "hf"  # folder inside an imported teacher: config.json and tokenizer
@@ -175,14 +176,25 @@ def check_before_building(start: Path, rows: list[ParamRow], hf: HFConfig) -> So
     return open_source(start, rows, hf)
 
 
-def open_source(start: Path, rows: list[ParamRow], hf: HFConfig) -> Source:
+def open_source(
+    start: Path,
+    rows: list[ParamRow],
+    hf: HFConfig,
+    ignored: Mapping[str, str] | None = None,
+) -> Source:
     """A reader of one checkpoint's tensors, which have been compared with what is expected.
 
-    Arguments and errors are those of ``check_before_building``.
+    The other arguments and the errors are those of ``check_before_building``.
+
+    Args:
+        start: Where the tensors are.
+        rows: What is expected.
+        hf: The teacher's configuration.
+        ignored: Names in a Hugging Face directory that no row has, and why.
     """
     if is_hf(start):
         reader = HFReader(start)
-        reader.check(rows, ignored_names(hf))
+        reader.check(rows, {**ignored_names(hf), **(ignored or {})})
         return reader
     return LegacyReader(start, rows, hf) if is_legacy(start) else DistReader(start, rows)
 
@@ -238,9 +250,11 @@ def _open_student(path: Path, start: Path, lineage: Lineage, teacher: str | None
     whole = is_legacy(start) or (start / "config.json").is_file()
     if lineage.trainable == "attention" and not whole:
         stored = edited_rows(base.hf, lineage.attention())
+    zeros = lineage.attention().hf_zeros(base.hf)
+    ignored = dict.fromkeys(zeros, "zeros, which an engine expects")
     verification = Verification(start)
     with verification.explains():
-        source = open_source(start, stored, base.hf)
+        source = open_source(start, stored, base.hf, ignored)
     return Opened(path, base.hf, lineage, rows, stored, source, verification, base)
 
 

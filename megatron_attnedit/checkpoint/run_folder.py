@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_attnedit.checkpoint.lineage import FILE
 from megatron_attnedit.convert.integrity import MARKER, check_hashes, check_sizes
 from megatron_attnedit.convert.output import TRACKER, is_first
 from megatron_attnedit.convert.reading import MANIFEST
@@ -20,6 +19,7 @@ from megatron_attnedit.convert.verification import check_small_files
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_file_writable, remove_partial_files, write_whole
 from megatron_attnedit.files import check_writable as check_folder_writable
+from megatron_attnedit.models.lineage import FILE
 
 logger = logging.getLogger(__name__)
 

@@ -23,12 +23,12 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_attnedit.checkpoint import run_folder
-from megatron_attnedit.checkpoint.lineage import Lineage
 from megatron_attnedit.checkpoint.run_folder import KEEP_ALL, Retention
 from megatron_attnedit.checkpoint.sharded_state import COMMON, CONTENT
 from megatron_attnedit.convert.integrity import describe, seal
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import why_unwritten
+from megatron_attnedit.models.lineage import Lineage
 
 logger = logging.getLogger(__name__)
 

@@ -100,28 +100,32 @@ class QKVPerQueryGroup:
 class InterleavedRotary:
     """DeepSeek pairs rotary dimensions ``(2i, 2i+1)``; inside Megatron they are ``(i, i+d/2)``.
 
-    The rotary part is the last ``rotary_dim`` rows of each of ``num_heads`` blocks of rows.
+    The rotary part is the last ``rotary_dim`` rows of each of ``num_heads`` blocks of rows. Outside
+    Megatron the others are ``rest_scale`` times as large; a power of two changes no digit.
     """
 
     num_heads: int
     rotary_dim: int
+    rest_scale: int = 1
     stacked: int = 1
 
-    def _reorder(self, tensor: Tensor, order: Tensor) -> Tensor:
+    def _reorder(self, tensor: Tensor, order: Tensor, scale: float) -> Tensor:
         blocks = tensor.reshape(self.num_heads, -1, *tensor.shape[1:])
         rest = blocks[:, : -self.rotary_dim]
+        if scale != 1:
+            rest = rest * scale
         rotary = blocks[:, -self.rotary_dim :][:, order]
         return torch.cat([rest, rotary], dim=1).reshape(tensor.shape)
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         order = torch.arange(self.rotary_dim).view(-1, 2).t().reshape(-1)
-        return self._reorder(tensors[0], order)
+        return self._reorder(tensors[0], order, 1 / self.rest_scale)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         order = torch.arange(self.rotary_dim).view(2, -1).t().reshape(-1)
-        return [self._reorder(tensor, order)]
+        return [self._reorder(tensor, order, self.rest_scale)]
 
     def part(self, count: int) -> Layout | None:
         if self.num_heads % count:
             return None
-        return InterleavedRotary(self.num_heads // count, self.rotary_dim)
+        return InterleavedRotary(self.num_heads // count, self.rotary_dim, self.rest_scale)

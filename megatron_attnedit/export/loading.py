@@ -1,16 +1,17 @@
 """Models and tokenizers from local directories, without running code that is in them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from megatron_attnedit.convert.model_files import TOKENIZERS, tokenizer_files
 from megatron_attnedit.convert.verification import Verification
 from megatron_attnedit.errors import UserError, one_line
 from megatron_attnedit.export.cpu_attention import attention_implementation
-from megatron_attnedit.export.hf import register
+from megatron_attnedit.export.hf import causal_lm_class
 
 
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -19,13 +20,13 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any
     Raises:
         UserError: it cannot be loaded, or its weights are incomplete or damaged.
     """
-    register()
     verification = Verification(directory)
     pickled = [file.name for file in sorted(directory.glob("pytorch_model*.bin"))]
     if pickled and not any(directory.glob("*.safetensors")):
         raise UserError(f"{directory}: {pickled[0]} is pickled; only .safetensors are read")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = json.loads((directory / "config.json").read_text())
+        model, info = causal_lm_class(config).from_pretrained(
             directory,
             dtype=dtype,
             attn_implementation=attention_implementation(device),

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from megatron_attnedit.attention.backends import attention_backend
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.checkpoint import run_folder
-from megatron_attnedit.checkpoint.lineage import FILE, Lineage, read_lineage
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.convert.integrity import check_hashes, is_sealed
 from megatron_attnedit.data.datasets import DataConfig, check_datasets, data_identity
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.lineage import FILE, Lineage, read_lineage
 from megatron_attnedit.training.optimizer import check_offload
 from megatron_attnedit.training.recipe import Recipe, Stage2Recipe
 from megatron_attnedit.training.setup import teacher_hf_dir

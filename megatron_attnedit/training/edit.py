@@ -124,6 +124,8 @@ def edit(config: EditConfig) -> Path:
     student_attention = student_attention_class(config.student_attention).from_flags(
         config.flags, hf
     )
+    if warning := student_attention.serving_warning(hf):
+        logger.warning("warning: %s", warning)
     data_config = _calibration_data(config, hf) if config.init == "teacher" else None
     if config.calibrates:
         hf.check_sequence(config.seq_length)

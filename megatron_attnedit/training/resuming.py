@@ -6,9 +6,9 @@ import logging
 import torch.distributed as dist
 
 from megatron_attnedit.checkpoint import run_folder, sharded_state
-from megatron_attnedit.checkpoint.lineage import read_lineage
 from megatron_attnedit.convert.output import on_first
 from megatron_attnedit.files import write_output
+from megatron_attnedit.models.lineage import read_lineage
 from megatron_attnedit.training.metrics import MetricsLog, Sink
 from megatron_attnedit.training.optimizer import fitted, trains_anything
 from megatron_attnedit.training.random_state import set_own_state

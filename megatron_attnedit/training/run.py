@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_attnedit.checkpoint.lineage import Lineage
 from megatron_attnedit.checkpoint.run_folder import Retention
 from megatron_attnedit.checkpoint.writer import CheckpointWriter
 from megatron_attnedit.convert.output import on_first
@@ -20,6 +19,7 @@ from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.errors import STOPPED, UserError
 from megatron_attnedit.locks import Lock, folder_lock
+from megatron_attnedit.models.lineage import Lineage
 from megatron_attnedit.models.student import edited_attentions
 from megatron_attnedit.models.teacher import can_be_recorded
 from megatron_attnedit.planning.flops import stage1_flops, stage2_flops

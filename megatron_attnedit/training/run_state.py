@@ -11,10 +11,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
 from megatron_attnedit.checkpoint import sharded_state
-from megatron_attnedit.checkpoint.lineage import Lineage
 from megatron_attnedit.checkpoint.writer import CheckpointWriter
 from megatron_attnedit.data.datasets import Batch, batches
 from megatron_attnedit.locks import Lock
+from megatron_attnedit.models.lineage import Lineage
 from megatron_attnedit.training.health import Health
 from megatron_attnedit.training.heartbeat import Heartbeat
 from megatron_attnedit.training.metrics import MetricsLog

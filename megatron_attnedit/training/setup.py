@@ -14,7 +14,6 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_attnedit.checkpoint import run_folder, sharded_state
 from megatron_attnedit.checkpoint.contradictions import refuse_two_models
-from megatron_attnedit.checkpoint.lineage import Lineage, read_lineage
 from megatron_attnedit.checkpoint.reader import (
     HF_FILES,
     check_before_building,
@@ -30,6 +29,7 @@ from megatron_attnedit.device import Accelerator, bootstrap, forget_recordings
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.lineage import Lineage, read_lineage
 from megatron_attnedit.models.teacher import build_teacher, load_from_hf
 from megatron_attnedit.training import random_state
 

@@ -10,7 +10,6 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.checkpoint import run_folder, sharded_state
-from megatron_attnedit.checkpoint.lineage import Lineage
 from megatron_attnedit.checkpoint.reader import (
     Source,
     check_before_building,
@@ -22,6 +21,7 @@ from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.verification import Verification
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.lineage import Lineage
 from megatron_attnedit.models.student import (
     build_student,
     edited_attentions,

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_attnedit.checkpoint import run_folder
-from megatron_attnedit.checkpoint.lineage import read_lineage
 from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.models.lineage import read_lineage
 from megatron_attnedit.planning.communication_volume import traffic_of_stages
 from megatron_attnedit.training.dry_run import check_run
 from megatron_attnedit.training.run import prepare

@@ -1,18 +1,19 @@
 """HF -> Megatron -> HF gives the same bytes; an exported student computes what Megatron does."""
 
+import json
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
-from megatron_attnedit.checkpoint.lineage import read_lineage
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.evaluate.kv_cache import cache_bytes
-from megatron_attnedit.export.hf import register
+from megatron_attnedit.export.hf import causal_lm_class
 from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.lineage import read_lineage
 from megatron_attnedit.models.teacher import full_logits
 from megatron_attnedit.training.edit import EditConfig, edit
 from megatron_attnedit.training.setup import load_teacher, start_processes, stop_processes
@@ -75,14 +76,14 @@ def test_round_trip_is_byte_identical(tmp_path, family, tied):
 def test_exported_student(tmp_path, case, teacher):
     if teacher == "qwen2" and "mla" in case:
         pytest.skip("refused: biases")
-    register()
     hf_dir = tiny_hf_dir(tmp_path / "hf", teacher)
     folder = random_student(tmp_path / "student", hf_dir, case)
     convert(
         ConversionConfig(source=folder, output=tmp_path / "out", format="hf", dtype="float32")
     )
     ids = tokens(length=64)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    model = causal_lm_class(config).from_pretrained(tmp_path / "out")
     with torch.no_grad():
         exported = model(ids).logits
     for tp_size in (1, 2):

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_attnedit.checkpoint import run_folder
-from megatron_attnedit.checkpoint.lineage import read_lineage
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.models.grid import place_of_this_process
+from megatron_attnedit.models.lineage import read_lineage
 from megatron_attnedit.models.student import student_rows
 from megatron_attnedit.training import optimizer
 from megatron_attnedit.training.overlap import wait_for_weights

@@ -52,7 +52,8 @@ def teacher_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def gate_swa_dir(tmp_path_factory) -> Path:
-    from megatron_attnedit.attention.gate_swa.hf import GateSWAConfig, GateSWAForCausalLM
+    from megatron_attnedit.attention.gate_swa.hf.configuration_gate_swa import GateSWAConfig
+    from megatron_attnedit.attention.gate_swa.hf.modeling_gate_swa import GateSWAForCausalLM
 
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     config = GateSWAConfig(**DIMS, head_dim=16, layer_types=types, sliding_window=WINDOW)

@@ -14,6 +14,8 @@ from torch import Generator, Tensor
 from typing_extensions import Self
 
 from megatron_attnedit.attention.backends import FLEX_PAYS
+from megatron_attnedit.attention.cached_layers import CachedLayers, cached_by_teacher
+from megatron_attnedit.attention.engines import Engine
 from megatron_attnedit.attention.gate_swa import init, rows
 from megatron_attnedit.attention.gate_swa.spec import gate_swa_spec
 from megatron_attnedit.attention.kept import KeptNumbers, kept_by_teacher
@@ -205,11 +207,29 @@ class GateSWA(StudentAttention):
         names = ("configuration", "modeling", "sinks", "sink_logits")
         return [HF_CLASSES / f"{name}_gate_swa.py" for name in names]
 
+    def engines(self, teacher: HFConfig) -> Sequence[Engine]:
+        problem = None
+        if self.sink_tokens:
+            problem = "no engine's cache keeps first tokens (--sink-tokens) beside a window"
+        return (
+            Engine("transformers", "trust_remote_code=True"),
+            Engine("vllm", "with this package installed beside it, a plug-in", problem),
+            Engine(
+                "vllm-transformers", "--trust-remote-code --model-impl transformers", problem
+            ),
+        )
+
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
         per_layer = 2 * teacher.num_key_value_heads * teacher.head_dim
         sliding = self.num_layers - len(self.full_layers)
         kept = min(1.0, self.visible_tokens / context)
         return per_layer * (len(self.full_layers) + sliding * kept)
+
+    def cached_layers(self, teacher: HFConfig) -> list[CachedLayers]:
+        full = cached_by_teacher(teacher, len(self.full_layers))
+        sliding = cached_by_teacher(teacher, self.num_layers - len(self.full_layers))
+        sliding = sliding._replace(window=self.visible_tokens)
+        return [sliding] if full.num_layers == 0 else [full, sliding]
 
     def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
         kept = kept_by_teacher(teacher)

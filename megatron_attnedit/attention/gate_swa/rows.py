@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_attnedit.attention.windows import SLIDING
 from megatron_attnedit.convert.families import attention_rows
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
@@ -57,10 +58,12 @@ def gate_swa_config(
     rope = {**(teacher.rope_scaling or {"rope_type": "default"}), "rope_theta": teacher.rope_theta}
     return {
         **{key: value for key, value in teacher.raw.items() if key not in NOT_KEPT},
-        "architectures": ["GateSWAForCausalLM"],
+        # Two names, because an engine's class with experts is another one than without.
+        "architectures": [f"GateSWA{'Moe' if teacher.num_experts else ''}ForCausalLM"],
         "model_type": "gate_swa",
         "auto_map": {
             "AutoConfig": "configuration_gate_swa.GateSWAConfig",
+            "AutoModel": "modeling_gate_swa.GateSWAModel",
             "AutoModelForCausalLM": "modeling_gate_swa.GateSWAForCausalLM",
         },
         "num_key_value_heads": teacher.num_key_value_heads,
@@ -70,5 +73,9 @@ def gate_swa_config(
         "attention_bias": teacher.qkv_bias,
         "use_sliding_window": True,
         "layer_types": layer_types,
+        # vLLM refuses sliding layers with fewer; the rest bounds the cache of SGLang.
+        "max_window_layers": len(layer_types),
+        "is_hybrid_swa": True,
+        "hybrid_layer_pattern": [int(kind == SLIDING) for kind in layer_types],
         **added,
     }

@@ -10,11 +10,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Generator, Tensor
 from typing_extensions import Self
 
+from megatron_attnedit.attention.cached_layers import CachedLayers
+from megatron_attnedit.attention.engines import Engine
 from megatron_attnedit.attention.kept import KeptNumbers
-from megatron_attnedit.attention.mla import init, rows
-from megatron_attnedit.attention.mla.dims import MLADims
+from megatron_attnedit.attention.mla import init, padding, rows
+from megatron_attnedit.attention.mla.dims import LATENT_SCALE, MLADims
+from megatron_attnedit.attention.mla.served_sizes import (
+    LATENT_AND_ROTARY_OF_ALL,
+    ServedSizes,
+    nearest_served,
+    served,
+)
 from megatron_attnedit.attention.mla.spec import mla_spec
-from megatron_attnedit.attention.student_attention import StudentAttention
+from megatron_attnedit.attention.student_attention import Padding, StudentAttention
 from megatron_attnedit.attention.traffic import AttentionTraffic
 from megatron_attnedit.attention.windows import mean_visible_keys
 from megatron_attnedit.convert.hf_config import HFConfig
@@ -22,20 +30,31 @@ from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.errors import UserError
 
 HF_CLASSES = Path(__file__).parent / "hf"
-# Default size of the cache against the teacher's, where the latent of 512 would be more.
+# Size of the cache against the teacher's that the defaults stay below where they can.
 DEFAULT_KV_FRACTION = 0.375
 
 
 def _defaults(teacher: HFConfig) -> dict[str, int]:
-    """DeepSeek's 512 + 64, 128, 128 for heads of 128; in proportion for smaller teachers."""
-    rotary = teacher.head_dim // 2
-    cached = 2 * teacher.num_key_value_heads * teacher.head_dim
-    latent = int(DEFAULT_KV_FRACTION * cached - rotary) // 16 * 16
+    """Sizes that engines have kernels for, as they are or padded: 512 or 256 + 64, 128, 128.
+
+    Heads are as large as the teacher's, half of it rotary. What smaller heads are padded to
+    anyway the latent makes use of. Where no served cache is smaller than the teacher's, the sizes
+    are in proportion to it.
+    """
+    head, rotary = teacher.head_dim, teacher.head_dim // 2
+    cached = 2 * teacher.num_key_value_heads * head
+    aim = DEFAULT_KV_FRACTION * cached
+    latent = min(512, max(int(aim - rotary) // 16 * 16, 16))
+    padded = nearest_served(1, head, rotary, head)
+    smaller = [size for size in LATENT_AND_ROTARY_OF_ALL if size < cached]
+    if padded and smaller:
+        size = max((size for size in smaller if size <= aim), default=smaller[0])
+        latent = size - padded.qk_pos_emb_head_dim
     return {
-        "kv_lora_rank": min(512, max(latent, 16)),
-        "qk_head_dim": teacher.head_dim,
+        "kv_lora_rank": latent,
+        "qk_head_dim": head,
         "qk_pos_emb_head_dim": rotary,
-        "v_head_dim": teacher.head_dim,
+        "v_head_dim": head,
     }
 
 
@@ -105,6 +124,7 @@ class MLA(MLADims, StudentAttention):
             # base^(r/d) ^ (-2i/r) = base ^ (-2i/d).
             rotary_base=teacher.rope_theta ** (rotary / teacher.head_dim),
             rope_scaling_factor=(teacher.rope_scaling or {}).get("factor"),
+            latent_scale=LATENT_SCALE,
         )
 
     def edits(self, layer_idx: int) -> bool:
@@ -130,7 +150,7 @@ class MLA(MLADims, StudentAttention):
 
     def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
         if teacher.num_experts:
-            return rows.moe_mla_config(self, teacher)
+            return rows.deepseek_v2_config(self, teacher)
         return rows.deepseek_v3_config(self, teacher)
 
     def describe(self) -> str:
@@ -141,13 +161,47 @@ class MLA(MLADims, StudentAttention):
         return 2 * self.num_attention_heads * width * mean_visible_keys(seq_length, None)
 
     def hf_modeling_files(self, teacher: HFConfig) -> Sequence[Path]:
-        if teacher.num_experts:
-            names = ("configuration_moe_mla", "modeling_moe_mla")
-            return [HF_CLASSES / f"{name}.py" for name in names]
-        return ()
+        names = ("modeling_mla", "modeling_moe_mla")[: 2 if teacher.num_experts else 1]
+        return [HF_CLASSES / f"{name}.py" for name in names]
+
+    def hf_zeros(self, teacher: HFConfig) -> Mapping[str, tuple[int, ...]]:
+        return rows.zero_shared_experts(teacher) if teacher.num_experts else {}
+
+    def engines(self, teacher: HFConfig) -> Sequence[Engine]:
+        problem, padded = served(*self._sizes()), self._padded()
+        if problem and padded:
+            ours = self.kv_lora_rank + self.qk_pos_emb_head_dim
+            problem += (
+                "; export --pad-for-serving adds zeros, and the cache is "
+                f"{padded.kv_lora_rank + padded.qk_pos_emb_head_dim} numbers per token and layer "
+                f"instead of {ours} (the teacher's "
+                f"{2 * teacher.num_key_value_heads * teacher.head_dim})"
+            )
+        how = rows.ARCHITECTURES[bool(teacher.num_experts)]
+        return (
+            Engine("transformers", "trust_remote_code=True: decodes from the latent"),
+            Engine("vllm", f"as {how}", problem),
+        )
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return (
+            self.kv_lora_rank, self.qk_head_dim, self.qk_pos_emb_head_dim, self.v_head_dim
+        )  # fmt: skip
+
+    def _padded(self) -> ServedSizes | None:
+        """The nearest sizes that engines have kernels for, its own if they have."""
+        return nearest_served(*self._sizes())
+
+    def padded(self, teacher: HFConfig, cached: int) -> tuple[Self, Padding]:
+        return padding.padded(self, cached)
 
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
         return teacher.num_hidden_layers * (self.kv_lora_rank + self.qk_pos_emb_head_dim)
+
+    def cached_layers(self, teacher: HFConfig) -> list[CachedLayers]:
+        padded = self._padded()
+        latent, _, rotary, _ = padded or (self.kv_lora_rank, 0, self.qk_pos_emb_head_dim, 0)
+        return [CachedLayers(teacher.num_hidden_layers, latent + rotary, heads=1)]
 
     def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
         n, query = self.num_attention_heads, self.num_attention_heads * self.query_dim

@@ -9,6 +9,9 @@ from megatron_attnedit.errors import UserError
 LATENT_NORM_EPS = 1e-6
 # Far above any model; a wrong number in a file must not be allocated.
 LARGEST_SIZE, LARGEST_BASE = 2**16, 1e12
+# Inference engines take the model's own epsilon instead, 1e-5 in Llama. A latent this much larger
+# outside Megatron, 4096 times in its mean square, makes both of them nothing.
+LATENT_SCALE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,8 @@ class MLADims:
         v_head_dim: Size of a value head.
         rotary_base: Base of the rotary frequencies.
         rope_scaling_factor: Factor of Llama 3's frequency scaling; None without.
+        latent_scale: The latent before its norm is this much larger in Hugging Face tensors; a
+            power of two. 1 in students of before there was one.
     """
 
     num_attention_heads: int
@@ -32,6 +37,7 @@ class MLADims:
     v_head_dim: int
     rotary_base: float
     rope_scaling_factor: float | None = None
+    latent_scale: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(MLADims):
@@ -42,6 +48,11 @@ class MLADims:
             most = LARGEST_BASE if field.name == "rotary_base" else LARGEST_SIZE
             if value is not None and value > most:
                 raise UserError(f"--{flag} {shown(value)}: expected at most {most:g}")
+
+    @property
+    def latent_norm_eps(self) -> float:
+        """Of the latent's norm inside Megatron, where the latent is not scaled."""
+        return LATENT_NORM_EPS / self.latent_scale**2
 
     @property
     def query_dim(self) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_attnedit.attention.input_linear import input_linear
-from megatron_attnedit.attention.mla.dims import LATENT_NORM_EPS, MLADims
+from megatron_attnedit.attention.mla.dims import MLADims
 from megatron_attnedit.attention.rotary import cos_sin
 from megatron_attnedit.device import fused
 from megatron_attnedit.device.kernels import rotate
@@ -126,7 +126,7 @@ class MLASelfAttention(MegatronModule):
         self.linear_kv_down_proj = ReplicatedLinear(
             config.hidden_size, dims.kv_lora_rank + dims.qk_pos_emb_head_dim, config
         )
-        self.kv_layernorm = submodules.norm(config, dims.kv_lora_rank, eps=LATENT_NORM_EPS)
+        self.kv_layernorm = submodules.norm(config, dims.kv_lora_rank, eps=dims.latent_norm_eps)
         self.linear_kv_up_proj = parallel(
             column, dims.kv_lora_rank, n * (dims.qk_head_dim + dims.v_head_dim)
         )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_attnedit.attention.mla.dims import LATENT_NORM_EPS, MLADims
+from megatron_attnedit.attention.mla.dims import MLADims
 from megatron_attnedit.attention.plain import attend, rotary_angles
 from megatron_attnedit.attention.rotary import rotate
 
@@ -25,7 +25,7 @@ def mla_heads(weights: Mapping[str, Tensor], inputs: Tensor, dims: MLADims) -> T
     compressed = inputs @ weights["linear_kv_down_proj.weight"].t()
     latent, k_pos_emb = compressed.split([dims.kv_lora_rank, dims.qk_pos_emb_head_dim], dim=-1)
     latent = torch.nn.functional.rms_norm(
-        latent, latent.shape[-1:], weights["kv_layernorm.weight"], eps=LATENT_NORM_EPS
+        latent, latent.shape[-1:], weights["kv_layernorm.weight"], eps=dims.latent_norm_eps
     )
     kv = (latent @ weights["linear_kv_up_proj.weight"].t()).unflatten(
         -1, (-1, dims.qk_head_dim + dims.v_head_dim)

@@ -28,7 +28,7 @@ def mla_reference(weights: Mapping[str, Tensor], x: Tensor, dims: MLADims) -> Te
     q = (x @ weights["linear_q_proj.weight"].t()).unflatten(-1, (-1, dims.query_dim))
     compressed = x @ weights["linear_kv_down_proj.weight"].t()
     latent, k_rot = compressed[..., : dims.kv_lora_rank], compressed[..., dims.kv_lora_rank :]
-    latent = latent * (latent.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    latent = latent * (latent.pow(2).mean(-1, keepdim=True) + dims.latent_norm_eps).rsqrt()
     latent = latent * weights["kv_layernorm.weight"]
     kv = (latent @ weights["linear_kv_up_proj.weight"].t()).unflatten(
         -1, (-1, dims.qk_head_dim + dims.v_head_dim)

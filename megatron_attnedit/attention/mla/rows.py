@@ -1,4 +1,4 @@
-"""MLA <-> Hugging Face's DeepSeek-V3, which stock transformers, vLLM and SGLang load.
+"""MLA <-> Hugging Face's DeepSeek classes, which stock transformers, vLLM and SGLang load.
 
 DeepSeek rotates interleaved pairs of dimensions, Megatron (and Qwen3) halves; the rows of the
 rotary parts are permuted, so that both compute the same.
@@ -11,13 +11,17 @@ from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.layouts import InterleavedRotary, Layout, Same
 from megatron_attnedit.convert.param_rows import ParamRow
 
+ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM")  # dense, with experts
+
 
 def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[ParamRow]:
     """The attention of one layer (0-based)."""
     rotary = dims.qk_pos_emb_head_dim
     layouts: dict[str, tuple[str, Layout, int | None]] = {
         "linear_q_proj": ("q_proj", InterleavedRotary(dims.num_attention_heads, rotary), 0),
-        "linear_kv_down_proj": ("kv_a_proj_with_mqa", InterleavedRotary(1, rotary), None),
+        "linear_kv_down_proj": (
+            "kv_a_proj_with_mqa", InterleavedRotary(1, rotary, dims.latent_scale), None,
+        ),
         "kv_layernorm": ("kv_a_layernorm", Same(), None),
         "linear_kv_up_proj": ("kv_b_proj", Same(), 0),
         "linear_proj": ("o_proj", Same(), 1),
@@ -35,20 +39,40 @@ def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[Pa
     ]
 
 
-def moe_mla_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
-    """``config.json`` of a mixture of experts, for which this project ships a class."""
+def deepseek_v2_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
+    """``config.json`` of a mixture of experts: DeepSeek-V2's router is a softmax like Qwen3-MoE's.
+
+    Engines scale the chosen experts' weights to sum to one where ``norm_topk_prob`` says so;
+    transformers' own class does not, and would compute something else without an error. It stops
+    at a ``topk_method`` that it does not know, which engines do not look at.
+    """
     return {
         **deepseek_v3_config(dims, teacher),
-        "architectures": ["MoEMLAForCausalLM"],
-        "model_type": "moe_mla",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
         "auto_map": {
-            "AutoConfig": "configuration_moe_mla.MoEMLAConfig",
+            "AutoModel": "modeling_moe_mla.MoEMLAModel",
             "AutoModelForCausalLM": "modeling_moe_mla.MoEMLAForCausalLM",
         },
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
         "n_routed_experts": teacher.num_experts,
         "num_experts_per_tok": teacher.num_experts_per_tok,
         "moe_intermediate_size": teacher.moe_intermediate_size,
         "norm_topk_prob": teacher.norm_topk_prob,
+        "scoring_func": "softmax",
+        "topk_method": "normalised_greedy" if teacher.norm_topk_prob else "greedy",
+        "routed_scaling_factor": 1.0,
+    }
+
+
+def zero_shared_experts(teacher: HFConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the shared expert that DeepSeek's classes have in every layer."""
+    up = (teacher.moe_intermediate_size, teacher.hidden_size)
+    return {
+        f"model.layers.{layer}.mlp.shared_experts.{name}.weight": shape
+        for layer in range(teacher.num_hidden_layers)
+        for name, shape in (("gate_proj", up), ("up_proj", up), ("down_proj", up[::-1]))
     }
 
 
@@ -61,6 +85,7 @@ def deepseek_v3_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
+        "auto_map": {"AutoModelForCausalLM": "modeling_mla.MLAForCausalLM"},
         "vocab_size": teacher.vocab_size,
         "hidden_size": teacher.hidden_size,
         "intermediate_size": teacher.intermediate_size,
@@ -87,7 +112,8 @@ def deepseek_v3_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
         "rope_interleave": True,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": teacher.tie_word_embeddings,
+        # vLLM's DeepSeek classes never tie it, so an export of a tied teacher has a copy.
+        "tie_word_embeddings": False,
         "use_cache": True,
         **{key: teacher.raw[key] for key in kept if key in teacher.raw},
     }

@@ -9,6 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_attnedit.attention.cached_layers import cached_by_teacher
 from megatron_attnedit.attention.core import CoreAttention
 from megatron_attnedit.attention.input_linear import InputColumnParallelLinear
 from megatron_attnedit.attention.kept import kept_by_teacher
@@ -82,6 +83,10 @@ class WindowOnly(StudentAttention):
     def kv_values_per_token(self, teacher, context):
         per_layer = 2 * teacher.num_key_value_heads * teacher.head_dim
         return teacher.num_hidden_layers * per_layer * min(1.0, self.window / context)
+
+    def cached_layers(self, teacher):
+        layers = cached_by_teacher(teacher, teacher.num_hidden_layers)
+        return [layers._replace(window=self.window)]
 
     def kept_numbers(self, teacher):
         return kept_by_teacher(teacher)

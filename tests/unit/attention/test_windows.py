@@ -28,9 +28,23 @@ def test_the_two_conventions():
             assert mask[query, key] == (0 <= query - key <= 2)
 
 
-def test_every_fifth_layer_is_full():
-    assert uniform_full_layers(36) == (4, 9, 14, 19, 24, 29, 34)
+def test_about_a_fifth_of_the_layers_is_full():
+    assert uniform_full_layers(36) == (5, 11, 17, 23, 29, 35)
     assert uniform_full_layers(3) == (2,)
+    assert uniform_full_layers(6) == (5,)
+
+
+@pytest.mark.parametrize(
+    "num_layers, full", [(36, 6), (48, 8), (30, 6), (28, 4), (40, 8), (64, 8), (32, 4), (24, 4)]
+)
+def test_sliding_layers_make_groups_of_as_many(num_layers, full):
+    assert len(uniform_full_layers(num_layers)) == full
+    assert (num_layers - full) % full == 0
+
+
+def test_layers_that_no_near_period_divides():
+    assert uniform_full_layers(22) == (4, 9, 14, 19)
+    assert len(uniform_full_layers(61)) == 12
 
 
 @pytest.mark.parametrize("text", ["1,x", "9", "-1", "1,1", ""])

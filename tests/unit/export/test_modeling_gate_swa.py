@@ -9,7 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from megatron_attnedit.attention.gate_swa.hf import GateSWAConfig, GateSWAForCausalLM, register
+from megatron_attnedit.attention.gate_swa.hf import register
+from megatron_attnedit.attention.gate_swa.hf.configuration_gate_swa import GateSWAConfig
+from megatron_attnedit.attention.gate_swa.hf.modeling_gate_swa import GateSWAForCausalLM
 from megatron_attnedit.export import hf
 
 WINDOW = 8

@@ -86,3 +86,32 @@ def test_a_random_start_needs_no_calibration(tmp_path):
     assert not config.calibrates
     with pytest.raises(UserError, match="--calibration-data-path is required"):
         dataclasses.replace(config, init="teacher")
+
+
+@pytest.mark.parametrize(
+    ("student", "flags", "words"),
+    [
+        ("mla", [], "no engine has a kernel for"),
+        ("gate_swa", ["--sink-tokens", 4], "no engine's cache keeps first tokens (--sink-tokens)"),
+        ("gate_swa", [], None),
+    ],
+)
+def test_a_student_that_is_not_served_is_told_so(models, tmp_path, monkeypatch, capsys, student,
+                                                 flags, words):
+    class Loads(Exception):
+        pass
+
+    def load(*args, **kwargs):
+        raise Loads
+
+    monkeypatch.setattr(edit_module, "load_teacher", load)
+    monkeypatch.setattr(edit_module, "start_processes", lambda *args: None)
+    monkeypatch.setattr(edit_module, "stop_processes", lambda: None)
+    given = ["--teacher", models("qwen3"), "--save", tmp_path / "edit", *RANDOM, *flags]
+    given += ["--student-attention", student]
+    monkeypatch.setattr(sys, "argv", ["edit_checkpoint.py", *map(str, given)])
+    with pytest.raises(Loads):
+        edit_checkpoint.main()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert len(warnings) == (words is not None)
+    assert words is None or words in warnings[0]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_attnedit.checkpoint.lineage import read_lineage
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.lineage import read_lineage
 from megatron_attnedit.models.teacher import backbone
 from megatron_attnedit.training.full_layers import _fit_once, largest, nll_rises
 from tests.support.models import build_tiny_teacher, tiny_data, tiny_hf_dir

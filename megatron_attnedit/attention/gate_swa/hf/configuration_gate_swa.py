@@ -7,6 +7,7 @@ from transformers import Qwen3Config
 
 AUTO_MAP = {
     "AutoConfig": "configuration_gate_swa.GateSWAConfig",
+    "AutoModel": "modeling_gate_swa.GateSWAModel",
     "AutoModelForCausalLM": "modeling_gate_swa.GateSWAForCausalLM",
 }
 LAYER_TYPES = {"sliding_attention", "full_attention"}
@@ -40,6 +41,7 @@ class GateSWAConfig(Qwen3Config):
     base_model_tp_plan = {
         **Qwen3Config.base_model_tp_plan,
         "layers.*.self_attn.g_proj": "colwise",
+        "layers.*.self_attn.sinks": "colwise",
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",

@@ -33,11 +33,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 
 try:
     from .configuration_gate_swa import GateSWAConfig
-    from .sink_logits_gate_swa import with_sink_key
+    from .sink_logits_gate_swa import check_engine, with_sink_key
     from .sinks_gate_swa import masks
 except ImportError:  # loaded as a single file beside the weights
     from configuration_gate_swa import GateSWAConfig  # type: ignore[no-redef]
-    from sink_logits_gate_swa import with_sink_key  # type: ignore[no-redef]
+    from sink_logits_gate_swa import check_engine, with_sink_key  # type: ignore[no-redef]
     from sinks_gate_swa import masks  # type: ignore[no-redef]
 
 # Checkpoints hold one tensor per expert, as Qwen3-MoE's do; loading stacks them.
@@ -161,6 +161,8 @@ class GateSWAModel(GateSWAPreTrainedModel, Qwen3Model):
 
         Without sink tokens a mask that the caller has made (not ``[b, s]``) is taken as it is.
         """
+        if self.config.sink == "logit":
+            check_engine(kwargs.get("attention_instances"))
         if self.config.sink_tokens and self.has_sliding_layers:
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.embed_tokens(input_ids), None

@@ -4,6 +4,9 @@ transformers hands them to its attention functions as ``s_aux``; eager and SDPA 
 unread, so they get one more key, whose score is the logit and whose value is zero.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,6 +17,23 @@ TAKE_S_AUX = (
     *("flex_attention", "vllm", "flash_attention_4", "kernels-community/vllm-flash-attn3"),
     *("kernels-community/metal-flash-sdpa", "kernels-community/aiter-flash-attn"),
 )
+
+
+def check_engine(attention_instances: Mapping[int, Any] | None) -> None:
+    """Refuse to run inside a vLLM that would leave the logits out without an error.
+
+    Args:
+        attention_instances: What vLLM 0.26 hands to a transformers model; None elsewhere.
+
+    Raises:
+        ValueError: none of its layers knows of a sink.
+    """
+    layers = (attention_instances or {}).values()
+    if layers and not any(getattr(layer, "has_sink", False) for layer in layers):
+        raise ValueError(
+            "sink logit: this vLLM leaves it out of a transformers model; install "
+            "megatron_attnedit beside it, whose plug-in has it, or a newer vLLM"
+        )
 
 
 def with_sink_key(

@@ -1,20 +1,27 @@
-"""MoE-MLA: DeepSeek-V3's decoder with Qwen3-MoE's experts (softmax router, no shared expert).
+"""MoE-MLA: DeepSeek's attention with Qwen3-MoE's experts (softmax router, no shared expert).
 
-The cache is DeepSeek's: the latent and the rotary key.
+The cache is DeepSeek's: the latent and the rotary key. The directory is one of DeepSeek-V2, which
+inference engines serve with Qwen3-MoE's router; transformers' own class of that name has another.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import DeepseekV2Config
 from transformers import initialization as init
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
     DeepseekV3DecoderLayer,
     DeepseekV3ForCausalLM,
     DeepseekV3Model,
     DeepseekV3PreTrainedModel,
+    DeepseekV3RMSNorm,
+    DeepseekV3RotaryEmbedding,
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeExperts,
@@ -23,29 +30,38 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 )
 
 try:
-    from .configuration_moe_mla import MoEMLAConfig
+    from .modeling_mla import decode_from_latents
 except ImportError:  # loaded as a single file beside the weights
-    from configuration_moe_mla import MoEMLAConfig  # type: ignore[no-redef]
+    from modeling_mla import decode_from_latents  # type: ignore[no-redef]
 
 # Checkpoints hold one tensor per expert, as Qwen3-MoE's do; loading stacks them.
-register_checkpoint_conversion_mapping(
-    "moe_mla", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
-)
+for _name in ("MoEMLAForCausalLM", "MoEMLAModel"):
+    register_checkpoint_conversion_mapping(
+        _name, get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
+    )
 
 
 class MoEMLADecoderLayer(DeepseekV3DecoderLayer):
     """DeepSeek's layer with Qwen3-MoE's experts."""
 
-    def __init__(self, config: MoEMLAConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
+        super(DeepseekV3DecoderLayer, self).__init__()
+        self.hidden_size = config.hidden_size
+        self.self_attn = DeepseekV3Attention(config, layer_idx)
         self.mlp = Qwen3MoeSparseMoeBlock(config)
+        self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV3RMSNorm(
+            config.hidden_size, eps=config.rms_norm_eps
+        )
 
 
 class MoEMLAPreTrainedModel(DeepseekV3PreTrainedModel):
     """Loading, saving and random weights."""
 
-    config_class = MoEMLAConfig
+    config_class = DeepseekV2Config
     _no_split_modules = ["MoEMLADecoderLayer"]
+    # Engines expect a shared expert; the files hold one of zeros.
+    _keys_to_ignore_on_load_unexpected = [r"\.mlp\.shared_experts\."]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -59,23 +75,32 @@ class MoEMLAPreTrainedModel(DeepseekV3PreTrainedModel):
 
 
 class MoEMLAModel(MoEMLAPreTrainedModel, DeepseekV3Model):
-    """DeepSeek's decoder with this file's layers."""
+    """DeepSeek's decoder with this file's layers, and the attention that servers recognise."""
 
-    def __init__(self, config: MoEMLAConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super(DeepseekV3Model, self).__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
             [MoEMLADecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         )
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
         self.post_init()
 
 
 class MoEMLAForCausalLM(MoEMLAPreTrainedModel, DeepseekV3ForCausalLM):
-    """DeepSeek's language model with this file's decoder."""
+    """DeepSeek's language model with this file's decoder, which decodes from the latent."""
 
-    def __init__(self, config: MoEMLAConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: Any) -> None:
+        super(DeepseekV3ForCausalLM, self).__init__(config)
         self.model = MoEMLAModel(config)
+        decode_from_latents(self.model)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 
-__all__ = ["MoEMLAConfig", "MoEMLAForCausalLM", "MoEMLAModel", "MoEMLAPreTrainedModel"]
+__all__ = ["MoEMLAForCausalLM", "MoEMLAModel", "MoEMLAPreTrainedModel"]

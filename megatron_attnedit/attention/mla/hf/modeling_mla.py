@@ -1,0 +1,100 @@
+"""MLA that decodes from the latent: DeepSeek-V3 with another attention for one-token queries.
+
+Stock DeepSeek-V3 loads the same files. It computes every cached token's keys and values anew in
+each step; here the query goes through the key's projection instead, and the mean of the latents
+through the value's (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Letters: b sequences, n heads,
+k cached tokens, d the non-rotary part of a head, r the rotary part, v a value head, c the latent.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3ForCausalLM,
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_interleave,
+)
+
+# Of versions whose cache holds latents; before, keys and values are cached and nothing is saved.
+CACHES_LATENTS = hasattr(DeepseekV3Attention, "expand_kv")
+
+
+class LatentAttention(DeepseekV3Attention):
+    """DeepSeek-V3's attention and cache; a query of one token meets the cached latents."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; ``hidden_states`` ``[b, s, h]``, the layer's normed input."""
+        one_token = hidden_states.shape[1] == 1 and past_key_values is not None
+        known_mask = attention_mask is None or getattr(attention_mask, "ndim", 0) == 4
+        plain_weights = type(self.kv_b_proj) is nn.Linear  # not quantised
+        if not (one_token and known_mask and plain_weights and CACHES_LATENTS):
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        query, latent, key = self._one_token(hidden_states, position_embeddings)
+        latent, key = past_key_values.update(latent, key, self.layer_idx)  # [b, 1, k, c], [.., r]
+        return self._attend(query, latent, key, attention_mask), None
+
+    def _one_token(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query ``[b, n, 1, d + r]``, latent ``[b, 1, 1, c]``, rotary key ``[b, 1, 1, r]``."""
+        if self.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
+        no_pe, query = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        latent, key = self.kv_a_proj_with_mqa(hidden_states).split(
+            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
+        )
+        rotate = apply_rotary_pos_emb
+        if self.config.rope_interleave:
+            rotate = apply_rotary_pos_emb_interleave
+        query, key = rotate(query, key[:, None], *position_embeddings)
+        return torch.cat([no_pe, query], dim=-1), self.kv_a_layernorm(latent)[:, None], key
+
+    def _attend(self, query: Tensor, latent: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """``[b, 1, h]``."""
+        latent, key = latent[:, 0], key[:, 0]
+        weight = self.kv_b_proj.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
+        to_key, to_value = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        no_pe, rotary = query[:, :, 0].split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        absorbed = torch.einsum("bnd,ndc->bnc", no_pe, to_key)
+        scores = torch.baddbmm(absorbed @ latent.mT, rotary, key.mT) * self.scaling  # [b, n, k]
+        if mask is not None:
+            seen = mask[:, :, 0]  # [b or 1, 1, k]: true or 0 where the query may look
+            if seen.dtype == torch.bool:
+                scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+            else:
+                scores = scores + seen
+        probabilities = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        heads = torch.einsum("bnc,nvc->bnv", probabilities @ latent, to_value)
+        return self.o_proj(heads.flatten(1)[:, None])
+
+
+def decode_from_latents(model: nn.Module) -> None:
+    """Give every layer of a decoder this file's attention."""
+    for i, layer in enumerate(model.layers):
+        layer.self_attn = LatentAttention(model.config, i)
+
+
+class MLAForCausalLM(DeepseekV3ForCausalLM):
+    """DeepSeek-V3's language model with this file's attention."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        decode_from_latents(self.model)
+        self.post_init()
+
+
+__all__ = ["LatentAttention", "MLAForCausalLM"]
