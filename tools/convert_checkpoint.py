@@ -56,6 +56,23 @@ def parse_args() -> argparse.Namespace:
         help="hf: a whole model; edited: one .safetensors file of what is new "
         "(default: %(default)s)",
     )
+    exporter.add_argument(
+        "--pad-for-serving",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="NUMBERS",
+        help="pad a student with zeros, exactly, to sizes that inference engines have kernels for; "
+        "NUMBERS in the cache of a token and layer (default: the fewest that are served; vLLM on a "
+        "CPU serves MLA with 576 only)",
+    )
+    exporter.add_argument(
+        "--report", type=Path, metavar="FILE",
+        help="report.json of tools/evaluate.py, for a student's model card (README.md)",
+    )  # fmt: skip
+    exporter.add_argument(
+        "--push", metavar="REPO", help="then upload the hf directory to the Hugging Face Hub"
+    )
     for size in ("tensor", "pipeline", "expert"):
         importer.add_argument(
             f"--{size}-model-parallel-size", type=int, default=1, metavar="N",

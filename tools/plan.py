@@ -4,7 +4,9 @@
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_attnedit.errors import UserError, run_tool
 from megatron_attnedit.files import write_output
@@ -18,23 +20,26 @@ def main() -> None:
     from megatron_attnedit.convert.hf_config import read_hf_config
     from megatron_attnedit.models.grid import ParallelConfig
     from megatron_attnedit.planning.plan import RunSize, plan
+    from megatron_attnedit.planning.serving import ServingSize
 
-    args = vars(parser_for(ParallelConfig, RunSize).parse_args())
+    args = vars(parser_for(ParallelConfig, RunSize, ServingSize).parse_args())
     if args["full_layers"] == "auto":
         raise UserError(
             "--full-layers auto: works in an edit only, which has the model to measure; "
-            "give layer indices such as 4,9, or leave it out: as many layers, every fifth"
+            "give layer indices such as 4,9, or leave it out: as many layers, evenly spread"
         )
     teacher = read_hf_config(args["teacher"])
     student = student_attention_class(args["student_attention"]).from_flags(args, teacher)
     parallel = ParallelConfig.from_fields(args)
     if args["world_size"] is None:
         args["world_size"] = parallel.smallest_world_size
-    size = RunSize(**{item.name: args[item.name] for item in dataclasses.fields(RunSize)})
+    size = given(RunSize, args)
     sizes = plan(teacher, student, parallel, size, context=args["context"])
 
     fraction = sizes.student_kv_bytes / sizes.teacher_kv_bytes
     print(student)
+    if warning := student.serving_warning(teacher):
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"KV cache at {sizes.context} tokens, bfloat16, bytes per token:")
     print(f"  teacher {sizes.teacher_kv_bytes:,}")
     print(f"  student {sizes.student_kv_bytes:,} ({fraction:.1%})")
@@ -42,8 +47,71 @@ def main() -> None:
     for name, memory in (("stage 1", sizes.stage1), ("stage 2", sizes.stage2)):
         parts = (f"{part} {value / 1e9:.2f}" for part, value in vars(memory).items())
         print(f"  {name}: {', '.join(parts)}, together {memory.total / 1e9:.2f}")
+    found = dataclasses.asdict(sizes)
+    found |= hours(teacher, args, size.seq_length)
+    found |= serving(teacher, student, given(ServingSize, args), args["context"])
     if args["json"]:
-        write_output(args["json"], json.dumps(dataclasses.asdict(sizes), indent=2) + "\n")
+        write_output(args["json"], json.dumps(found, indent=2) + "\n")
+
+
+def hours(teacher: Any, args: dict[str, Any], seq_length: int) -> dict[str, Any]:
+    """Print and return the GPU hours of the stages whose tokens are given."""
+    from megatron_attnedit.planning.training_hours import DEVICE, SOURCE, gpu_hours
+
+    found = {}
+    for stage in (1, 2):
+        tokens = args[f"stage{stage}_tokens"]
+        if tokens:
+            cost = gpu_hours(teacher, stage, tokens, seq_length)
+            print(
+                f"stage {stage}: {tokens:,} tokens in {cost.gpu_hours:,.1f} GPU hours "
+                f"({cost.tokens_per_second:,.0f} tokens/s on one {DEVICE}, scaled by arithmetic "
+                f"from {cost.measured.tokens_per_second:,} measured at {cost.measured.case}; "
+                f"{SOURCE})"
+            )
+            found[f"stage{stage}_hours"] = cost._asdict()
+    return found
+
+
+def serving(teacher: Any, student: Any, size: Any, context: int) -> dict[str, Any]:
+    """Print and return what GPUs of a given memory hold when they serve both."""
+    from megatron_attnedit.planning.serving import (
+        engine_flags,
+        serve_student,
+        serve_teacher,
+        serving_notes,
+    )
+
+    if not size.gpu_memory:
+        return {}
+    both = {
+        "teacher": serve_teacher(teacher, size, context),
+        "student": serve_student(teacher, student, size, context),
+    }
+    print(
+        f"Served by vLLM on {size.serving_tensor_parallel_size} GPU(s) of {size.gpu_memory:g} GB, "
+        f"bfloat16, on each of them, requests of {context} tokens:"
+    )
+    for name, model in both.items():
+        print(
+            f"  {name}: weights {model.weight_bytes / 1e9:.2f} GB, cache "
+            f"{model.cache_bytes / 1e9:.2f} GB; a request holds {model.held_bytes / 1e9:.3f} GB, "
+            f"{model.request_bytes / 1e9:.3f} while its prompt is read; "
+            f"{model.requests:.1f} requests, {model.tokens:,} tokens"
+        )
+    ratio = both["student"].requests / both["teacher"].requests
+    print(f"  student / teacher: {ratio:.2f} x the requests")
+    flags = engine_flags(teacher, student, size, context)
+    print(f"  flags: {flags}")
+    for note in serving_notes(both["teacher"], both["student"], size):
+        print(f"  note: {note}")
+    shown = {name: dataclasses.asdict(model) for name, model in both.items()}
+    return {"serving": {**shown, "flags": flags}}
+
+
+def given(cls: type, args: dict[str, Any]) -> Any:
+    """A dataclass made of the flags that have its fields' names."""
+    return cls(**{item.name: args[item.name] for item in dataclasses.fields(cls)})
 
 
 def parser_for(*groups: type) -> argparse.ArgumentParser:
@@ -55,8 +123,13 @@ def parser_for(*groups: type) -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=32768, help="tokens (default: 32768)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--world-size", type=int, help="processes (default: one copy's)")
-    for group in groups:
-        add_flags_of(parser, "run" if group is not groups[0] else "grid", group)
+    for stage in (1, 2):
+        parser.add_argument(
+            f"--stage{stage}-tokens", type=int, default=0, metavar="N",
+            help=f"say how many GPU hours stage {stage} takes on so many tokens",
+        )  # fmt: skip
+    for title, group in zip(("grid", "run", "serving"), groups, strict=True):
+        add_flags_of(parser, title, group)
     add_student_flags(parser)
     return parser
 

@@ -7,6 +7,8 @@ import dataclasses
 def add_flags_of(parser: argparse.ArgumentParser, title: str, cls: type) -> None:
     """One flag per field with a default, under the field's name with dashes.
 
+    What a field's metadata has as ``help`` stands before the default.
+
     Args:
         parser: Of the tool.
         title: Of the group of flags.
@@ -17,6 +19,7 @@ def add_flags_of(parser: argparse.ArgumentParser, title: str, cls: type) -> None
         flag, kind = f"--{item.name.replace('_', '-')}", type(item.default)
         if kind is bool:
             options.add_argument(flag, action="store_true")
-        elif isinstance(item.default, int | str):
+        elif isinstance(item.default, int | float | str):
             shown = item.default or "none"
-            options.add_argument(flag, type=kind, default=item.default, help=f"(default: {shown})")
+            words = f"{item.metadata.get('help', '')} (default: {shown})".strip()
+            options.add_argument(flag, type=kind, default=item.default, help=words)
