@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from megatron_attnedit.attention.backends.sdpa import KERNELS
 from megatron_attnedit.device import bootstrap
-from megatron_attnedit.export.hf import register
+from megatron_attnedit.export.hf import causal_lm_class
 from tools.benchmark.workload import Workload, random_batches
 
 # What transformers has for windows that does not fill a mask of all pairs.
@@ -21,16 +21,12 @@ WINDOWED = "flex_attention"
 
 def causal_lm(config: dict[str, Any], attention: str) -> Any:
     """A model with random bfloat16 weights on the device."""
-    register()
+    model_class = causal_lm_class(config)
+    build = getattr(model_class, "_from_config", None) or model_class.from_config
     values = {k: v for k, v in config.items() if k not in ("architectures", "auto_map", "dtype")}
     settings = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device(bootstrap().device):
-        model = AutoModelForCausalLM.from_config(
-            settings,
-            dtype=torch.bfloat16,
-            attn_implementation=attention,
-            trust_remote_code=False,
-        )
+        model = build(settings, dtype=torch.bfloat16, attn_implementation=attention)
     return model.requires_grad_(False).eval()
 
 

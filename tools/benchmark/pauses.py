@@ -7,10 +7,10 @@ from typing import Any
 
 from megatron_attnedit import stop_signals
 from megatron_attnedit.checkpoint import run_folder, sharded_state
-from megatron_attnedit.checkpoint.lineage import Lineage
 from megatron_attnedit.checkpoint.writer import CheckpointWriter
 from megatron_attnedit.convert.integrity import read_marker
 from megatron_attnedit.device import bootstrap
+from megatron_attnedit.models.lineage import Lineage
 from megatron_attnedit.training.optimizer import optimizer_state
 from tools.benchmark.stage_speed import describe
 from tools.benchmark.workload import Training, Workload, build_training
