@@ -44,7 +44,7 @@ class Lock:
 
     Args:
         file: The lock's file; its folder is made, and removed again if nothing else came into it.
-        name: The output in the user's words, as in ``--save runs/mla``.
+        name: The output in the user's words, as in ``--save runs/student``.
 
     Attributes:
         lost: Another process has taken it over.

@@ -114,6 +114,20 @@ class Verification:
 
 
 @contextlib.contextmanager
+def explained(place: Path) -> Iterator[None]:
+    """Where the block cannot read a file, all are hashed, and the verdict comes before its words.
+
+    Raises:
+        UserError: names a file that is not as it was written; or the block's own.
+    """
+    try:
+        yield
+    except UserError:
+        with Verification(place).explains():
+            raise
+
+
+@contextlib.contextmanager
 def verified(place: Path) -> Iterator[None]:
     """Hash the large files while the block reads them; collective.
 

@@ -24,7 +24,7 @@ from megatron_attnedit.convert.diagnosis import why_no_model
 from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.fingerprint import fingerprint
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
-from megatron_attnedit.convert.verification import Verification
+from megatron_attnedit.convert.verification import Verification, explained
 from megatron_attnedit.device import Accelerator, bootstrap, forget_recordings
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
@@ -158,7 +158,8 @@ def load_teacher(
             reader, rows = open_hf_teacher(hf)
     else:
         path = run_folder.find(source, "--teacher")
-        check_before_building(path, teacher_rows(hf), hf)
+        with explained(path):
+            check_before_building(path, teacher_rows(hf), hf)
     chunks = build_teacher(hf, config, attention_backend=attention_backend)
     for chunk in chunks:
         chunk.to(accelerator.device)

@@ -1,6 +1,5 @@
 """A student, loaded from its checkpoint onto a loaded teacher."""
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from megatron_attnedit.checkpoint.reader import (
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
-from megatron_attnedit.convert.verification import Verification
+from megatron_attnedit.convert.verification import Verification, explained
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.lineage import Lineage
 from megatron_attnedit.models.student import (
@@ -87,7 +86,7 @@ class Student:
         self.attention: StudentAttention = lineage.attention()
         # What a checkpoint in Megatron's format promises is verified where it is loaded.
         verification = Verification(start) if is_hf(start) else None
-        with verification.explains() if verification else contextlib.nullcontext():
+        with verification.explains() if verification else explained(start):
             source, rows = self._open(teacher.hf, start, lineage)
         device = next(teacher.chunks[0].parameters()).device
         base = _copy_of(teacher, attention_backend) if own_copies else teacher.chunks

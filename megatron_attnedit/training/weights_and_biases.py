@@ -1,5 +1,6 @@
 """Weights & Biases, where it is installed and asked for; nothing else imports it."""
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def check_installed(project: str) -> None:
     Raises:
         UserError: it is not.
     """
-    if find_spec("wandb") is None:
+    if sys.modules.get("wandb") is None and find_spec("wandb") is None:
         raise UserError(
             f"--wandb-project {project}: the package wandb is not installed (pip install wandb)"
         )

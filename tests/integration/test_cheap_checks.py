@@ -22,7 +22,9 @@ STAGES = [Stage1Recipe, Stage2Recipe]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = make_inputs(tmp_path_factory.mktemp("inputs"), num_hidden_layers=2)
+    folder = make_inputs(
+        tmp_path_factory.mktemp("inputs"), num_hidden_layers=2, max_position_embeddings=8192
+    )
     other = tiny_hf_dir(folder / "other", num_hidden_layers=2, rms_norm_eps=1e-5, hidden_size=32)
     for source, name in ((folder / "hf", "imported"), (other, "imported_other")):
         convert(ConversionConfig(source=source, output=folder / name, format="torch_dist"))

@@ -64,7 +64,8 @@ def test_the_whole_pipeline_runs_on_it(registered, tmp_path, capsys):
     hf = tiny_hf_dir(tmp_path / "hf")
     data = tiny_data(tmp_path / "data", hf)
     call(convert_checkpoint, "import", "--input", hf, "--output", tmp_path / "teacher")
-    call(plan, "--teacher", hf, "--student-attention", NAME, "--only-window", 16, "--context", 64)
+    short = ("--context", 64, "--seq-length", 64)
+    call(plan, "--teacher", hf, "--student-attention", NAME, "--only-window", 16, *short)
     assert "(25.0%)" in capsys.readouterr().out
     call(
         edit_checkpoint, "--teacher", hf, "--save", tmp_path / "edit", "--student-attention", NAME,

@@ -10,7 +10,6 @@ import torch
 from megatron_attnedit.data.calibration import calibration_data
 from megatron_attnedit.data.datasets import (
     Batch,
-    DataConfig,
     batches,
     build_datasets,
     check_train_data,
@@ -21,46 +20,7 @@ from megatron_attnedit.data.tokenizer import load_tokenizer
 from megatron_attnedit.errors import UserError
 from tests.support import processes
 from tests.support.tokenizers import corpus
-
-SEQ = 32
-
-
-@pytest.fixture(scope="session")
-def make_data(tmp_path_factory, hf_tokenizer):
-    """A function that tokenizes texts and returns the prefix."""
-
-    def make(name, texts, **options):
-        folder = tmp_path_factory.mktemp(name)
-        source = folder / "a.jsonl"
-        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        options = {"tokenizer": hf_tokenizer, **options}
-        prefix = str(folder / name)
-        preprocess(PreprocessConfig(inputs=[str(source)], output=prefix, **options))
-        return prefix
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def prefix(make_data):
-    return make_data("words", corpus(200))
-
-
-@pytest.fixture
-def config(tmp_path, prefix, hf_tokenizer):
-    """A function that makes a DataConfig for ``prefix`` with changes."""
-
-    def make(**changes):
-        defaults = {
-            "train_data_path": [prefix],
-            "seq_length": SEQ,
-            "seed": 1,
-            "vocab_size": load_tokenizer(hf_tokenizer).vocab_size,
-            "data_cache_path": str(tmp_path / "cache"),
-        }
-        return DataConfig(**{**defaults, **changes})
-
-    return make
+from tests.unit.data.conftest import SEQ
 
 
 def order(dataset, *, mbs=2, rank=0, size=1, consumed=0, workers=0):
@@ -223,7 +183,6 @@ def test_bad_data(config, make_data, prefix, sentencepiece_model, tmp_path):
     refused("another tokenizer than --train-data-path's", valid_data_path=[other])
     refused("expected weights above 0", train_data_path=["0", prefix, "1", prefix])
     build_datasets(config(vocab_size=vocab_size + 20), train_samples=1, valid_samples=0)
-    build_datasets(config(vocab_size=vocab_size + 2385), train_samples=1, valid_samples=0)
 
 
 @pytest.mark.parametrize(
@@ -340,30 +299,3 @@ def test_what_is_given_instead_of_a_prefix(config, prefix, tmp_path):
     Path(theirs + ".idx").write_bytes(b"garbage")
     Path(theirs + ".json").unlink()
     refused(theirs, missing)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "vocab_size", "accepted"),
-    [
-        (100015, 102400, True),  # deepseek-llm-7b-base
-        (151669, 151936, True),  # Qwen3
-        (32000, 32000, True),
-        (49152, 49152 + 1023, True),
-        (100015, 151936, False),  # DeepSeek's data, Qwen3's model
-        (32000, 49152, False),
-        (128256, 128255, False),  # a token that the model does not have
-    ],
-)
-def test_padding_of_a_vocabulary(config, prefix, tmp_path, tokens, vocab_size, accepted):
-    """As much as public models pad is accepted; another tokenizer is not."""
-    copy = tmp_path / "copy"
-    for suffix in (".bin", ".idx"):
-        shutil.copyfile(prefix + suffix, f"{copy}{suffix}")
-    description = json.loads(Path(f"{prefix}.json").read_text())
-    Path(f"{copy}.json").write_text(json.dumps({**description, "vocab_size": tokens}))
-    changes = {"train_data_path": [str(copy)], "vocab_size": vocab_size}
-    if accepted:
-        assert build_datasets(config(**changes), train_samples=2, valid_samples=0)[0][0]
-        return
-    with pytest.raises(UserError, match=f"{copy}: .*vocabulary does not match"):
-        build_datasets(config(**changes), train_samples=2, valid_samples=0)

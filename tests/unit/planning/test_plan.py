@@ -64,7 +64,7 @@ def test_a_distributed_optimizer_is_shared():
 )
 def test_numbers_that_are_none(name, value):
     flag = name.replace("_", "-")
-    with pytest.raises(UserError, match=f"^--{flag} {value}: expected at least"):
+    with pytest.raises(UserError, match=f"^--{flag} {value}: expected [01] to "):
         of(HF, GateSWA.from_flags({}, HF), **{name: value})
 
 
