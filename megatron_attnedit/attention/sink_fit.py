@@ -1,4 +1,4 @@
-"""Sink logits with which sliding heads come closest to the teacher's output.
+"""Sink logits with which sliding heads come closest to what they are without a window.
 
 Letters: s tokens, c samples, n query heads, g key-value groups, d head size, h hidden.
 """
@@ -19,7 +19,7 @@ FEW = 8
 # Logits that are tried for a head, from "takes nothing" to "takes everything", and then nearer.
 CANDIDATES = 32
 MARGIN = 6.0
-SWEEPS, ZOOMS = 3, 3
+ZOOMS = 3
 
 
 def fit_sink_logits(
@@ -30,11 +30,12 @@ def fit_sink_logits(
     sliding_window: int,
     gate: float = 1.0,
 ) -> Tensor:
-    """One logit per head ``[n]``, which minimise the squared error of the layer's output.
+    """One logit per head ``[n]``, with which a head's part of the output is nearest to its own.
 
     A head's output in its window, ``o`` with log-sum-exp ``l`` of the scores, becomes
-    ``sigmoid(l - sink) o``: the error is quadratic in these factors, and its coefficients are all
-    that is kept of the activations.
+    ``sigmoid(l - sink) o``: the squared error to what it is without a window is quadratic in that
+    factor. Each token counts by the energy of the layer's output, so that a few loud ones do not
+    decide.
 
     Args:
         weights: Of the teacher's attention of this layer.
@@ -49,21 +50,18 @@ def fit_sink_logits(
     q, k = (rotate(t, angles.cos(), angles.sin()) for t in (q, k))
     scale = teacher.head_dim**-0.5
     proj = weights["linear_proj.weight"]
-    target = attend(q, k, v, scale) @ proj.t()  # [s, c, h]
     by_head = proj.unflatten(1, (-1, teacher.head_dim))  # [h, n, d]
+    whole = attend(q, k, v, scale)  # [s, c, n * d]
+    energy = (whole @ proj.t()).square().sum(-1, keepdim=True).clamp_min(1e-12)  # [s, c, 1]
+    whole = whole.unflatten(-1, (-1, teacher.head_dim))
     found = []
     for start in range(0, len(x), sliding_window):
-        end = min(start + sliding_window, len(x))
-        near = slice(max(0, start - sliding_window + 1), end)
-        out, lse = _window(q[start:end], k[near], v[near], sliding_window, scale)
-        parts = gate * torch.einsum("scnd,hnd->scnh", out, by_head)
-        found.append(
-            [
-                lse.flatten(0, 1),
-                (parts @ parts.mT).flatten(0, 1),
-                (parts @ target[start:end].unsqueeze(-1)).squeeze(-1).flatten(0, 1),
-            ]
-        )
+        here = slice(start, start + sliding_window)
+        near = slice(max(0, start - sliding_window + 1), here.stop)
+        out, lse = _window(q[here], k[near], v[near], sliding_window, scale)
+        part, target = (torch.einsum("scnd,hnd->scnh", t, by_head) for t in (out, whole[here]))
+        products = [(gate * part * t).sum(-1) / energy[here] for t in (gate * part, target)]
+        found.append([t.flatten(0, 1) for t in (lse, *products)])
     return nearest_logits(*(torch.cat(pieces) for pieces in zip(*found, strict=True)))
 
 
@@ -79,31 +77,25 @@ def _window(
     return out, scores.logsumexp(-1).permute(2, 0, 1)
 
 
-def nearest_logits(lse: Tensor, products: Tensor, wanted: Tensor) -> Tensor:
-    """Logits ``[n]`` that minimise ``sum_t r_t' P_t r_t - 2 w_t' r_t``, ``r = sigmoid(lse - s)``.
+def nearest_logits(lse: Tensor, own: Tensor, wanted: Tensor) -> Tensor:
+    """Logits ``[n]`` that minimise ``sum_t own r^2 - 2 wanted r`` with ``r = sigmoid(lse - s)``.
 
-    One head after the other: in its logit alone the error has more than one valley, so the whole
-    range is tried, then ever closer around the best.
+    The error has more than one valley, so the whole range is tried, then ever closer around the
+    best.
 
     Args:
         lse: ``[t, n]``, log-sum-exp of the scores.
-        products: ``[t, n, n]``, of the heads' parts of the output with each other.
-        wanted: ``[t, n]``, of these with the target.
+        own: ``[t, n]``, squares of the heads' parts of the output.
+        wanted: ``[t, n]``, their products with what these should be.
     """
-    width = (lse.amax(0) - lse.amin(0) + 2 * MARGIN) / 2
-    logits = lse.amin(0) - MARGIN
-    middle = lse.amin(0) - MARGIN + width
-    share = torch.sigmoid(lse - logits)
+    width = (lse.amax(0) - lse.amin(0)) / 2 + MARGIN
+    logits = lse.amin(0) - MARGIN + width
     steps = torch.linspace(-1, 1, CANDIDATES, device=lse.device)
     for _ in range(1 + ZOOMS):
-        for _ in range(SWEEPS):
-            for head in range(lse.shape[1]):
-                candidates = middle[head] + width[head] * steps
-                shares = torch.sigmoid(lse[:, head, None] - candidates)  # [t, candidates]
-                own = products[:, head, head]
-                others = (products[:, head] * share).sum(-1) - own * share[:, head]
-                errors = own @ shares.square() - 2 * (wanted[:, head] - others) @ shares
-                logits[head] = candidates[errors.argmin()]
-                share[:, head] = torch.sigmoid(lse[:, head] - logits[head])
-        middle, width = logits.clone(), width * (4 / CANDIDATES)
+        candidates = logits[:, None] + width[:, None] * steps  # [n, candidates]
+        shares = torch.sigmoid(lse.unsqueeze(-1) - candidates)
+        errors = torch.einsum("tn,tnc->nc", own, shares.square())
+        errors -= 2 * torch.einsum("tn,tnc->nc", wanted, shares)
+        logits = candidates.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)
+        width = width * (4 / CANDIDATES)
     return logits
