@@ -33,21 +33,21 @@ def randomise(model):
 
 def dense(**fields):
     """Stock class and ours, same weights."""
-    config = DeepseekV3Config(**{**SIZES, "first_k_dense_replace": 2, "n_routed_experts": 1,
-                                 **fields})  # fmt: skip
-    stock = randomise(DeepseekV3ForCausalLM(config))
-    ours = MLAForCausalLM(config).eval()
+    fields = {**SIZES, "first_k_dense_replace": 2, "n_routed_experts": 1, **fields}
+    # A configuration each: a model writes into its own how it computes experts.
+    stock = randomise(DeepseekV3ForCausalLM(DeepseekV3Config(**fields)))
+    ours = MLAForCausalLM(DeepseekV3Config(**fields)).eval()
     ours.load_state_dict(stock.state_dict())
     return stock, ours
 
 
 def experts(**fields):
     """Ours with stock attention, and ours."""
-    config = DeepseekV2Config(**{**SIZES, "n_routed_experts": 4, "norm_topk_prob": True, **fields})
-    ours = randomise(MoEMLAForCausalLM(config))
-    stock = MoEMLAForCausalLM(config).eval()
+    fields = {**SIZES, "n_routed_experts": 4, "norm_topk_prob": True, **fields}
+    ours, stock = (MoEMLAForCausalLM(DeepseekV2Config(**fields)).eval() for _ in range(2))
+    randomise(ours)
     for i, layer in enumerate(stock.model.layers):
-        layer.self_attn = DeepseekV3Attention(config, i)
+        layer.self_attn = DeepseekV3Attention(stock.config, i)
     stock.load_state_dict(ours.state_dict())
     return stock, ours
 
