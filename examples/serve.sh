@@ -89,7 +89,6 @@ stop() {
         sleep 0.1
     done
     kill -KILL -- "-$server" 2>/dev/null || true
-    wait "$server" 2>/dev/null || true
     server=''
 }
 trap stop EXIT
@@ -100,6 +99,7 @@ echo "Start vLLM on 127.0.0.1:$port; log: $log"
 # Not the vllm command: that of vLLM for the CPU asks for a package of another name.
 setsid "$python" -m vllm.entrypoints.openai.api_server --model "$model" "${flags[@]}" "$@" >"$log" 2>&1 </dev/null &
 server=$!
+disown "$server" # bash says nothing when it is killed
 url=http://127.0.0.1:$port
 # The engine's own reason is the last line that names an error, but for those that point to it.
 refused() {
@@ -147,5 +147,5 @@ if tokens:
 PY
 if [ -n "$keep" ]; then
     echo "Serving on $url/v1 until Ctrl-C"
-    wait "$server" || true
+    while kill -0 "$server" 2>/dev/null; do sleep 1; done
 fi

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,6 +45,8 @@ def main() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     seen = {"pids": [os.getpid(), child.pid], "flags": flags}
     (folder / "seen.json").write_text(json.dumps(seen))
+    if kind == "stays":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if kind == "refuses":
         print(f"(EngineCore pid=1) ERROR {REFUSAL}\nTraceback (most recent call last):")
         print("RuntimeError: Engine core initialization failed. See root cause above.", flush=True)

@@ -94,6 +94,13 @@ def test_sliding_layers_read_prompts_in_small_parts(vllm, directory):
     assert flags[flags.index("--max-num-batched-tokens") + 1] in ("256", "2048")
 
 
+def test_a_server_that_does_not_stop_is_killed_without_a_word(vllm, directory):
+    folder = directory("stays")
+    code, out, err = run(vllm, folder)
+    assert (code, err) == (0, "") and "answer: " in out
+    assert not any(map(alive, seen(folder)["pids"]))
+
+
 @pytest.mark.parametrize("kind", ["refuses", "dies"])
 def test_an_engine_that_refuses(vllm, directory, kind):
     """While it loads, or at the first request."""
@@ -179,5 +186,6 @@ def test_with_vllm(tmp_path):
 
     code, out, err = serve(tmp_path / "mla_hf")
     assert code == 2
-    (line,) = (line for line in err.splitlines() if not line.startswith("[venv]"))
+    line, *others = (line for line in err.splitlines() if not line.startswith("[venv]"))
+    assert not others, err
     assert "vLLM refuses it: " in line and "not supported by MLA" in line
