@@ -104,7 +104,7 @@ url=http://127.0.0.1:$port
 # The engine's own reason is the last line that names an error, but for those that point to it.
 refused() {
     local pattern='([A-Za-z]*(Error|Exception):|Value error,) .+' reason
-    reason=$(grep -aoE "$pattern" "$log" | tail -n 200 |
+    reason=$(tr -d '\r' <"$log" | grep -aoE "$pattern" | tail -n 200 |
         grep -avE 'Engine core init|Engine process|EngineDead|Worker failed' | tail -n 1) || true
     fail "$model: vLLM refuses it: ${reason:-it ended without a word} (log: $log)"
 }
