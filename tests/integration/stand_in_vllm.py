@@ -20,7 +20,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if KIND == ["dies"]:
-            print(f"ERROR {REFUSAL}\r\nEngineDeadError: EngineCore encountered an issue.", flush=True)
+            print(f"ERROR {REFUSAL}\r\nEngineDeadError: EngineCore died.", flush=True)
             os._exit(1)
         assert asked["model"] == "student" and asked["temperature"] == 0
         choice = {"text": f" answers {asked['prompt']!r}"}
