@@ -14,8 +14,10 @@ ROOT = Path(__file__).parents[2]
 DEVICE = Path("megatron_attnedit/device")
 # Compiled kernels that the accelerator chooses only where it compiles.
 COMPILED = {Path("megatron_attnedit/attention/backends/flex.py")}
-# First weights are fitted on the host.
-HOST = {Path(f"megatron_attnedit/attention/mla/{name}.py") for name in ("init", "latent")}
+# First weights are fitted, and exports padded, on the host.
+HOST = {
+    Path(f"megatron_attnedit/attention/mla/{name}.py") for name in ("init", "latent", "padding")
+}
 FORBIDDEN = {
     "cuda": "a device's own module",
     "npu": "a device's own module",
