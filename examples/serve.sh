@@ -149,3 +149,4 @@ if [ -n "$keep" ]; then
     echo "Serving on $url/v1 until Ctrl-C"
     while kill -0 "$server" 2>/dev/null; do sleep 1; done
 fi
+rm -f "$log" # of a server that did what it should

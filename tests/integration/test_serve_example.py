@@ -76,6 +76,7 @@ def test_it_asks_and_stops_everything(vllm, directory):
     assert (code, err) == (0, "")
     assert "answer: answers 'say \"it\\'s\"'" in out
     assert "7 tokens in " in out and " tokens/s" in out
+    assert not Path(out.partition("log: ")[2].partition("\n")[0]).exists()
     held = "1,073,741,824 bytes hold 43,690 tokens in requests of 512, 24,576 bytes each"
     assert f"cache: {held}" in out
     flags = seen(folder)["flags"]
