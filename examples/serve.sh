@@ -83,12 +83,14 @@ server=''
 # The server and what it started are a process group of their own.
 stop() {
     if [ -z "$server" ]; then return; fi
-    kill -TERM -- "-$server" 2>/dev/null || true
-    for _ in $(seq 100); do
-        if ! kill -0 -- "-$server" 2>/dev/null; then break; fi
-        sleep 0.1
+    local signal
+    for signal in TERM KILL; do
+        kill "-$signal" -- "-$server" 2>/dev/null || true
+        for _ in $(seq 100); do
+            if ! kill -0 -- "-$server" 2>/dev/null; then break 2; fi
+            sleep 0.1
+        done
     done
-    kill -KILL -- "-$server" 2>/dev/null || true
     server=''
 }
 trap stop EXIT
