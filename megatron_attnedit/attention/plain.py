@@ -9,10 +9,10 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from megatron_attnedit.attention.backends.sdpa import sdpa_attention
 from megatron_attnedit.attention.rotary import rotate
 from megatron_attnedit.attention.teacher_weights import project
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.core_attention.backends.sdpa import sdpa_attention
 
 
 def rotary_angles(dim: int, base: float, scaling_factor: float | None, like: Tensor) -> Tensor:

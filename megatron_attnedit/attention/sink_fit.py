@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_attnedit.attention.plain import attend, teacher_angles
 from megatron_attnedit.attention.rotary import rotate
 from megatron_attnedit.attention.teacher_weights import project
-from megatron_attnedit.attention.windows import causal_window_mask, to_window_size
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.core_attention.windows import causal_window_mask, to_window_size
 
 # Samples that the fit looks at: enough for one number per head.
 FEW = 8

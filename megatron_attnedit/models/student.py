@@ -35,7 +35,7 @@ def build_student(
     Args:
         teacher: One of this rank's pieces of the teacher.
         student_attention: What replaces its attention, and in which layers.
-        attention_backend: See ``attention.backends``.
+        attention_backend: See ``core_attention.backends``.
     """
     student = shallow_copy(teacher)
     student.decoder = shallow_copy(teacher.decoder)

@@ -15,7 +15,6 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_attnedit.attention.core import CoreAttention
 from megatron_attnedit.attention.norm import RMSNorm
 from megatron_attnedit.attention.self_attention import CausalSelfAttention
 from megatron_attnedit.convert.converter import hf_to_megatron
@@ -24,6 +23,7 @@ from megatron_attnedit.convert.grouped_experts import expert_by_expert
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.core_attention.module import CoreAttention
 from megatron_attnedit.models.experts import reduce_apart, send_nothing
 from megatron_attnedit.models.grid import place_of_this_process
 

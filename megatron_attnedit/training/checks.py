@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_attnedit.attention.backends import attention_backend
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.convert.integrity import check_hashes, is_sealed
+from megatron_attnedit.core_attention.backends import attention_backend
 from megatron_attnedit.data.datasets import DataConfig, check_datasets, data_identity
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config

@@ -11,11 +11,11 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from megatron_attnedit.attention.core import CoreAttention
 from megatron_attnedit.attention.sink_fit import fit_sink_logits
-from megatron_attnedit.attention.windows import to_window_size, uniform_full_layers
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.convert.reading import DTYPES
+from megatron_attnedit.core_attention.module import CoreAttention
+from megatron_attnedit.core_attention.windows import to_window_size, uniform_full_layers
 from megatron_attnedit.data.calibration import calibration_data
 from megatron_attnedit.data.datasets import build_datasets
 from megatron_attnedit.distill.kl import chunked_lm_loss

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_attnedit.core_attention.backends import ATTENTION_BACKENDS
 from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.layerwise import NORMALISATIONS
 from megatron_attnedit.errors import UserError
@@ -94,7 +95,7 @@ class Recipe:
         False, "master weights, moments and update on the host; needs --use-distributed-optimizer"
     )
     attention_backend: str = option(
-        "auto", "attention kernel", ("auto", "sdpa", "flex", "te", "reference", "npu_fusion")
+        "auto", "attention kernel", ("auto", *ATTENTION_BACKENDS)
     )
     record: bool = option(
         False,

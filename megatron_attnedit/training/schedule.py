@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_attnedit.attention.context import pieces_of_rank
+from megatron_attnedit.core_attention.context import pieces_of_rank
 from megatron_attnedit.data.datasets import Batch
 
 

@@ -142,7 +142,7 @@ def load_teacher(
         parallel: The grid.
         dtype: Type of parameters and activations.
         accelerator: Where it goes.
-        attention_backend: See ``attention.backends``.
+        attention_backend: See ``core_attention.backends``.
         flags: See ``transformer_config``.
 
     Raises:

@@ -70,7 +70,7 @@ class Student:
         teacher: Loaded.
         start: Its checkpoint.
         lineage: Of that checkpoint.
-        attention_backend: See ``attention.backends``.
+        attention_backend: See ``core_attention.backends``.
         own_copies: Give the student copies of everything, so that all of it can train.
     """
 

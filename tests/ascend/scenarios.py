@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from megatron_attnedit.attention.backends import ATTENTION_BACKENDS
+from megatron_attnedit.core_attention.backends import ATTENTION_BACKENDS
 from megatron_attnedit.device import bootstrap, kernels
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation

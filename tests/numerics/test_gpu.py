@@ -14,13 +14,13 @@ import pytest
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron_attnedit.attention.backends import attention_backend
 from megatron_attnedit.attention.gate_swa.module import gated
 from megatron_attnedit.attention.mla.module import assemble_heads
 from megatron_attnedit.attention.rotary import normed_and_rotated
-from megatron_attnedit.attention.windows import to_window_size
 from megatron_attnedit.checkpoint.run_folder import damage
 from megatron_attnedit.checkpoint.writer import CheckpointWriter
+from megatron_attnedit.core_attention.backends import attention_backend
+from megatron_attnedit.core_attention.windows import to_window_size
 from megatron_attnedit.device import add_weight_gradient
 from megatron_attnedit.distill.divergences import divergence_and_gradient
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation, relative_error

@@ -8,8 +8,8 @@ import itertools
 import pytest
 import torch
 
-from megatron_attnedit.attention.backends import attention_backend
-from megatron_attnedit.attention.windows import to_window_size
+from megatron_attnedit.core_attention.backends import attention_backend
+from megatron_attnedit.core_attention.windows import to_window_size
 from tests.numerics.test_gpu import HEADS, TOLERANCES
 
 pytestmark = pytest.mark.gpu

@@ -154,8 +154,9 @@ def _as_on_a_gpu(patch, kernel=_FusedAttention):
     """Fused attention, and chains of elementwise operations that keep their inputs only."""
     from megatron.core.transformer.moe import experts
 
-    from megatron_attnedit.attention import core, norm, self_attention
+    from megatron_attnedit.attention import norm, self_attention
     from megatron_attnedit.attention.gate_swa import module as gate_swa
+    from megatron_attnedit.core_attention import module
     from megatron_attnedit.training import run
 
     def keeping(function):
@@ -169,7 +170,7 @@ def _as_on_a_gpu(patch, kernel=_FusedAttention):
     def attend(q, k, v, window_size, scale):
         return kernel.apply(q, k, v)
 
-    patch.setattr(core, "attention_backend", lambda *args: attend)
+    patch.setattr(module, "attention_backend", lambda *args: attend)
     patch.setattr(self_attention, "normed_and_rotated", keeping(self_attention.normed_and_rotated))
     patch.setattr(gate_swa, "gated", keeping(gate_swa.gated))
     forward = torch.nn.RMSNorm.forward

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DEVICE = Path("megatron_attnedit/device")
 # Compiled kernels that the accelerator chooses only where it compiles.
-COMPILED = {Path("megatron_attnedit/attention/backends/flex.py")}
+COMPILED = {Path("megatron_attnedit/core_attention/backends/flex.py")}
 # First weights are fitted, and exports padded, on the host.
 HOST = {
     Path(f"megatron_attnedit/attention/mla/{name}.py") for name in ("init", "latent", "padding")

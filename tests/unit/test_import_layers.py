@@ -17,6 +17,7 @@ LAYERS = [
     "errors",
     "device",
     "convert",
+    "core_attention",
     "attention",
     "models",
     "planning",

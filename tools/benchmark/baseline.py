@@ -10,7 +10,7 @@ from torch.nn.attention import sdpa_kernel
 from transformers import AutoConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from megatron_attnedit.attention.backends.sdpa import KERNELS
+from megatron_attnedit.core_attention.backends.sdpa import KERNELS
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.export.hf import causal_lm_class
 from tools.benchmark.workload import Workload, random_batches

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 
-from megatron_attnedit.attention.backends.sdpa import KERNELS
+from megatron_attnedit.core_attention.backends.sdpa import KERNELS
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.evaluate.kv_cache import held_bytes
 from tools.benchmark.baseline import causal_lm

@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 
 from megatron_attnedit.attention.student_attention import StudentAttention
-from megatron_attnedit.attention.windows import mean_visible_keys
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.core_attention.windows import mean_visible_keys
 from megatron_attnedit.planning.flops import mlp_flops
 
 # They read the layer's input, which wants no gradient in stage 1.

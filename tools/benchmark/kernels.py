@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_attnedit.attention.backends import attention_backend
-from megatron_attnedit.attention.windows import mean_visible_keys, to_window_size
+from megatron_attnedit.core_attention.backends import attention_backend
+from megatron_attnedit.core_attention.windows import mean_visible_keys, to_window_size
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.distill.kl import chunked_divergence
 from megatron_attnedit.models.grid import ParallelConfig

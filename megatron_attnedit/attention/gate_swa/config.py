@@ -13,7 +13,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Generator, Tensor
 from typing_extensions import Self
 
-from megatron_attnedit.attention.backends import FLEX_PAYS
 from megatron_attnedit.attention.cached_layers import CachedLayers, cached_by_teacher
 from megatron_attnedit.attention.engines import Engine
 from megatron_attnedit.attention.gate_swa import init, rows
@@ -22,16 +21,17 @@ from megatron_attnedit.attention.kept import KeptNumbers, kept_by_teacher
 from megatron_attnedit.attention.sink_fit import fit_sink_logits
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.attention.traffic import AttentionTraffic, traffic_of_teacher
-from megatron_attnedit.attention.windows import (
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.json_files import shown
+from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.core_attention.backends import FLEX_PAYS
+from megatron_attnedit.core_attention.windows import (
     FULL,
     SLIDING,
     mean_visible_keys,
     parse_layers,
     uniform_full_layers,
 )
-from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.json_files import shown
-from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from megatron_attnedit.attention.windows import SLIDING
 from megatron_attnedit.convert.families import attention_rows
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.core_attention.windows import SLIDING
 
 SINKS = "core_attention.softmax_offset"
 NOT_KEPT = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype", "layer_types")

@@ -6,11 +6,11 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_attnedit.attention.core import CoreAttention
 from megatron_attnedit.attention.gate_swa.module import GateSWASelfAttention, GateSWASubmodules
 from megatron_attnedit.attention.input_linear import InputColumnParallelLinear
 from megatron_attnedit.attention.norm import RMSNorm
-from megatron_attnedit.attention.windows import to_window_size
+from megatron_attnedit.core_attention.module import CoreAttention
+from megatron_attnedit.core_attention.windows import to_window_size
 
 
 def gate_swa_spec(

@@ -24,9 +24,9 @@ from megatron_attnedit.attention.mla.served_sizes import (
 from megatron_attnedit.attention.mla.spec import mla_spec
 from megatron_attnedit.attention.student_attention import Padding, StudentAttention
 from megatron_attnedit.attention.traffic import AttentionTraffic
-from megatron_attnedit.attention.windows import mean_visible_keys
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.core_attention.windows import mean_visible_keys
 from megatron_attnedit.errors import UserError
 
 HF_CLASSES = Path(__file__).parent / "hf"

@@ -5,11 +5,11 @@ import functools
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_attnedit.attention.core import CoreAttention
 from megatron_attnedit.attention.input_linear import InputColumnParallelLinear
 from megatron_attnedit.attention.mla.dims import MLADims
 from megatron_attnedit.attention.mla.module import MLASelfAttention, MLASubmodules
 from megatron_attnedit.attention.norm import RMSNorm
+from megatron_attnedit.core_attention.module import CoreAttention
 
 
 def mla_spec(dims: MLADims, *, attention_backend: str) -> ModuleSpec:

@@ -10,7 +10,6 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_attnedit.attention.cached_layers import cached_by_teacher
-from megatron_attnedit.attention.core import CoreAttention
 from megatron_attnedit.attention.input_linear import InputColumnParallelLinear
 from megatron_attnedit.attention.kept import kept_by_teacher
 from megatron_attnedit.attention.norm import RMSNorm
@@ -18,8 +17,9 @@ from megatron_attnedit.attention.self_attention import CausalSelfAttention
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.attention.teacher_weights import random_matrix
 from megatron_attnedit.attention.traffic import traffic_of_teacher
-from megatron_attnedit.attention.windows import mean_visible_keys, to_window_size
 from megatron_attnedit.convert.families import attention_rows
+from megatron_attnedit.core_attention.module import CoreAttention
+from megatron_attnedit.core_attention.windows import mean_visible_keys, to_window_size
 from megatron_attnedit.errors import UserError
 
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron_attnedit.attention.gate_swa.config import GateSWA
 from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.attention.registry import student_attention_class
-from megatron_attnedit.attention.windows import mean_visible_keys as visible_keys
 from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.core_attention.windows import mean_visible_keys as visible_keys
 from megatron_attnedit.device.communication import covered, shares
 from megatron_attnedit.models.grid import ParallelConfig
 from tests.support import processes

@@ -4,9 +4,9 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_attnedit.attention.backends import attention_backend
-from megatron_attnedit.attention.context import attend_in_parts, pieces_of_rank
-from megatron_attnedit.attention.windows import to_window_size
+from megatron_attnedit.core_attention.backends import attention_backend
+from megatron_attnedit.core_attention.context import attend_in_parts, pieces_of_rank
+from megatron_attnedit.core_attention.windows import to_window_size
 from tests.support import processes
 from tests.support.models import start_megatron
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_attnedit.attention.backends.sink import Kernel, sink_attention
+from megatron_attnedit.core_attention.backends.sink import Kernel, sink_attention
+from megatron_attnedit.device import bootstrap
 from megatron_attnedit.device.kernels import (
     fusion_attention,
     fusion_attention_gradient,
@@ -18,6 +19,11 @@ from megatron_attnedit.device.kernels import (
 
 CAUSAL = 3  # the last query is at the last key
 BAND = 4
+
+
+def problem() -> str | None:
+    """Why this machine cannot run it."""
+    return None if bootstrap().has_fusion_attention else "this machine has no Ascend NPU"
 
 
 @functools.lru_cache(maxsize=4)

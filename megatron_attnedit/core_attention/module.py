@@ -15,8 +15,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_attnedit.attention.backends import attention_backend
-from megatron_attnedit.attention.context import attend_in_parts
+from megatron_attnedit.core_attention.backends import attention_backend
+from megatron_attnedit.core_attention.context import attend_in_parts
 
 
 class CoreAttention(MegatronModule):

@@ -5,17 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_attnedit.attention.backends import attention_backend, flex
 from megatron_attnedit.attention.gate_swa.config import GateSWA
 from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.attention.registry import student_attention_from_dict
-from megatron_attnedit.attention.windows import (
+from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.core_attention.backends import attention_backend, flex
+from megatron_attnedit.core_attention.windows import (
     causal_window_mask,
     parse_layers,
     to_window_size,
     uniform_full_layers,
 )
-from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
 from tests.support.models import tiny_hf_dir
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_attnedit.attention.backends.sink import Kernel, sink_attention
+from megatron_attnedit.core_attention.backends.sink import Kernel, sink_attention
 
 HALF = (torch.bfloat16, torch.float16)
 # What ``varlen_attn`` calls in every torch that has it.
@@ -31,6 +31,11 @@ def _parameters() -> frozenset[str]:
 def has_windows() -> bool:
     """Does this torch have it?"""
     return "window_size" in _parameters()
+
+
+def problem() -> str | None:
+    """Why this machine cannot run it."""
+    return None if has_windows() else "this torch is too old; 2.11 has it"
 
 
 @functools.lru_cache(maxsize=32)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_attnedit.attention import backends
-from megatron_attnedit.attention.backends import attention_backend, te
-from megatron_attnedit.attention.backends.flex import _block_mask
-from megatron_attnedit.attention.windows import causal_window_mask
+from megatron_attnedit.core_attention import backends
+from megatron_attnedit.core_attention.backends import attention_backend, te
+from megatron_attnedit.core_attention.backends.flex import _block_mask
+from megatron_attnedit.core_attention.windows import causal_window_mask
 from megatron_attnedit.errors import UserError
 
 
@@ -38,6 +38,7 @@ def test_kernels_that_know_no_sinks_are_refused(name, monkeypatch):
     monkeypatch.setattr(te, "is_installed", lambda: True)
     machine = SimpleNamespace(has_fusion_attention=True)
     monkeypatch.setattr(backends, "bootstrap", lambda: machine)
+    monkeypatch.setattr(backends.npu_fusion, "bootstrap", lambda: machine)
     message = f"--attention-backend {name}: .* --sink-tokens 4; expected auto or .* flex"
     with pytest.raises(UserError, match=message):
         attention_backend(name, (127, 0), torch.bfloat16, 4)
@@ -57,6 +58,7 @@ def test_sink_logits_need_a_log_sum_exp(monkeypatch):
 def test_the_choice_looks_at_sinks(compiles, fusion, without, with_sinks, monkeypatch):
     machine = SimpleNamespace(has_fusion_attention=fusion, compiles=compiles)
     monkeypatch.setattr(backends, "bootstrap", lambda: machine)
+    monkeypatch.setattr(backends.npu_fusion, "bootstrap", lambda: machine)
     monkeypatch.setattr(backends.flash, "has_windows", lambda: True)
     backends._fastest.cache_clear()
     for sinks, name in ((0, without), (4, with_sinks)):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_attnedit.attention import backends
-from megatron_attnedit.attention.backends import attention_backend, flash, flex, npu_fusion
-from megatron_attnedit.attention.windows import causal_window_mask, to_window_size
+from megatron_attnedit.core_attention import backends
+from megatron_attnedit.core_attention.backends import attention_backend, flash, flex, npu_fusion
+from megatron_attnedit.core_attention.windows import causal_window_mask, to_window_size
 from tests.ascend import operators
 
 SCALE = 0.3
@@ -161,6 +161,7 @@ def test_npu(queries, keys, window, monkeypatch):
     )
     machine = type("machine", (), {"has_fusion_attention": True})
     monkeypatch.setattr(backends, "bootstrap", lambda: machine)
+    monkeypatch.setattr(backends.npu_fusion, "bootstrap", lambda: machine)
     npu_fusion._mask.cache_clear()
     inputs = [t.float() for t in heads(queries, keys)]
     assert_as_the_formula("npu_fusion", inputs, window, 1e-3)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_attnedit.attention.windows import causal_window_mask
+from megatron_attnedit.core_attention.windows import causal_window_mask
 
 
 def reference_attention(

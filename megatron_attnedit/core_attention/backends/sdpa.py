@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_attnedit.attention.backends.sink import sink_as_key
-from megatron_attnedit.attention.windows import causal_window_mask
+from megatron_attnedit.core_attention.backends.sink import sink_as_key
+from megatron_attnedit.core_attention.windows import causal_window_mask
 
 # cuDNN first: on Hopper it is the fastest, and the only fused kernel that takes MLA's head sizes
 # 192 and 128.

@@ -3,24 +3,28 @@
 Shapes: ``q [b, n, s, d]``, ``k [b, g, s, d]``, ``v [b, g, s, dv]``, output ``[b, n, s, dv]``;
 n query heads are shared out over g key heads, n a multiple of g. Attention is causal, the last
 query at the last key (there may be fewer queries than keys);
-``window_size`` is Megatron's ``(left, 0)`` or None. Those of ``WITH_SINKS`` also take
-``sink_tokens``, how many of the first keys stay visible outside the window; those of
-``WITH_SINK_LOGITS`` take ``sink``, a logit ``[n]`` per query head: one more entry of the softmax,
-without a value.
+``window_size`` is Megatron's ``(left, 0)`` or None. A backend may also take ``sink_tokens``, how
+many of the first keys stay visible outside the window, and ``sink``, a logit ``[n]`` per query
+head: one more entry of the softmax, without a value. Which of them it takes, its signature says.
+A file may have ``problem()``: why this machine cannot run its backend, None where it can.
+
+To add a backend, write its file and name its function in ``ATTENTION_BACKENDS``.
 """
 
 import functools
+import inspect
 import logging
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megatron_attnedit.attention.backends import flash, te
-from megatron_attnedit.attention.backends.flex import flex_attention_backend
-from megatron_attnedit.attention.backends.npu_fusion import npu_fusion_attention
-from megatron_attnedit.attention.backends.reference import reference_attention
-from megatron_attnedit.attention.backends.sdpa import sdpa_attention
+from megatron_attnedit.core_attention.backends import flash, te
+from megatron_attnedit.core_attention.backends.flex import flex_attention_backend
+from megatron_attnedit.core_attention.backends.npu_fusion import npu_fusion_attention
+from megatron_attnedit.core_attention.backends.reference import reference_attention
+from megatron_attnedit.core_attention.backends.sdpa import sdpa_attention
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError
 
@@ -29,11 +33,6 @@ logger = logging.getLogger(__name__)
 # Windows from here on are faster by FlexAttention than by FlashAttention, which compiles nothing
 # (one H200, 16,384 tokens: alike at 128, 3.6 against 4.2 ms at 1024).
 FLEX_PAYS = 512
-
-# The others' kernels know a band and nothing beside it.
-WITH_SINKS = ("reference", "sdpa", "flex")
-# The others neither take a further entry nor give the log-sum-exp.
-WITH_SINK_LOGITS = ("reference", "sdpa", "flash", "flex", "npu_fusion")
 
 AttentionBackend = Callable[..., Tensor]
 
@@ -72,25 +71,32 @@ def attention_backend(
         raise UserError(
             f"--attention-backend {name}: expected auto or one of {', '.join(ATTENTION_BACKENDS)}"
         )
-    if name == "te" and not te.is_installed():
-        raise UserError("--attention-backend te: Transformer Engine is not installed")
-    if name == "flash" and not flash.has_windows():
-        raise UserError("--attention-backend flash: this torch is too old; 2.11 has it")
-    if name == "npu_fusion" and not bootstrap().has_fusion_attention:
-        raise UserError("--attention-backend npu_fusion: this machine has no Ascend NPU")
-    if sink_logits and name not in WITH_SINK_LOGITS:
+    backend = ATTENTION_BACKENDS[name]
+    problem = getattr(sys.modules[backend.__module__], "problem", None)
+    if problem and (reason := problem()):
+        raise UserError(f"--attention-backend {name}: {reason}")
+    if sink_logits and name not in (others := _that_take("sink")):
         raise UserError(
             f"--attention-backend {name}: its softmax has no room for --sink logit; "
-            f"expected auto or one of {', '.join(WITH_SINK_LOGITS)}"
+            f"expected auto or one of {', '.join(others)}"
         )
     if not sink_tokens:
-        return ATTENTION_BACKENDS[name]
-    if name not in WITH_SINKS:
+        return backend
+    if name not in (others := _that_take("sink_tokens")):
         raise UserError(
             f"--attention-backend {name}: its windows have no room for --sink-tokens {sink_tokens};"
-            f" expected auto or one of {', '.join(WITH_SINKS)}"
+            f" expected auto or one of {', '.join(others)}"
         )
-    return functools.partial(ATTENTION_BACKENDS[name], sink_tokens=sink_tokens)
+    return functools.partial(backend, sink_tokens=sink_tokens)
+
+
+def _that_take(parameter: str) -> list[str]:
+    """Names of the backends with a parameter of that name."""
+    return [
+        name
+        for name, backend in ATTENTION_BACKENDS.items()
+        if parameter in inspect.signature(backend).parameters
+    ]
 
 
 @functools.cache

@@ -12,6 +12,11 @@ def is_installed() -> bool:
     return find_spec("transformer_engine") is not None
 
 
+def problem() -> str | None:
+    """Why this machine cannot run it."""
+    return None if is_installed() else "Transformer Engine is not installed"
+
+
 @functools.lru_cache(maxsize=32)
 def _module(
     heads: int, groups: int, head_dims: tuple[int, int], window_size: tuple[int, int], scale: float

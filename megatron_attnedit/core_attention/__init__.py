@@ -1,0 +1,1 @@
+"""Softmax attention of queries, keys and values on every device: windows, sinks, its backends."""
