@@ -45,7 +45,7 @@ def main() -> None:
     flags = {name: args.pop(name) for name in student_flag_names()}
     config = EditConfig(**args, flags=flags)
     with config.own_folder():
-        if flags["full_layers"] == "auto":
+        if config.measured_flag:
             measured_on = {key: value for key, value in args.items() if key in MEASURED_ON}
             sizes = {name: flags[name] for name in ("sliding_window", "sink", "sink_tokens")}
             measured = measured_full_layers(**sizes, **measured_on)

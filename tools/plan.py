@@ -23,9 +23,9 @@ def main() -> None:
     from megatron_attnedit.planning.serving import ServingSize
 
     args = vars(parser_for(ParallelConfig, RunSize, ServingSize).parse_args())
-    if args["full_layers"] == "auto":
+    if flag := student_attention_class(args["student_attention"]).measured_flag(args):
         raise UserError(
-            "--full-layers auto: works in an edit only, which has the model to measure; "
+            f"{flag}: works in an edit only, which has the model to measure; "
             "give layer indices such as 4,9, or leave it out: as many layers, evenly spread"
         )
     teacher = read_hf_config(args["teacher"])

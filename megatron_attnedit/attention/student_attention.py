@@ -51,6 +51,11 @@ class StudentAttention(ABC):
             UserError: a value that cannot work, naming the flag.
         """
 
+    @classmethod
+    def measured_flag(cls, flags: Mapping[str, Any]) -> str | None:
+        """The flag whose value an edit has to measure on the teacher first; None for none."""
+        return None
+
     @abstractmethod
     def edits(self, layer_idx: int) -> bool:
         """Does layer ``layer_idx`` (0-based) get the new attention, or keep the teacher's?"""

@@ -23,7 +23,7 @@ from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.lineage import FILE, Lineage, read_lineage
 from megatron_attnedit.training.optimizer import check_offload
-from megatron_attnedit.training.recipe import Recipe, Stage2Recipe
+from megatron_attnedit.training.recipe import Recipe
 from megatron_attnedit.training.setup import teacher_hf_dir
 from megatron_attnedit.training.student import check_shared, find_student
 from megatron_attnedit.training.weights_and_biases import check_installed
@@ -95,7 +95,7 @@ def check_grid(
         hf,
         parallel,
         torch.bfloat16 if recipe.bf16 else torch.float32,
-        recompute=getattr(recipe, "recompute", "none"),
+        recompute=recipe.recomputation,
         moe_grouped_gemm=recipe.moe_grouped_gemm,
     )
     parallel.check_student(student, recipe.seq_length)
@@ -110,7 +110,7 @@ def check_student(recipe: Recipe, start: Path, before: Lineage) -> None:
         UserError: its teacher is another model, or what was trained in it is more than this run
             gives it copies of.
     """
-    check_shared(start, before, own_copies=own_copies(recipe))
+    check_shared(start, before, own_copies=recipe.own_copies)
     if not (Path(recipe.teacher) / "config.json").is_file():  # an imported one has its identity
         imported = read_lineage(run_folder.find(recipe.teacher, "--teacher"))
         check_teacher_of(recipe, before, imported.teacher_fingerprint)
@@ -127,11 +127,6 @@ def check_teacher_of(recipe: Recipe, before: Lineage, fingerprint: str) -> None:
             f"--load {recipe.load}: its teacher was {before.teacher}, whose weights are not "
             f"those of --teacher {recipe.teacher}"
         )
-
-
-def own_copies(recipe: Recipe) -> bool:
-    """Has the student modules of its own, also where they are as the teacher's?"""
-    return isinstance(recipe, Stage2Recipe) and recipe.trainable == "all"
 
 
 def check_device(recipe: Recipe, student: StudentAttention) -> None:
@@ -178,8 +173,8 @@ def check_data(recipe: Recipe, data: DataConfig) -> None:
 def lineage_of(recipe: Recipe, before: Lineage, data: DataConfig) -> Lineage:
     """The lineage of what the run writes."""
     return before.then(
-        "stage2" if isinstance(recipe, Stage2Recipe) else "stage1",
-        trainable="all" if own_copies(recipe) else "attention",
+        f"stage{recipe.number}",
+        trainable="all" if recipe.own_copies else "attention",
         recipe=vars(recipe),
         data=data_identity(data),
     )

@@ -29,7 +29,7 @@ from megatron_attnedit.training.checks import (
     lineage_of,
 )
 from megatron_attnedit.training.options import LARGEST_INT
-from megatron_attnedit.training.recipe import Recipe, Stage2Recipe
+from megatron_attnedit.training.recipe import Recipe
 from megatron_attnedit.training.recipe_files import parser_for, read_recipe_file
 from megatron_attnedit.training.setup import teacher_hf_dir
 from megatron_attnedit.training.student import find_student
@@ -152,7 +152,7 @@ def check_run(
     """
     count = check_grid(recipe, hf, student, parallel, world_size)
     return Workload(
-        stage=2 if isinstance(recipe, Stage2Recipe) else 1,
+        stage=recipe.number,
         bytes_per_number=2 if recipe.bf16 else 4,
         seq_length=recipe.seq_length,
         micro_batch_size=recipe.micro_batch_size,
@@ -162,11 +162,7 @@ def check_run(
         use_distributed_optimizer=recipe.use_distributed_optimizer,
         optimizer_cpu_offload=recipe.optimizer_cpu_offload,
         moe_grouped_gemm=recipe.moe_grouped_gemm,
-        trainable=getattr(recipe, "trainable", "attention"),
-        recompute=getattr(recipe, "recompute", "none"),
-        feature_matching=getattr(recipe, "feature_matching_weight", 0.0) > 0,
-        kl_chunk_tokens=getattr(recipe, "kl_chunk_tokens", 1),
-        runs_student=getattr(recipe, "runs_student", False),
+        **recipe.workload(),
     )
 
 

@@ -109,9 +109,14 @@ class EditConfig:
             yield
 
     @property
+    def measured_flag(self) -> str | None:
+        """The flag whose value has to be measured on the teacher first."""
+        return student_attention_class(self.student_attention).measured_flag(self.flags)
+
+    @property
     def calibrates(self) -> bool:
         """Is anything fitted to, or measured on, the calibration data?"""
-        return self.init == "teacher" or self.flags.get("full_layers") == "auto"
+        return self.init == "teacher" or self.measured_flag is not None
 
 
 def edit(config: EditConfig) -> Path:

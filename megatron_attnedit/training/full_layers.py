@@ -41,11 +41,11 @@ def measured_full_layers(
     save: str,
     sliding_window: int | None,
     sink_tokens: int | None,
-    sink: str | None,
     calibration_data_path: list[str],
     calibration_tokens: int,
     seq_length: int,
     seed: int,
+    sink: str | None = None,
 ) -> dict[str, Any]:
     """As many layers as the uniform choice has, by ``nll_rises`` on calibration text.
 

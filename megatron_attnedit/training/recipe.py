@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_attnedit.core_attention.backends import ATTENTION_BACKENDS
 from megatron_attnedit.distill.divergences import DIVERGENCES
@@ -20,6 +21,8 @@ MOST_SAMPLES = 50_000_000
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What both stages have in common. Flags are the field names with dashes."""
+
+    number = 0  # of the stage
 
     teacher: str = option(
         "", "teacher: Hugging Face directory, or imported Megatron checkpoint", is_path=True
@@ -211,6 +214,20 @@ class Recipe:
         if self.data_cache_path:
             check_output_folder(Path(self.data_cache_path), "--data-cache-path")
 
+    @property
+    def own_copies(self) -> bool:
+        """Has the student modules of its own, also where they are as the teacher's?"""
+        return False
+
+    @property
+    def recomputation(self) -> str:
+        """What backward computes again: ``none``, ``selective`` or ``full``."""
+        return "none"
+
+    def workload(self) -> dict[str, Any]:
+        """Fields of ``planning.activations.Workload`` that are this stage's own."""
+        return {}
+
     def parallel(self) -> ParallelConfig:
         """The grid.
 
@@ -233,6 +250,8 @@ class Recipe:
 @dataclass(frozen=True, kw_only=True)
 class Stage1Recipe(Recipe):
     """Layer-wise distillation."""
+
+    number = 1
 
     normalisation: str = option(
         "layer", "error divided by the layer's or by each token's energy", NORMALISATIONS
@@ -260,10 +279,15 @@ class Stage1Recipe(Recipe):
         """Does any layer receive the student's own hidden states?"""
         return max(self.student_input_start, self.student_input_end) > 0
 
+    def workload(self) -> dict[str, Any]:
+        return {"runs_student": self.runs_student}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage2Recipe(Recipe):
     """Model-level distillation."""
+
+    number = 2
 
     lr: float = option(1e-4, "largest learning rate", above=0)
     kl: str = option("forward", "divergence: forward is KL(teacher || student)", tuple(DIVERGENCES))
@@ -295,3 +319,19 @@ class Stage2Recipe(Recipe):
                 "--recompute full does not go with --feature-matching-weight: its targets are gone "
                 "when a layer runs again; use --recompute selective"
             )
+
+    @property
+    def own_copies(self) -> bool:
+        return self.trainable == "all"
+
+    @property
+    def recomputation(self) -> str:
+        return self.recompute
+
+    def workload(self) -> dict[str, Any]:
+        return {
+            "trainable": self.trainable,
+            "recompute": self.recompute,
+            "feature_matching": self.feature_matching_weight > 0,
+            "kl_chunk_tokens": self.kl_chunk_tokens,
+        }

@@ -1,9 +1,7 @@
 """From a recipe to a trained student."""
 
-import functools
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +12,32 @@ from megatron_attnedit.checkpoint.run_folder import Retention
 from megatron_attnedit.checkpoint.writer import CheckpointWriter
 from megatron_attnedit.convert.output import on_first
 from megatron_attnedit.data.datasets import build_datasets
-from megatron_attnedit.device import Accelerator, bootstrap
-from megatron_attnedit.distill.layerwise import LayerwiseDistillation
-from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
+from megatron_attnedit.device import Accelerator
 from megatron_attnedit.errors import STOPPED, UserError
 from megatron_attnedit.locks import Lock, folder_lock
 from megatron_attnedit.models.lineage import Lineage
-from megatron_attnedit.models.student import edited_attentions
-from megatron_attnedit.models.teacher import can_be_recorded
-from megatron_attnedit.planning.flops import stage1_flops, stage2_flops
+from megatron_attnedit.training.building import Models, build
 from megatron_attnedit.training.checks import (
     Checked,
     check_all,
     check_teacher_of,
     finished,
-    own_copies,
 )
 from megatron_attnedit.training.health import Health
 from megatron_attnedit.training.heartbeat import FAILED, FINISHED, Heartbeat
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.optimizer import wrap
-from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
+from megatron_attnedit.training.recipe import Recipe
 from megatron_attnedit.training.run_state import Run
 from megatron_attnedit.training.sanity import check_teacher
 from megatron_attnedit.training.setup import (
-    Teacher,
     load_teacher,
     quiet_other_ranks,
     start_processes,
     stop_processes,
 )
-from megatron_attnedit.training.stages import Stage, Stage1, Stage2
 from megatron_attnedit.training.stopping import Stopping
 from megatron_attnedit.training.student import Student
-from megatron_attnedit.training.student_inputs import StudentInputs
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +119,7 @@ def _prepare(
         torch.bfloat16 if recipe.bf16 else torch.float32,
         accelerator,
         attention_backend=backend,
-        recompute=getattr(recipe, "recompute", "none"),
+        recompute=recipe.recomputation,
         moe_grouped_gemm=recipe.moe_grouped_gemm,
         gradient_accumulation_fusion=recipe.gradient_accumulation_fusion,
     )
@@ -139,7 +129,7 @@ def _prepare(
         checked.start,
         checked.before,
         attention_backend=backend,
-        own_copies=own_copies(recipe),
+        own_copies=recipe.own_copies,
     )
     train_data, valid_data = build_datasets(
         checked.data,
@@ -147,22 +137,21 @@ def _prepare(
         valid_samples=recipe.eval_iters * recipe.global_batch_size,
     )
     check_teacher(teacher, train_data)
-    if isinstance(recipe, Stage2Recipe):
-        modules, stage_of, flops_per_token = _stage2(recipe, teacher, student)
-    else:
-        assert isinstance(recipe, Stage1Recipe)
-        modules, stage_of, flops_per_token = _stage1(recipe, teacher, student)
-    models, optimizer, schedule = wrap(modules, recipe)
+    trained = student.trained_modules()
+    built = build(
+        recipe, Models(teacher.hf, student.attention, teacher.chunks, student.chunks, trained)
+    )
+    models, optimizer, schedule = wrap(built.modules, recipe)
     return Run(
         recipe=recipe,
         train_data=train_data,
         valid_data=valid_data,
         student_state=student.state,
         lineage=checked.lineage,
-        stage=stage_of(models),
+        stage=built.stage_of(models),
         optimizer=optimizer,
         schedule=schedule,
-        flops_per_token=flops_per_token,
+        flops_per_token=built.flops_per_token,
         lock=lock,
         **_parts(recipe, checked.lineage, started, accelerator),
     )
@@ -193,69 +182,3 @@ def _parts(
             directory, enabled=dist.get_rank() == 0, train_iters=recipe.train_iters
         ),
     }
-
-
-def _edited(teacher: Teacher, student: Student) -> list[int]:
-    """Indices of the edited layers of the whole model."""
-    return [i for i in range(teacher.hf.num_hidden_layers) if student.attention.edits(i)]
-
-
-# Modules to train, what makes a stage of them once they are wrapped, and its cost.
-Parts = tuple[list[Any], Callable[[Any], Stage], float]
-
-
-def _stage1(recipe: Stage1Recipe, teacher: Teacher, student: Student) -> Parts:
-    student.trained_modules()
-    modules = [
-        LayerwiseDistillation(
-            chunk,
-            edited_attentions(mine, student.attention),
-            normalisation=recipe.normalisation,
-            record=_records(recipe, teacher),
-            student=mine if recipe.runs_student else None,
-        )
-        for chunk, mine in zip(teacher.chunks, student.chunks, strict=True)
-    ]
-    stage_of = functools.partial(
-        Stage1,
-        modules,
-        edited=_edited(teacher, student),
-        student_inputs=StudentInputs.of(recipe, teacher.hf.num_hidden_layers),
-    )
-    flops = stage1_flops(teacher.hf, recipe.seq_length, runs_student=recipe.runs_student)
-    return modules, stage_of, flops
-
-
-def _records(recipe: Recipe, teacher: Teacher) -> bool:
-    """``--record`` is for speed alone: where it does not go, the run goes on without."""
-    possible = bootstrap().records and can_be_recorded(teacher.chunks[0].config)
-    if recipe.record and not possible:
-        logger.warning("warning: --record is ignored: not on this device, or this model and grid")
-    return recipe.record and possible
-
-
-def _stage2(recipe: Stage2Recipe, teacher: Teacher, student: Student) -> Parts:
-    trained = student.trained_modules()
-    num_matched = len(_edited(teacher, student))
-    if recipe.trainable == "all":  # no layer is the teacher's
-        num_matched = teacher.hf.num_hidden_layers
-    modules = [
-        ModelLevelDistillation(
-            chunk,
-            student_chunk,
-            own,
-            config=ModelLevelConfig(
-                kl=recipe.kl,
-                temperature=recipe.temperature,
-                feature_matching_weight=recipe.feature_matching_weight,
-                kl_chunk_tokens=recipe.kl_chunk_tokens,
-            ),
-            vocab_size=teacher.hf.vocab_size,
-            num_matched=num_matched,
-            record=_records(recipe, teacher),
-        )
-        for chunk, student_chunk, own in zip(teacher.chunks, student.chunks, trained, strict=True)
-    ]
-    flops = stage2_flops(teacher.hf, recipe.seq_length, trainable=recipe.trainable)
-    return modules, functools.partial(Stage2, modules), flops
-

@@ -15,17 +15,15 @@ from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.data.datasets import Batch
 from megatron_attnedit.device import bootstrap
-from megatron_attnedit.distill.layerwise import LayerwiseDistillation
-from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import build_student, edited_attentions
-from megatron_attnedit.models.teacher import build_teacher, can_be_recorded
+from megatron_attnedit.models.teacher import build_teacher
+from megatron_attnedit.training.building import Models, build
 from megatron_attnedit.training.optimizer import wrap
 from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.setup import start_processes
-from megatron_attnedit.training.stages import Stage, Stage1, Stage2
-from megatron_attnedit.training.student_inputs import StudentInputs
+from megatron_attnedit.training.stages import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +105,7 @@ def _recipe(work: Workload) -> Recipe:
         "overlap_grad_reduce": work.overlap_grad_reduce,
         "overlap_param_gather": work.overlap_param_gather,
         "optimizer_cpu_offload": work.optimizer_cpu_offload,
+        "record": bootstrap().records and (work.stage == 2 or not work.overlap_grad_reduce),
     }
     if work.stage == 1:
         share = float(work.runs_student)
@@ -153,47 +152,12 @@ def build_training(work: Workload, *, attention_backend: str = "auto") -> Traini
     ]
     for part in (module for parts in trained for module in parts):
         part.requires_grad_(True)
-    edited = [i for i in range(work.hf.num_hidden_layers) if work.student.edits(i)]
-    stage: Stage
-    if isinstance(recipe, Stage1Recipe):
-        layerwise = _layerwise(work, config, teachers, students, attentions)
-        models, optimizer, _ = wrap(layerwise, recipe)
-        inputs = StudentInputs.of(recipe, work.hf.num_hidden_layers)
-        stage = Stage1(layerwise, models, edited, student_inputs=inputs)
-    else:
-        model_level = [
-            ModelLevelDistillation(
-                *parts, config=ModelLevelConfig(), vocab_size=work.hf.vocab_size,
-                num_matched=len(edited), record=_records(config),
-            )
-            for parts in zip(teachers, students, trained, strict=True)
-        ]
-        models, optimizer, _ = wrap(model_level, recipe)
-        stage = Stage2(model_level, models)
+    built = build(recipe, Models(work.hf, work.student, teachers, students, trained))
+    models, optimizer, _ = wrap(built.modules, recipe)
+    stage = built.stage_of(models)
     step = _step(work, stage, optimizer)
     everywhere = {i: module for mine in attentions for i, module in mine.items()}
     return Training(step, everywhere, models, optimizer)
-
-
-def _layerwise(
-    work: Workload,
-    config: TransformerConfig,
-    teachers: list[Any],
-    students: list[Any],
-    attentions: list[dict[int, Any]],
-) -> list[LayerwiseDistillation]:
-    """Stage 1 of each piece, recorded where that is possible."""
-    record = _records(config) and not work.overlap_grad_reduce
-    return [
-        LayerwiseDistillation(
-            teacher, mine, record=record, student=student if work.runs_student else None
-        )
-        for teacher, student, mine in zip(teachers, students, attentions, strict=True)
-    ]
-
-
-def _records(config: TransformerConfig) -> bool:
-    return bootstrap().records and can_be_recorded(config)
 
 
 def _config(work: Workload) -> TransformerConfig:

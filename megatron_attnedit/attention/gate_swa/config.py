@@ -135,6 +135,10 @@ class GateSWA(StudentAttention):
             sink=flags.get("sink") or "none",
         )
 
+    @classmethod
+    def measured_flag(cls, flags: Mapping[str, Any]) -> str | None:
+        return "--full-layers auto" if flags.get("full_layers") == "auto" else None
+
     @property
     def sink_logits(self) -> bool:
         """Does every sliding layer have a sink logit per head?"""

@@ -1,0 +1,127 @@
+"""What a stage trains, built of its recipe and the models: ``build`` asks the recipe's stage."""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_attnedit.attention.student_attention import StudentAttention
+from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.device import bootstrap
+from megatron_attnedit.distill.layerwise import LayerwiseDistillation
+from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
+from megatron_attnedit.models.student import edited_attentions
+from megatron_attnedit.models.teacher import can_be_recorded
+from megatron_attnedit.planning.flops import stage1_flops, stage2_flops
+from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
+from megatron_attnedit.training.stages import Stage, Stage1, Stage2
+from megatron_attnedit.training.student_inputs import StudentInputs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Teacher and student on this process.
+
+    Attributes:
+        hf: The teacher's configuration.
+        attention: The student's.
+        teacher: Its chunks.
+        student: Its chunks, in the same order.
+        trained: Modules of each chunk whose parameters train.
+    """
+
+    hf: HFConfig
+    attention: StudentAttention
+    teacher: Sequence[GPTModel]
+    student: Sequence[GPTModel]
+    trained: Sequence[Sequence[MegatronModule]]
+
+    @property
+    def edited(self) -> list[int]:
+        """0-based indices of the edited layers of the whole model."""
+        return [i for i in range(self.hf.num_hidden_layers) if self.attention.edits(i)]
+
+
+class Built(NamedTuple):
+    """A stage before it is wrapped for data parallelism.
+
+    Attributes:
+        modules: What is wrapped, one for each chunk.
+        stage_of: From the wrapped modules to the stage.
+        flops_per_token: For the log line's TFLOP/s.
+    """
+
+    modules: list[Any]
+    stage_of: Callable[[Any], Stage]
+    flops_per_token: float
+
+
+def build(recipe: Recipe, models: Models) -> Built:
+    """The recipe's stage on these models."""
+    return BUILDERS[recipe.number](recipe, models)
+
+
+def _records(recipe: Recipe, models: Models) -> bool:
+    """``--record`` is for speed alone: where it does not go, the run goes on without."""
+    possible = bootstrap().records and can_be_recorded(models.teacher[0].config)
+    if recipe.record and not possible:
+        logger.warning("warning: --record is ignored: not on this device, or this model and grid")
+    return recipe.record and possible
+
+
+def _layer_wise(recipe: Stage1Recipe, models: Models) -> Built:
+    modules = [
+        LayerwiseDistillation(
+            teacher,
+            edited_attentions(student, models.attention),
+            normalisation=recipe.normalisation,
+            record=_records(recipe, models),
+            student=student if recipe.runs_student else None,
+        )
+        for teacher, student in zip(models.teacher, models.student, strict=True)
+    ]
+    stage_of = functools.partial(
+        Stage1,
+        modules,
+        edited=models.edited,
+        student_inputs=StudentInputs.of(recipe, models.hf.num_hidden_layers),
+    )
+    flops = stage1_flops(models.hf, recipe.seq_length, runs_student=recipe.runs_student)
+    return Built(modules, stage_of, flops)
+
+
+def _model_level(recipe: Stage2Recipe, models: Models) -> Built:
+    num_matched = len(models.edited)
+    if recipe.own_copies:  # no layer is the teacher's
+        num_matched = models.hf.num_hidden_layers
+    config = ModelLevelConfig(
+        kl=recipe.kl,
+        temperature=recipe.temperature,
+        feature_matching_weight=recipe.feature_matching_weight,
+        kl_chunk_tokens=recipe.kl_chunk_tokens,
+    )
+    modules = [
+        ModelLevelDistillation(
+            teacher,
+            student,
+            list(trained),
+            config=config,
+            vocab_size=models.hf.vocab_size,
+            num_matched=num_matched,
+            record=_records(recipe, models),
+        )
+        for teacher, student, trained in zip(
+            models.teacher, models.student, models.trained, strict=True
+        )
+    ]
+    flops = stage2_flops(models.hf, recipe.seq_length, trainable=recipe.trainable)
+    return Built(modules, functools.partial(Stage2, modules), flops)
+
+
+BUILDERS: dict[int, Callable[[Any, Models], Built]] = {1: _layer_wise, 2: _model_level}
