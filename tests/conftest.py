@@ -19,9 +19,7 @@ bootstrap()
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--full", action="store_true", help="also what takes minutes"
-    )
+    parser.addoption("--full", action="store_true", help="also what takes minutes")
     parser.addoption(
         "--parallel-figures", type=Path, help="keep the differences between grids in this file"
     )

@@ -137,8 +137,14 @@ def evaluate(args: argparse.Namespace, accelerator: Any) -> None:
             students, teacher, tokenizer, directory, as_hf, args.seq_length
         )
     result = report.evaluate(
-        teacher, students, models, tokenizer, windows,
-        batch_size=args.batch_size, prompts=args.prompts, generations=args.generations,
+        teacher,
+        students,
+        models,
+        tokenizer,
+        windows,
+        batch_size=args.batch_size,
+        prompts=args.prompts,
+        generations=args.generations,
         recall_probes=args.recall_probes,
         runs={student.name: training_runs(student) for student in students},
     )

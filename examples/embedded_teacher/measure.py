@@ -97,8 +97,12 @@ def continuations(model, tokenizer, windows: torch.Tensor) -> list[dict[str, str
     samples = []
     for window in windows[:: max(1, len(windows) // 5)][:5]:
         out = model.generate(
-            window[None, 1 : PROMPT + 1], max_new_tokens=CONTINUATION, do_sample=True,
-            temperature=0.7, top_k=0, pad_token_id=tokenizer.eos_token_id,
+            window[None, 1 : PROMPT + 1],
+            max_new_tokens=CONTINUATION,
+            do_sample=True,
+            temperature=0.7,
+            top_k=0,
+            pad_token_id=tokenizer.eos_token_id,
         )[0]
         prompt, text = tokenizer.decode(out[:PROMPT]), tokenizer.decode(out[PROMPT:])
         samples.append({"prompt": prompt, "continuation": text})

@@ -140,12 +140,18 @@ def main() -> None:
             print(f"{seconds * 1e3:.1f} ms a step, {steps} steps", flush=True)
         if step % 500 == 0 or step == steps:
             speed = step * args.batch * SEQ_LENGTH / (time.time() - start)
-            print(f"step {step}/{steps} loss {loss.item():.4f} {speed / 1e6:.2f} M tokens/s "
-                  f"validation {validate(model, valid, 16):.4f}", flush=True)
+            print(
+                f"step {step}/{steps} loss {loss.item():.4f} {speed / 1e6:.2f} M tokens/s "
+                f"validation {validate(model, valid, 16):.4f}",
+                flush=True,
+            )
     tokens = steps * args.batch * SEQ_LENGTH
     final = validate(model, valid, 16)
-    print(f"{tokens / 1e9:.3f} B tokens, {tokens / len(train):.1f} epochs, "
-          f"validation loss {final:.4f}, perplexity {math.exp(final):.2f}", flush=True)
+    print(
+        f"{tokens / 1e9:.3f} B tokens, {tokens / len(train):.1f} epochs, "
+        f"validation loss {final:.4f}, perplexity {math.exp(final):.2f}",
+        flush=True,
+    )
     args.output.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.output)
 

@@ -19,6 +19,8 @@ class Engine:
     problem: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.how}" if self.problem is None else (
-            f"not for {self.name}: {self.problem}"
+        return (
+            f"{self.name}: {self.how}"
+            if self.problem is None
+            else (f"not for {self.name}: {self.problem}")
         )

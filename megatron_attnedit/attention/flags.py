@@ -13,9 +13,7 @@ def student_flag_names() -> tuple[str, ...]:
 
 def add_student_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add ``--student-attention`` and a group with the flags of each student attention."""
-    parser.add_argument(
-        "--student-attention", required=required, choices=tuple(STUDENT_ATTENTIONS)
-    )
+    parser.add_argument("--student-attention", required=required, choices=tuple(STUDENT_ATTENTIONS))
     for name in STUDENT_ATTENTIONS:
         cls = student_attention_class(name)
         group = parser.add_argument_group(cls.TITLE)

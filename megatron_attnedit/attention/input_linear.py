@@ -50,9 +50,7 @@ class InputColumnParallelLinear(ColumnParallelLinear):
     is the teacher's.
     """
 
-    def forward(
-        self, input_: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As mcore's: output and, where it is not added, the bias."""
         if input_.requires_grad or not torch.is_grad_enabled():
             return super().forward(input_, *args, **kwargs)

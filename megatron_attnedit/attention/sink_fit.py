@@ -65,9 +65,7 @@ def fit_sink_logits(
     return nearest_logits(*(torch.cat(pieces) for pieces in zip(*found, strict=True)))
 
 
-def _window(
-    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _window(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
     """Output ``[s, c, n, d]`` and log-sum-exp ``[s, c, n]``; the last query is at the last key."""
     k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
     scores = torch.einsum("scnd,tcnd->cnst", q, k) * scale

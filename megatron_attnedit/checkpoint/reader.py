@@ -212,9 +212,7 @@ def open_hf_teacher(hf: HFConfig) -> tuple[HFReader, list[ParamRow]]:
     return reader, rows
 
 
-def _open_teacher(
-    path: Path, start: Path, lineage: Lineage | None, teacher: str | None
-) -> Opened:
+def _open_teacher(path: Path, start: Path, lineage: Lineage | None, teacher: str | None) -> Opened:
     if is_hf(start):
         hf = read_hf_config(start)
     elif lineage is not None:

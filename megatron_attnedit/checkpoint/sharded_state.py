@@ -129,5 +129,3 @@ def _own_tensors(module_state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def _holds(sharded: Any) -> bool:
     return isinstance(getattr(sharded, "data", None), torch.Tensor)
-
-

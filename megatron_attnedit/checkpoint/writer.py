@@ -35,9 +35,7 @@ logger = logging.getLogger(__name__)
 HASHES = ".hashes-"  # of one process's files, until the marker has them
 
 
-def save(
-    directory: Path, iteration: int, state: dict[str, Any], lineage: Lineage
-) -> Path:
+def save(directory: Path, iteration: int, state: dict[str, Any], lineage: Lineage) -> Path:
     """Write one checkpoint and make it the latest; collective.
 
     Raises:

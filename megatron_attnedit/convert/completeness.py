@@ -44,8 +44,7 @@ def check_complete(
         has, longer = found[name], found[name][:1] > shape[:1]
         if has != shape and not (name in padded and longer and has[1:] == shape[1:]):
             raise UserError(
-                f"{where}: tensor {name} has shape {list(has)}, "
-                f"config.json says {list(shape)}"
+                f"{where}: tensor {name} has shape {list(has)}, config.json says {list(shape)}"
             )
     if is_first():
         for reason, count in Counter(reasons.values()).items():

@@ -201,4 +201,3 @@ class HFReader:
         for name in hf_shapes(rows):
             if (found := STORED_DTYPES[self._dtypes[name]]) != hf.dtype:
                 raise UserError(f"{self._file_of[name]}: tensor {name} is {found}, {said}")
-

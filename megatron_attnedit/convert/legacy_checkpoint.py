@@ -177,9 +177,7 @@ class LegacyReader:
             tensors = {key: value for key, value in model.items() if isinstance(value, Tensor)}
             held = self._models[tp, pp, ep] = self._grid.one_by_one(tensors)
             found = {name: tuple(tensor.shape) for name, tensor in held.items()}
-            check_complete(
-                expected[pp, ep], found, where=str(file), ignored={}, padded=padded
-            )
+            check_complete(expected[pp, ep], found, where=str(file), ignored={}, padded=padded)
         if hf.tie_word_embeddings and self._grid.pp > 1:
             self._check_tied_copies(directory)
 

@@ -98,7 +98,6 @@ class LegacyGrid:
             homes += [(self.pp - 1, rank, OUTPUT) for rank in expert_ranks]
         return homes
 
-
     def shapes(self, rows: Sequence[ParamRow]) -> dict[tuple[int, int], Shapes]:
         """By pipeline and expert rank, what a rank holds, experts one by one.
 

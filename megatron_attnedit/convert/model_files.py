@@ -65,9 +65,7 @@ def copied_files(source: Path) -> list[Path]:
     folders = (source, source / TEMPLATES)
     there = (path for folder in folders if folder.is_dir() for path in folder.iterdir())
     names = (path.relative_to(source) for path in there)
-    found = sorted(
-        name for name in names if any(fnmatch.fnmatchcase(str(name), p) for p in COPIED)
-    )
+    found = sorted(name for name in names if any(fnmatch.fnmatchcase(str(name), p) for p in COPIED))
     for name in found:
         check_readable(source / name)
     return found

@@ -79,9 +79,7 @@ def pieces_of(row: ParamRow) -> Iterator[Piece]:
             yield Piece(row, part, start, min(start + rows, shape[0]))
 
 
-def read_ahead(
-    pieces: Iterable[Piece], read: Read
-) -> Iterator[tuple[Piece, list[Tensor]]]:
+def read_ahead(pieces: Iterable[Piece], read: Read) -> Iterator[tuple[Piece, list[Tensor]]]:
     """Pieces in their order; the next one is read and hashed while the caller writes one."""
     with ThreadPoolExecutor(1) as reader:
         before: tuple[Piece, Future[list[Tensor]]] | None = None

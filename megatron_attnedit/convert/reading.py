@@ -53,9 +53,7 @@ class Reading:
         self._dtypes: dict[str, str] = {}
         self._shapes = hf_shapes(rows)
         total = sum(Piece(row).numel for row in rows) * stored.itemsize
-        self._bar = tqdm(
-            desc=text, total=total, unit="B", unit_scale=True, disable=not progress
-        )
+        self._bar = tqdm(desc=text, total=total, unit="B", unit_scale=True, disable=not progress)
 
     def __enter__(self) -> Self:
         return self

@@ -189,9 +189,7 @@ def build_datasets(
     if is_first():
         drop_bad_indices(Path(config.data_cache_path))
     barrier()
-    train, valid = check_datasets(
-        config, train_samples=train_samples, valid_samples=valid_samples
-    )
+    train, valid = check_datasets(config, train_samples=train_samples, valid_samples=valid_samples)
     return (
         _build(config, *train, 0, train_samples),
         _build(config, *valid, 1, valid_samples) if valid else None,

@@ -172,9 +172,7 @@ def _let_experts_run() -> None:
     from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    def counts_to_host(
-        tensor: Any, as_numpy: bool = False, record_stream: bool = False
-    ) -> Any:
+    def counts_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         if isinstance(tensor, torch.Tensor):
             return tensor.numpy() if as_numpy else tensor
         return tensor

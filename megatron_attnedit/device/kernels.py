@@ -173,7 +173,17 @@ def fusion_attention_gradient(
     # The kernel computes exp(score - largest) / total.
     largest = lse.permute(1, 2, 0).unsqueeze(-1).repeat(1, 1, 1, 8)
     gradients = torch.ops.npu.npu_fusion_attention_grad(
-        q, k, v, grad, heads, "SBH", softmax_max=largest, softmax_sum=torch.ones_like(largest),
-        softmax_in=q.new_empty(0), attention_in=out, scale_value=scale, **_told(**seen),
+        q,
+        k,
+        v,
+        grad,
+        heads,
+        "SBH",
+        softmax_max=largest,
+        softmax_sum=torch.ones_like(largest),
+        softmax_in=q.new_empty(0),
+        attention_in=out,
+        scale_value=scale,
+        **_told(**seen),
     )
     return gradients[:3]

@@ -112,9 +112,7 @@ class Recorded:
         module = torch.get_device_module(device)
         graph = module.CUDAGraph()
         # Other threads, such as the one that watches collectives, may go on calling the driver.
-        graphing = module.graph(
-            graph, stream=_stream(device), capture_error_mode="thread_local"
-        )
+        graphing = module.graph(graph, stream=_stream(device), capture_error_mode="thread_local")
         with _no_random_numbers(), graphing:
             output = self.function(*fixed)
         return _Recording(fixed, graph, output, list(get_global_memory_buffer().buffer.values()))

@@ -37,7 +37,11 @@ class FeatureMatching:
     """
 
     def __init__(
-        self, teacher_layers: nn.ModuleList, student_layers: nn.ModuleList, *, weight: float,
+        self,
+        teacher_layers: nn.ModuleList,
+        student_layers: nn.ModuleList,
+        *,
+        weight: float,
         num_layers: int,
     ) -> None:
         self.scale = weight / num_layers

@@ -220,9 +220,7 @@ def _read_report(file: Path) -> dict[str, Any]:
     return report
 
 
-def _student(
-    report: dict[str, Any], lineage: Lineage, file: Path
-) -> tuple[str, dict[str, Any]]:
+def _student(report: dict[str, Any], lineage: Lineage, file: Path) -> tuple[str, dict[str, Any]]:
     """The student of the report that was trained by the same recipes."""
     mine = {run["stage"]: run["recipe"] for run in _runs(lineage) if run["stage"] != "teacher"}
     mine = json.loads(json.dumps(mine))

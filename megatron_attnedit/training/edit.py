@@ -187,9 +187,7 @@ def _weights(
             yield layer_idx, student_attention.init_from_teacher(weights, teacher.hf, sample)
 
 
-def _teacher_attention(
-    teacher: Teacher, layer_idx: int, device: torch.device
-) -> dict[str, Tensor]:
+def _teacher_attention(teacher: Teacher, layer_idx: int, device: torch.device) -> dict[str, Tensor]:
     """The teacher's attention of a layer, whole, float32, keyed inside ``self_attention``."""
     prefix = f"decoder.layers.{layer_idx}.self_attention."
     return {

@@ -89,14 +89,13 @@ def measured_full_layers(
         count = max(1, calibration_tokens // seq_length)
         dataset: Any = build_datasets(data_config, train_samples=count, valid_samples=0)[0]
         tokens, labels = (
-            torch.stack([torch.as_tensor(dataset[i][name]) for i in range(count)])
-            .to(accelerator.device)
+            torch.stack([torch.as_tensor(dataset[i][name]) for i in range(count)]).to(
+                accelerator.device
+            )
             for name in ("tokens", "labels")
         )
         fit = _fit_once(hf, window) if sink == "logit" else None
-        rises = nll_rises(
-            model, tokens, labels, window, hf.vocab_size, sink_tokens=sinks, fit=fit
-        )
+        rises = nll_rises(model, tokens, labels, window, hf.vocab_size, sink_tokens=sinks, fit=fit)
     finally:
         stop_processes()
     layers = largest(rises, len(uniform_full_layers(hf.num_hidden_layers)))

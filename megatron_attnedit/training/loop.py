@@ -104,6 +104,4 @@ def save(run: Run) -> None:
     """Write a checkpoint, or begin to."""
     states = gather_states()
     run.log.sync()
-    run.writer.save(
-        run.iteration, run.sharded_state(is_loading=False), {"random_states": states}
-    )
+    run.writer.save(run.iteration, run.sharded_state(is_loading=False), {"random_states": states})

@@ -171,7 +171,10 @@ class MetricsLog:
         self._elapsed_before = self._lines.seconds
         self._sinks: list[Sink] = [TensorBoard(directory, first), *others]
         self.bar = tqdm(
-            total=train_iters, initial=start_iteration, desc=f"stage {stage}", unit="it",
+            total=train_iters,
+            initial=start_iteration,
+            desc=f"stage {stage}",
+            unit="it",
             disable=None,
         )
 

@@ -139,9 +139,7 @@ def optimizer_state(
         # By way of the host: the states may not fit the device at all.
         metadata = {**metadata, "distrib_optim_fully_reshardable_mem_efficient": True}
     if trains_anything(models):
-        own = optimizer.sharded_state_dict(
-            student_state, is_loading=is_loading, metadata=metadata
-        )
+        own = optimizer.sharded_state_dict(student_state, is_loading=is_loading, metadata=metadata)
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     if is_loading or stages == 1:
         return own

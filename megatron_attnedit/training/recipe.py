@@ -97,9 +97,7 @@ class Recipe:
     optimizer_cpu_offload: bool = option(
         False, "master weights, moments and update on the host; needs --use-distributed-optimizer"
     )
-    attention_backend: str = option(
-        "auto", "attention kernel", ("auto", *ATTENTION_BACKENDS)
-    )
+    attention_backend: str = option("auto", "attention kernel", ("auto", *ATTENTION_BACKENDS))
     record: bool = option(
         False,
         "record once and replay, in stage 1 a micro-batch, in stage 2 the teacher: NVIDIA; no "
@@ -123,7 +121,8 @@ class Recipe:
     )
     keep_last: int = option(0, "newest checkpoints that stay; 0: all", minimum=0)
     keep_every: int = option(
-        0, "with --keep-last: those of iterations that are a multiple of it stay, too; 0: none",
+        0,
+        "with --keep-last: those of iterations that are a multiple of it stay, too; 0: none",
         minimum=0,
     )
 
@@ -131,7 +130,8 @@ class Recipe:
         0.0, "minutes after which to save and exit with code 75; 0: no limit", minimum=0
     )
     exit_interval: int = option(
-        0, "save and exit with code 75 after an iteration that is a multiple of it; 0: never",
+        0,
+        "save and exit with code 75 after an iteration that is a multiple of it; 0: never",
         minimum=0,
     )
     distributed_timeout_minutes: int = option(
@@ -242,9 +242,7 @@ class Recipe:
         Raises:
             UserError: the global batch does not divide evenly.
         """
-        return num_microbatches(
-            self.global_batch_size, self.micro_batch_size, data_parallel_size
-        )
+        return num_microbatches(self.global_batch_size, self.micro_batch_size, data_parallel_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,13 +255,16 @@ class Stage1Recipe(Recipe):
         "layer", "error divided by the layer's or by each token's energy", NORMALISATIONS
     )
     student_input_start: float = option(
-        0.0, "probability in the first iteration that a layer gets the student's own hidden states",
-        minimum=0, maximum=1,
+        0.0,
+        "probability in the first iteration that a layer gets the student's own hidden states",
+        minimum=0,
+        maximum=1,
     )
     student_input_end: float = option(
         0.0,
         "the same in the last iteration, linear between; both 0: layers get the teacher's only",
-        minimum=0, maximum=1,
+        minimum=0,
+        maximum=1,
     )
 
     def __post_init__(self) -> None:

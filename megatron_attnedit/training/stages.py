@@ -45,9 +45,7 @@ class Stage(Protocol):
 Draw = Callable[[Sequence[int]], Tensor]
 
 
-def _forward(
-    iterator: Iterator[Batch], model: Any, draw: Draw | None = None
-) -> tuple[Tensor, Any]:
+def _forward(iterator: Iterator[Batch], model: Any, draw: Draw | None = None) -> tuple[Tensor, Any]:
     """A step of the schedule that reports no loss."""
     batch = next(iterator)
     device = batch.tokens.device
@@ -99,9 +97,7 @@ class Stage1:
         self.student_inputs = student_inputs
         self._layer_losses: dict[str, float] = {}
 
-    def _run(
-        self, batches: Iterator[Batch], num_microbatches: int, *, training: bool
-    ) -> Tensor:
+    def _run(self, batches: Iterator[Batch], num_microbatches: int, *, training: bool) -> Tensor:
         """Losses' sums ``[layers, 2]`` over all ranks."""
         for module in self.modules:
             module.train(training)
@@ -167,9 +163,7 @@ class Stage2:
         pauses = [model.no_sync for model in models]
         config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
 
-    def _run(
-        self, batches: Iterator[Batch], num_microbatches: int, *, training: bool
-    ) -> Metrics:
+    def _run(self, batches: Iterator[Batch], num_microbatches: int, *, training: bool) -> Metrics:
         for module in self.modules:
             module.train(training)
             if module.features:

@@ -32,9 +32,7 @@ class Stopping:
             at once.
     """
 
-    def __init__(
-        self, *, exit_duration_in_mins: float, exit_interval: int, started: float
-    ) -> None:
+    def __init__(self, *, exit_duration_in_mins: float, exit_interval: int, started: float) -> None:
         self._limit_s = exit_duration_in_mins * 60
         self._interval = exit_interval
         self._started = started

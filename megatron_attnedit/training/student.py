@@ -112,9 +112,7 @@ class Student:
             state = model_state(self.chunks) if stored_all else self._attention_state()
             sharded_state.load_params(start, state)
 
-    def _open(
-        self, hf: HFConfig, start: Path, lineage: Lineage
-    ) -> tuple[Source, list[ParamRow]]:
+    def _open(self, hf: HFConfig, start: Path, lineage: Lineage) -> tuple[Source, list[ParamRow]]:
         """Compare the lineage's sizes with the files before modules of those sizes are built."""
         whole = lineage.trainable == "all" or (is_hf(start) and start.is_dir())
         rows = student_rows(hf, self.attention) if whole else edited_rows(hf, self.attention)

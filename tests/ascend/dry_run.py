@@ -53,8 +53,19 @@ def _made_once(folder: Path, make: Any) -> Path:
 
 
 def _install(folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-input",
-               "--disable-pip-version-check", "--target", str(folder), f"torch_npu=={VERSION}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--target",
+        str(folder),
+        f"torch_npu=={VERSION}",
+    ]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if answer.returncode:
         shutil.rmtree(folder)
@@ -138,8 +149,12 @@ def with_mindspeed() -> dict[str, str]:
     if not (Path(folder) / "mindspeed" / "megatron_adaptor.py").is_file():
         raise Unavailable(f"{MINDSPEED}={folder}: no mindspeed/megatron_adaptor.py there")
     found = on_the_wheel()
-    return {**found, "PYTHONPATH": os.pathsep.join([found["PYTHONPATH"], folder]),
-            MINDSPEED: folder, "MEGATRON_ATTNEDIT_ADAPTOR": "mindspeed.megatron_adaptor"}
+    return {
+        **found,
+        "PYTHONPATH": os.pathsep.join([found["PYTHONPATH"], folder]),
+        MINDSPEED: folder,
+        "MEGATRON_ATTNEDIT_ADAPTOR": "mindspeed.megatron_adaptor",
+    }
 
 
 def in_python() -> dict[str, str]:
@@ -165,8 +180,12 @@ def run(environment: dict[str, str], function: str, *args: Any, timeout: int = 2
         job.write_bytes(pickle.dumps((function, args)))
         answer = subprocess.run(
             [sys.executable, "-m", "tests.ascend.child", str(job), str(result)],
-            env=environment, cwd=ROOT, timeout=timeout,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment,
+            cwd=ROOT,
+            timeout=timeout,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         assert answer.returncode == 0, answer.stdout[-6000:]
         return pickle.loads(result.read_bytes())

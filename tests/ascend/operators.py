@@ -42,8 +42,14 @@ def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:
 
 
 def npu_grouped_matmul(
-    x: list[Tensor], weight: list[Tensor], *, group_list: Tensor, group_list_type: int = 0,
-    group_type: int | None = None, split_item: int | None = 0, **unused: Any,
+    x: list[Tensor],
+    weight: list[Tensor],
+    *,
+    group_list: Tensor,
+    group_list_type: int = 0,
+    group_type: int | None = None,
+    split_item: int | None = 0,
+    **unused: Any,
 ) -> list[Tensor]:
     """One x and one weight; groups along the rows of x (0), or along what is summed over (2)."""
     assert len(x) == len(weight) == 1 and split_item in (2, 3) and not any(unused.values())
@@ -78,24 +84,41 @@ def _hidden(mask: Tensor, queries: int, keys: int, mode: int, pre: int, after: i
 
 
 def _attention_of(
-    query: Tensor, key: Tensor, value: Tensor, head_num: int, mask: Tensor | None, scale: float,
-    mode: int, pre: int, after: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_num: int,
+    mask: Tensor | None,
+    scale: float,
+    mode: int,
+    pre: int,
+    after: int,
 ) -> tuple[Tensor, ...]:
     """Heads of query, key and value ``[b, n, s, d]`` and the masked scores, float32."""
     assert mask is not None
     size = query.shape[-1] // head_num
     groups = key.shape[-1] // size
-    q, k, v = (_heads(t, s) for t, s in ((query, size), (key, size),
-                                        (value, value.shape[-1] // groups)))
+    q, k, v = (
+        _heads(t, s) for t, s in ((query, size), (key, size), (value, value.shape[-1] // groups))
+    )
     k, v = (t.repeat_interleave(head_num // groups, dim=1) for t in (k, v))
     hidden = _hidden(mask, q.shape[2], k.shape[2], mode, pre, after)
     return q, k, v, (q @ k.transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
 
 
 def npu_fusion_attention(
-    query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, *,
-    atten_mask: Tensor | None = None, scale: float = 1.0, keep_prob: float = 1.0,
-    pre_tockens: int = 2147483647, next_tockens: int = 2147483647, sparse_mode: int = 0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_num: int,
+    input_layout: str,
+    *,
+    atten_mask: Tensor | None = None,
+    scale: float = 1.0,
+    keep_prob: float = 1.0,
+    pre_tockens: int = 2147483647,
+    next_tockens: int = 2147483647,
+    sparse_mode: int = 0,
     **unused: Any,
 ) -> tuple[Any, ...]:
     """Attention, then ``softmax_max``, ``softmax_sum``, ``softmax_in``, seed, offset, numels."""
@@ -142,11 +165,22 @@ def npu_swiglu_backward(grad_output: Tensor, input: Tensor, dim: int = -1) -> Te
 
 
 def npu_fusion_attention_grad(
-    query: Tensor, key: Tensor, value: Tensor, dy: Tensor, head_num: int, input_layout: str, *,
-    atten_mask: Tensor | None = None, softmax_max: Tensor | None = None,
-    softmax_sum: Tensor | None = None, attention_in: Tensor | None = None,
-    scale_value: float = 1.0, pre_tockens: int = 2147483647, next_tockens: int = 2147483647,
-    sparse_mode: int = 0, **unused: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dy: Tensor,
+    head_num: int,
+    input_layout: str,
+    *,
+    atten_mask: Tensor | None = None,
+    softmax_max: Tensor | None = None,
+    softmax_sum: Tensor | None = None,
+    attention_in: Tensor | None = None,
+    scale_value: float = 1.0,
+    pre_tockens: int = 2147483647,
+    next_tockens: int = 2147483647,
+    sparse_mode: int = 0,
+    **unused: Any,
 ) -> tuple[Tensor | None, ...]:
     """By query, key, value; none by the positional shift and the sink.
 
@@ -155,7 +189,14 @@ def npu_fusion_attention_grad(
     assert input_layout == "SBH" and softmax_max is not None and softmax_sum is not None
     assert attention_in is not None
     q, k, v, scores = _attention_of(
-        query, key, value, head_num, atten_mask, scale_value, sparse_mode, pre_tockens,
+        query,
+        key,
+        value,
+        head_num,
+        atten_mask,
+        scale_value,
+        sparse_mode,
+        pre_tockens,
         next_tockens,
     )
     dy, out = (_heads(t, v.shape[-1]) for t in (dy, attention_in))
@@ -195,6 +236,7 @@ def matmul_backward(
 
 def record_stream(self: Tensor, stream: Any) -> None:
     """For the allocator."""
+
 
 # Of those that this package calls itself.
 SCHEMAS = {

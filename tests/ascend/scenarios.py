@@ -148,8 +148,13 @@ def meta_shapes() -> dict[str, Any]:
     return {
         "mla": attend(q, k, v, 32, "SBH", atten_mask=mask, sparse_mode=3)[0].shape,
         "window": attend(
-            meta(4096, 1, 4096), meta(4096, 1, 1024), meta(4096, 1, 1024), 32, "SBH",
-            atten_mask=mask, **band,
+            meta(4096, 1, 4096),
+            meta(4096, 1, 1024),
+            meta(4096, 1, 1024),
+            32,
+            "SBH",
+            atten_mask=mask,
+            **band,
         )[0].shape,
         "rms_norm": torch.ops.npu.npu_rms_norm(meta(6, 2, 64), meta(64))[0].shape,
         "swiglu": torch.ops.npu.npu_swiglu(meta(6, 2, 64)).shape,
@@ -186,8 +191,15 @@ def train(
     """A short run: its metrics, and the operators' arguments."""
     cls = (Stage1Recipe, Stage2Recipe)[stage - 1]
     recipe = small_recipe(
-        cls, folder, student, save, train_iters=2, log_interval=1, global_batch_size=4,
-        adam_eps=1e-6, **fields,
+        cls,
+        folder,
+        student,
+        save,
+        train_iters=2,
+        log_interval=1,
+        global_batch_size=4,
+        adam_eps=1e-6,
+        **fields,
     )
     with true_numbers() as calls:
         training_loop(prepare(recipe))
@@ -209,9 +221,15 @@ def train_all(
 def fit(folder: Path, save: Path) -> dict[str, Tensor]:
     """First weights of an MLA student, fitted to the teacher on some of its text."""
     config = EditConfig(
-        teacher=str(folder / "hf"), save=str(save), student_attention="mla", flags={},
-        init="teacher", seed=3, calibration_data_path=[str(folder / "data")],
-        calibration_tokens=512, seq_length=64,
+        teacher=str(folder / "hf"),
+        save=str(save),
+        student_attention="mla",
+        flags={},
+        init="teacher",
+        seed=3,
+        calibration_data_path=[str(folder / "data")],
+        calibration_tokens=512,
+        seq_length=64,
     )
     with true_numbers():
         checkpoint = edit(config)
@@ -244,8 +262,12 @@ def _losses(folder: Path, teacher: Teacher, name: str) -> dict[str, list[Tensor]
     stage1 = [hidden, layerwise.sums, *_gradients(trained)]
     (chunk,) = student.chunks
     model_level = ModelLevelDistillation(
-        teacher.model, chunk, trained, config=ModelLevelConfig(feature_matching_weight=0.5),
-        vocab_size=teacher.hf.vocab_size, num_matched=len(student.attentions),
+        teacher.model,
+        chunk,
+        trained,
+        config=ModelLevelConfig(feature_matching_weight=0.5),
+        vocab_size=teacher.hf.vocab_size,
+        num_matched=len(student.attentions),
     ).train()
     loss, sums = model_level.loss(
         model_level(tokens, positions, mask), tokens, mask, with_lm_loss=False
@@ -290,8 +312,9 @@ def under_mindspeed(jobs: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
     found = {
         "adaptor": adaptor.name,
         "repatches": adaptor.repatch is not None,
-        "classes": {name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in
-                    parts.items()},
+        "classes": {
+            name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in parts.items()
+        },
         "backends": {m.core_attention.backend.__name__ for m in (layer.self_attention, attention)},
     }
     stop_processes()

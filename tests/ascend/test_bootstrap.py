@@ -70,7 +70,8 @@ def machine(tmp_path):
         }
         return subprocess.run(
             [sys.executable, "-c", PROGRAM, "--lr", "1"],
-            capture_output=True, text=True,
+            capture_output=True,
+            text=True,
             env={k: v for k, v in environment.items() if v is not None},
         )
 
@@ -85,8 +86,12 @@ def test_an_adaptor_comes_first_sees_no_flags_and_is_told_everything(machine):
     assert "argv [] megatron False" in answer.stdout, answer.stderr
     told = next(line for line in answer.stdout.splitlines() if line.startswith("repatch"))
     assert told.startswith("repatch [] ")
-    for option in ("('tensor_model_parallel_size', 2)", "('use_flash_attn', True)",
-                   "('moe_grouped_gemm', False)", "('multi_latent_attention', False)"):
+    for option in (
+        "('tensor_model_parallel_size', 2)",
+        "('use_flash_attn', True)",
+        "('moe_grouped_gemm', False)",
+        "('multi_latent_attention', False)",
+    ):
         assert option in told
     assert "accelerator npu hccl mindspeed.megatron_adaptor" in answer.stdout
     assert "argv after ['--lr', '1']" in answer.stdout
@@ -199,7 +204,5 @@ def test_an_empty_module_in_the_place_of_apex_s_kernel(monkeypatch):
         empty = types.ModuleType("fused_weight_gradient_mlp_cuda")
         monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", empty)
         mcore_fixes._weight_gradients_without_apex(kind)
-        kernel = getattr(
-            layers.fused_weight_gradient_mlp_cuda, "wgrad_gemm_accum_fp32", None
-        )
+        kernel = getattr(layers.fused_weight_gradient_mlp_cuda, "wgrad_gemm_accum_fp32", None)
         assert (kernel is add_weight_gradient) == ours

@@ -19,14 +19,28 @@ REDUCED = {"bfloat16", "float16", "float32", "int32", "int64"}
 MOVED = {*REDUCED, "uint8", "int8", "bool"}
 GRIDS = {
     "stage 2, all, TP2 SP x PP2": (
-        2, "qwen3", "gate_swa",
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True,
-         "pipeline_model_parallel_size": 2, "trainable": "all", "bf16": True},
+        2,
+        "qwen3",
+        "gate_swa",
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "pipeline_model_parallel_size": 2,
+            "trainable": "all",
+            "bf16": True,
+        },
     ),
     "stage 1, TP2 SP x EP2 x CP2": (
-        1, "qwen3_moe", "mla",
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2,
-         "expert_model_parallel_size": 2, "use_distributed_optimizer": True},
+        1,
+        "qwen3_moe",
+        "mla",
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "context_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+            "use_distributed_optimizer": True,
+        },
     ),
 }
 

@@ -141,8 +141,14 @@ def runs(stand_in, tmp_path_factory):
     return dry_run.run(stand_in, "train_all", on_npu, fitted), expected
 
 
-RUNS = ("stage 1, mla", "stage 1, gate_swa", "stage 2, gate_swa", "stage 2, sink_logits",
-        "stage 2, mla, all", "stage 2, experts")
+RUNS = (
+    "stage 1, mla",
+    "stage 1, gate_swa",
+    "stage 2, gate_swa",
+    "stage 2, sink_logits",
+    "stage 2, mla, all",
+    "stage 2, experts",
+)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -169,10 +175,12 @@ def test_training_uses_the_kernels(runs, name, expected):
 
 def test_a_window_reaches_the_kernel(runs):
     """The edited layer slides, 8 tokens; the teacher's and the other layer do not."""
-    calls = [told for call, told in runs[0]["stage 2, gate_swa"][1]
-             if call == "npu_fusion_attention"]
-    modes = {(told["sparse_mode"], told["pre_tockens"]) for told in calls if
-             told["sparse_mode"] == 4}
+    calls = [
+        told for call, told in runs[0]["stage 2, gate_swa"][1] if call == "npu_fusion_attention"
+    ]
+    modes = {
+        (told["sparse_mode"], told["pre_tockens"]) for told in calls if told["sparse_mode"] == 4
+    }
     assert modes == {(4, 7)}
     assert any(told["sparse_mode"] == 3 for told in calls)
 

@@ -12,8 +12,14 @@ from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from tests.support.launching import ROOT, bash, journal, root_with_stand_in
 
 RECIPE = "examples/recipes/ascend/qwen3_8b_stage1.yaml"
-TOLD = ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT", "PYTORCH_NPU_ALLOC_CONF",
-        "TASK_QUEUE_ENABLE", "MEGATRON_ATTNEDIT_DEVICE", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+TOLD = (
+    "HCCL_CONNECT_TIMEOUT",
+    "HCCL_EXEC_TIMEOUT",
+    "PYTORCH_NPU_ALLOC_CONF",
+    "TASK_QUEUE_ENABLE",
+    "MEGATRON_ATTNEDIT_DEVICE",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD",
+)
 
 
 @pytest.fixture
@@ -28,12 +34,17 @@ def launched(tmp_path):
 
     def launch(*words, **variables):
         plain = {
-            "PATH": f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin", "VIRTUAL_ENV": "one",
-            "ATTNEDIT_LOGS": str(tmp_path / "logs"), "HOME": str(tmp_path),
+            "PATH": f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin",
+            "VIRTUAL_ENV": "one",
+            "ATTNEDIT_LOGS": str(tmp_path / "logs"),
+            "HOME": str(tmp_path),
         }
         answer = subprocess.run(
-            ["bash", "examples/ascend/train.sh", *words], cwd=ROOT, env={**plain, **variables},
-            capture_output=True, text=True,
+            ["bash", "examples/ascend/train.sh", *words],
+            cwd=ROOT,
+            env={**plain, **variables},
+            capture_output=True,
+            text=True,
         )
         assert answer.returncode == 0, answer.stderr
         command, *environment = answer.stdout.splitlines()
@@ -55,8 +66,15 @@ def test_one_node(launched):
 
 def test_names_that_mindspeed_s_users_know(launched):
     command, told = launched(
-        "stage2", RECIPE, NPUS_PER_NODE="4", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1",
-        MASTER_PORT="6001", HCCL_CONNECT_TIMEOUT="7", PYTORCH_NPU_ALLOC_CONF="own",
+        "stage2",
+        RECIPE,
+        NPUS_PER_NODE="4",
+        NNODES="2",
+        NODE_RANK="1",
+        MASTER_ADDR="10.0.0.1",
+        MASTER_PORT="6001",
+        HCCL_CONNECT_TIMEOUT="7",
+        PYTORCH_NPU_ALLOC_CONF="own",
         TASK_QUEUE_ENABLE="1",
     )
     assert "--nproc-per-node 4" in command
@@ -68,8 +86,12 @@ def test_names_that_mindspeed_s_users_know(launched):
 
 def test_under_slurm(launched):
     command, _ = launched(
-        "stage1", RECIPE, SLURM_JOB_NODELIST="node[3-4]", SLURM_JOB_NUM_NODES="2",
-        SLURM_NODEID="1", SLURM_JOB_ID="77",
+        "stage1",
+        RECIPE,
+        SLURM_JOB_NODELIST="node[3-4]",
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_NODEID="1",
+        SLURM_JOB_ID="77",
     )
     assert "--nnodes 2 --node-rank 1 --master-addr node3 --master-port 20077" in command
 
@@ -86,9 +108,21 @@ def test_two_nodes_by_their_ranks(tmp_path):
     save = tmp_path / "run"
     nodes = [
         bash(
-            root, "examples/ascend/train.sh", "stage1", "recipe.yaml", "--save", save,
-            "--train-iters", 2, "--seconds", 0.1, NNODES="2", NODE_RANK=str(rank),
-            MASTER_ADDR="localhost", MASTER_PORT="29741", NPUS_PER_NODE="1",
+            root,
+            "examples/ascend/train.sh",
+            "stage1",
+            "recipe.yaml",
+            "--save",
+            save,
+            "--train-iters",
+            2,
+            "--seconds",
+            0.1,
+            NNODES="2",
+            NODE_RANK=str(rank),
+            MASTER_ADDR="localhost",
+            MASTER_PORT="29741",
+            NPUS_PER_NODE="1",
         )
         for rank in (1, 0)
     ]
@@ -100,17 +134,27 @@ def test_two_nodes_by_their_ranks(tmp_path):
 
 
 @pytest.mark.parametrize("student", ["mla", "gate_swa"])
-@pytest.mark.parametrize(
-    ("model", "world_size"), [("qwen3_8b", 8), ("qwen3_30b_a3b", 16)]
-)
+@pytest.mark.parametrize(("model", "world_size"), [("qwen3_8b", 8), ("qwen3_30b_a3b", 16)])
 @pytest.mark.parametrize("stage", [Stage1Recipe, Stage2Recipe])
 def test_recipes_fit_their_nodes(stage, model, world_size, student, capsys, tmp_path):
     """And need what docs/ascend.md says."""
     number = 1 if stage is Stage1Recipe else 2
     file = Path(f"examples/recipes/ascend/{model}_stage{number}.yaml")
-    words = ["--dry-run", "--recipe", file, "--teacher", f"examples/recipes/{model}",
-             "--student-attention", student, "--world-size", world_size,
-             "--device-memory-gib", 64, "--json", tmp_path / "plan.json"]
+    words = [
+        "--dry-run",
+        "--recipe",
+        file,
+        "--teacher",
+        f"examples/recipes/{model}",
+        "--student-attention",
+        student,
+        "--world-size",
+        world_size,
+        "--device-memory-gib",
+        64,
+        "--json",
+        tmp_path / "plan.json",
+    ]
     if (model, student) == ("qwen3_30b_a3b", "mla"):
         words += ["--kv-lora-rank", 256]
     dry_run(stage, "help", [str(word) for word in words])

@@ -29,17 +29,36 @@ def refused(answer, *words):
 
 def stage1(inputs, save, *argv):
     return tool(
-        "pretrain_stage1", "--teacher", inputs / "hf", "--load", inputs / "gate_swa",
-        "--save", save, "--train-data-path", inputs / "data", "--seq-length", 64,
-        "--micro-batch-size", 2, "--global-batch-size", 4, "--train-iters", 2, *argv,
+        "pretrain_stage1",
+        "--teacher",
+        inputs / "hf",
+        "--load",
+        inputs / "gate_swa",
+        "--save",
+        save,
+        "--train-data-path",
+        inputs / "data",
+        "--seq-length",
+        64,
+        "--micro-batch-size",
+        2,
+        "--global-batch-size",
+        4,
+        "--train-iters",
+        2,
+        *argv,
     )
 
 
 def test_import_without_config(tmp_path):
     (tmp_path / "empty").mkdir()
     answer = tool(
-        "convert_checkpoint", "import", "--input", tmp_path / "empty",
-        "--output", tmp_path / "out",
+        "convert_checkpoint",
+        "import",
+        "--input",
+        tmp_path / "empty",
+        "--output",
+        tmp_path / "out",
     )
     refused(answer, "--input", "empty", "neither config.json")
     assert not list(tmp_path.glob("*out*"))
@@ -201,8 +220,13 @@ def test_a_grid_that_cannot_cut_the_heads(inputs, tmp_path, fields, tp_size, wor
         config.update(num_attention_heads=fields["heads"], num_key_value_heads=fields["groups"])
     (model / "config.json").write_text(json.dumps(config))
     answer = tool(
-        "plan", "--teacher", model, "--student-attention", "gate_swa",
-        "--tensor-model-parallel-size", tp_size,
+        "plan",
+        "--teacher",
+        model,
+        "--student-attention",
+        "gate_swa",
+        "--tensor-model-parallel-size",
+        tp_size,
     )
     refused(answer, f"--tensor-model-parallel-size {tp_size}", word)
 
@@ -210,8 +234,13 @@ def test_a_grid_that_cannot_cut_the_heads(inputs, tmp_path, fields, tp_size, wor
 def test_empty_text(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     answer = tool(
-        "preprocess_data", "--input", tmp_path / "empty.txt",
-        "--tokenizer", "examples/embedded_teacher/model", "--output", tmp_path / "out",
+        "preprocess_data",
+        "--input",
+        tmp_path / "empty.txt",
+        "--tokenizer",
+        "examples/embedded_teacher/model",
+        "--output",
+        tmp_path / "out",
     )
     refused(answer, "empty.txt")
     assert not list(tmp_path.glob("*out*"))

@@ -217,13 +217,12 @@ def test_skipping_ends_at_the_cap_also_after_a_resume(inputs, tmp_path):
     save = tmp_path / "run"
     fields = {"bad_iterations": "skip", "max_skipped_iterations": 1}
     train_here(
-        tmp_path, recipe(inputs, save, train_iters=6, exit_interval=4, **fields),
+        tmp_path,
+        recipe(inputs, save, train_iters=6, exit_interval=4, **fields),
         lambda run: spoil(run, {3}, "loss"),
     )
     with pytest.raises(UserError, match="iteration 5, and 1 iterations were skipped before"):
-        train_here(
-            tmp_path, recipe(inputs, save, **fields), lambda run: spoil(run, {5}, "loss")
-        )
+        train_here(tmp_path, recipe(inputs, save, **fields), lambda run: spoil(run, {5}, "loss"))
     assert run_folder.last_good(save).name == "iter_0000004"
 
 

@@ -20,7 +20,8 @@ RUNS = [
     (Stage2Recipe, 3, {"async_save": True, "keep_last": 2}),
     (Stage1Recipe, 2, {"context_parallel_size": 2, "keep_last": 1}),
     (
-        Stage2Recipe, 4,
+        Stage2Recipe,
+        4,
         {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True, "async_save": True},
     ),
 ]
@@ -34,9 +35,19 @@ def inputs(tmp_path_factory):
 def make_recipe(inputs, save, run, iterations):
     cls, world_size, fields = run
     return recipe(
-        cls, inputs, "mla", save, train_iters=iterations, save_interval=SAVE_INTERVAL,
-        log_interval=1, lr_warmup_iters=3, eval_interval=5, eval_iters=1,
-        valid_data_path=[str(inputs / "data")], global_batch_size=12, **fields,
+        cls,
+        inputs,
+        "mla",
+        save,
+        train_iters=iterations,
+        save_interval=SAVE_INTERVAL,
+        log_interval=1,
+        lr_warmup_iters=3,
+        eval_interval=5,
+        eval_iters=1,
+        valid_data_path=[str(inputs / "data")],
+        global_batch_size=12,
+        **fields,
     )
 
 

@@ -29,7 +29,9 @@ def test_scripts_by_shellcheck():
         pytest.skip("shellcheck is not installed")
     assert len(SCRIPTS) > 10
     found = subprocess.run(
-        [program, "--external-sources", *map(str, SCRIPTS)], capture_output=True, text=True,
+        [program, "--external-sources", *map(str, SCRIPTS)],
+        capture_output=True,
+        text=True,
         cwd=ROOT,
     )
     assert found.returncode == 0, found.stdout
@@ -46,8 +48,17 @@ def wait_for(save: Path, event: tuple[str, int]) -> None:
 def test_torchrun_signalled_and_started_again(tmp_path, number):
     root = root_with_stand_in(tmp_path / "root")
     save = tmp_path / "run"
-    words = ["examples/torchrun/train.sh", "stage1", "recipe.yaml", "--save", save,
-             "--train-iters", 4, "--seconds", 0.3]
+    words = [
+        "examples/torchrun/train.sh",
+        "stage1",
+        "recipe.yaml",
+        "--save",
+        save,
+        "--train-iters",
+        4,
+        "--seconds",
+        0.3,
+    ]
     first = bash(root, *words)
     wait_for(save, ("trained", 2))
     first.send_signal(number)
@@ -67,8 +78,9 @@ def test_torchrun_interrupted_twice(tmp_path):
     """The second time at once, although an iteration takes a minute."""
     root = root_with_stand_in(tmp_path / "root")
     save = tmp_path / "run"
-    run = bash(root, "examples/torchrun/train.sh", "stage1", "recipe.yaml", "--save", save,
-               "--seconds", 60)
+    run = bash(
+        root, "examples/torchrun/train.sh", "stage1", "recipe.yaml", "--save", save, "--seconds", 60
+    )
     wait_for(save, ("started", 0))
     run.send_signal(signal.SIGINT)
     time.sleep(1)
@@ -80,13 +92,16 @@ def test_torchrun_interrupted_twice(tmp_path):
     assert "SIGINT once more ends it at once" in output and time.monotonic() - start < 30
 
 
-@pytest.mark.parametrize(
-    ("flags", "code"), [(["--exit-with", 2], 2), (["--crash-at", 1], 1)]
-)
+@pytest.mark.parametrize(("flags", "code"), [(["--exit-with", 2], 2), (["--crash-at", 1], 1)])
 def test_torchrun_s_exit_code(tmp_path, flags, code):
     root = root_with_stand_in(tmp_path / "root")
     run = bash(
-        root, "examples/torchrun/train.sh", "stage2", "recipe.yaml", "--save", tmp_path / "run",
+        root,
+        "examples/torchrun/train.sh",
+        "stage2",
+        "recipe.yaml",
+        "--save",
+        tmp_path / "run",
         *flags,
     )
     output, _ = run.communicate(timeout=60)
@@ -98,8 +113,15 @@ def test_a_dead_rank_ends_a_run_whose_other_ranks_wait_for_it(tmp_path):
     root = root_with_stand_in(tmp_path / "root")
     save = tmp_path / "run"
     run = bash(
-        root, "examples/torchrun/train.sh", "stage1", "recipe.yaml", "--save", save,
-        "--crash-at", 2, "--deaf",
+        root,
+        "examples/torchrun/train.sh",
+        "stage1",
+        "recipe.yaml",
+        "--save",
+        save,
+        "--crash-at",
+        2,
+        "--deaf",
     )
     wait_for(save, ("trained", 2))
     start = time.monotonic()
@@ -121,9 +143,19 @@ def shell_for_ssh(tmp_path) -> dict[str, str]:
 def test_a_host_that_fails_ends_the_others(tmp_path, shell_for_ssh):
     root = root_with_stand_in(tmp_path / "root")
     run = bash(
-        root, "examples/torchrun/all_hosts.sh", "localhost,localhost", "stage1", "recipe.yaml",
-        "--save", tmp_path / "run", "--crash-at", 2, "--deaf",
-        **shell_for_ssh, MASTER_PORT="29733", ATTNEDIT_PATIENCE="5",
+        root,
+        "examples/torchrun/all_hosts.sh",
+        "localhost,localhost",
+        "stage1",
+        "recipe.yaml",
+        "--save",
+        tmp_path / "run",
+        "--crash-at",
+        2,
+        "--deaf",
+        **shell_for_ssh,
+        MASTER_PORT="29733",
+        ATTNEDIT_PATIENCE="5",
     )
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 1, output
@@ -134,8 +166,16 @@ def test_several_hosts(tmp_path, shell_for_ssh):
     """Two launchers that find each other, on one machine."""
     root = root_with_stand_in(tmp_path / "root")
     save = tmp_path / "run"
-    words = ["examples/torchrun/all_hosts.sh", "localhost,localhost", "stage1", "recipe.yaml",
-             "--save", save, "--train-iters", 8]
+    words = [
+        "examples/torchrun/all_hosts.sh",
+        "localhost,localhost",
+        "stage1",
+        "recipe.yaml",
+        "--save",
+        save,
+        "--train-iters",
+        8,
+    ]
     variables = {**shell_for_ssh, "MASTER_PORT": "29731"}
     first = bash(root, *words, **variables)
     wait_for(save, ("trained", 2))
@@ -166,9 +206,18 @@ def test_wrong_words(tmp_path, words, message):
 
 def test_a_grid_is_refused_before_anything_is_queued():
     run = bash(
-        ROOT, "examples/slurm/submit.sh", "--nodes", 2, "examples/slurm/train.sbatch", "stage1",
-        "examples/recipes/qwen3_8b/mla/stage1.yaml", "--teacher", "examples/recipes/qwen3_8b",
-        "--tensor-model-parallel-size", 3, ATTNEDIT_STUDENT="--student-attention mla",
+        ROOT,
+        "examples/slurm/submit.sh",
+        "--nodes",
+        2,
+        "examples/slurm/train.sbatch",
+        "stage1",
+        "examples/recipes/qwen3_8b/mla/stage1.yaml",
+        "--teacher",
+        "examples/recipes/qwen3_8b",
+        "--tensor-model-parallel-size",
+        3,
+        ATTNEDIT_STUDENT="--student-attention mla",
     )
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 2

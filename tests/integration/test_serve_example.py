@@ -42,8 +42,13 @@ def directory(tmp_path):
 def start(vllm, *words):
     environment = {**os.environ, "ATTNEDIT_SERVE_PYTHON": str(vllm)}
     return subprocess.Popen(
-        ["bash", "examples/serve.sh", *map(str, words)], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        ["bash", "examples/serve.sh", *map(str, words)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
 
 

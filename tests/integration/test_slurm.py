@@ -5,22 +5,20 @@ Each test ends with the job finished and every iteration exactly once in what wa
 
 import os
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from megatron_attnedit.checkpoint.run_folder import latest
-from tests.support.attempts import contents, differences, metrics
 from tests.support.launching import (
-    ENVIRONMENT,
     ROOT,
-    bash,
     journal,
     kept_iterations,
-    root_with_stand_in,
+)
+from tests.support.slurm_jobs import (
+    assert_each_iteration_once,
+    starts,
+    trained,
 )
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "runuser")
@@ -34,92 +32,21 @@ TEACHER = "examples/embedded_teacher/model"
 TRAIN = "examples/slurm/train.sbatch"
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
-    """Environment of a running SLURM."""
-    folder = tmp_path_factory.mktemp("slurm")
-    for parent in folder.parents[:2]:
-        parent.chmod(0o755)  # munge's own user passes through
-    script = ROOT / "tests" / "slurm" / "local_slurm.sh"
-    subprocess.run(["bash", script, "start", folder], check=True)
-    yield {**ENVIRONMENT, "SLURM_CONF": str(folder / "slurm.conf")}
-    subprocess.run(["bash", script, "stop", folder], check=True)
-
-
-class Job:
-    """A job of a template."""
-
-    def __init__(self, root: Path, environment: dict[str, str], options, template, words) -> None:
-        self.root, self.environment = root, environment
-        self.id = self.run("sbatch", "--parsable", *options, template, *words).strip()
-
-    def run(self, *words: object) -> str:
-        answer = subprocess.run(
-            [str(word) for word in words], cwd=self.root, env=self.environment, text=True,
-            capture_output=True,
-        )
-        assert answer.returncode == 0, answer.stdout + answer.stderr
-        return answer.stdout
-
-    @property
-    def log(self) -> str:
-        file = self.root / f"attnedit-{self.id}.log"
-        return file.read_text() if file.is_file() else ""
-
-    def state(self) -> str:
-        shown = self.run("scontrol", "--oneliner", "show", "job", self.id)
-        return shown.split("JobState=")[1].split()[0]
-
-    def wait(self, what, seconds: float) -> None:
-        """Until ``what()`` holds."""
-        deadline = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < deadline, f"{self.state()}\n{self.log}"
-            time.sleep(0.3)
-
-    def wait_for_state(self, *states: str, seconds: float = 120) -> None:
-        self.wait(lambda: self.state() in states, seconds)
-
-
-@pytest.fixture
-def submit(cluster, tmp_path) -> Iterator:
-    jobs = []
-
-    def start(
-        *words: object, options=(), root: Path | None = None, template=TRAIN, **variables: str
-    ) -> Job:
-        root = root or root_with_stand_in(tmp_path / "root")
-        jobs.append(Job(root, {**cluster, **variables}, options, template, words))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.run("scancel", "--quiet", job.id)
-
-
-def trained(save: Path, iteration: int) -> bool:
-    return (save / "journal.jsonl").is_file() and ("trained", iteration) in journal(save)
-
-
-def assert_each_iteration_once(save: Path, last: int) -> list[tuple[str, int]]:
-    events = journal(save)
-    assert kept_iterations(events) == list(range(1, last + 1))
-    assert events[-1] == ("finished", last)
-    return events
-
-
-def starts(events: list[tuple[str, int]]) -> list[int]:
-    """Iterations at which the job started."""
-    return [iteration for what, iteration in events if what == "started"]
-
-
 def test_preempted_by_another_job(submit, tmp_path):
     save = tmp_path / "run"
     job = submit("stage1", "recipe.yaml", "--save", save, "--train-iters", 30)
     job.wait(lambda: trained(save, 3), 60)
     job.run(
-        "sbatch", "--partition", "high", "--exclusive", "--mem", 0, "--output", "/dev/null",
-        "--wrap", "sleep 3",
+        "sbatch",
+        "--partition",
+        "high",
+        "--exclusive",
+        "--mem",
+        0,
+        "--output",
+        "/dev/null",
+        "--wrap",
+        "sleep 3",
     )
     job.wait_for_state("COMPLETED")
     events = assert_each_iteration_once(save, 30)
@@ -157,7 +84,14 @@ def test_the_time_limit(submit, tmp_path):
     """The signal comes up to a minute before it was asked for: SLURM counts in minutes."""
     save = tmp_path / "run"
     job = submit(
-        "stage1", "recipe.yaml", "--save", save, "--train-iters", 260, "--seconds", 0.5,
+        "stage1",
+        "recipe.yaml",
+        "--save",
+        save,
+        "--train-iters",
+        260,
+        "--seconds",
+        0.5,
         options=["--time", "3", "--signal", "B:USR1@60"],
     )
     job.wait_for_state("COMPLETED", seconds=600)
@@ -169,9 +103,7 @@ def test_the_time_limit(submit, tmp_path):
 def test_signalled_while_it_starts(submit, tmp_path):
     """No crash is counted, and the next start trains."""
     save = tmp_path / "run"
-    job = submit(
-        "stage1", "recipe.yaml", "--save", save, "--train-iters", 3, ATTNEDIT_CRASHES="0"
-    )
+    job = submit("stage1", "recipe.yaml", "--save", save, "--train-iters", 3, ATTNEDIT_CRASHES="0")
     job.wait(lambda: "dry run of" in job.log, 60)
     time.sleep(0.5)
     job.run("scancel", "--batch", "--signal", "USR1", job.id)
@@ -186,7 +118,13 @@ PAIR = ["--partition", "pair", "--nodes", "2"]
 def test_two_nodes(submit, tmp_path):
     save = tmp_path / "run"
     job = submit(
-        "stage1", "recipe.yaml", "--save", save, "--train-iters", 12, options=PAIR,
+        "stage1",
+        "recipe.yaml",
+        "--save",
+        save,
+        "--train-iters",
+        12,
+        options=PAIR,
         ATTNEDIT_DEVICES="1",
     )
     job.wait(lambda: trained(save, 3), 60)
@@ -202,8 +140,16 @@ def test_a_dead_rank_ends_the_other_node(submit, tmp_path):
     """The other node's rank waits for it and hears no signal."""
     save = tmp_path / "run"
     job = submit(
-        "stage1", "recipe.yaml", "--save", save, "--crash-at", 3, "--deaf", options=PAIR,
-        ATTNEDIT_DEVICES="1", ATTNEDIT_CRASHES="0",
+        "stage1",
+        "recipe.yaml",
+        "--save",
+        save,
+        "--crash-at",
+        3,
+        "--deaf",
+        options=PAIR,
+        ATTNEDIT_DEVICES="1",
+        ATTNEDIT_CRASHES="0",
     )
     job.wait(lambda: trained(save, 3), 60)
     start = time.monotonic()
@@ -216,8 +162,17 @@ def test_crashes_are_counted(submit, tmp_path):
     """A rank dies at iteration 5 of every start; the last checkpoint is of iteration 4."""
     save = tmp_path / "run"
     job = submit(
-        "stage1", "recipe.yaml", "--save", save, "--train-iters", 9, "--save-interval", 2,
-        "--crash-at", 5, ATTNEDIT_CRASHES="1",
+        "stage1",
+        "recipe.yaml",
+        "--save",
+        save,
+        "--train-iters",
+        9,
+        "--save-interval",
+        2,
+        "--crash-at",
+        5,
+        ATTNEDIT_CRASHES="1",
     )
     job.wait_for_state("FAILED")
     assert "crash 1 of 1" in job.log and "crash 2" in job.log and "given up" in job.log
@@ -243,9 +198,17 @@ def test_a_node_without_its_devices(submit, tmp_path):
 
 def test_an_impossible_grid_starts_no_rank(submit, tmp_path):
     job = submit(
-        "stage1", "examples/recipes/qwen3_8b/mla/stage1.yaml", "--save", tmp_path / "run",
-        "--teacher", "examples/recipes/qwen3_8b", "--load", "nowhere",
-        root=ROOT, options=["--output", tmp_path / "log"], ATTNEDIT_LOGS=str(tmp_path / "logs"),
+        "stage1",
+        "examples/recipes/qwen3_8b/mla/stage1.yaml",
+        "--save",
+        tmp_path / "run",
+        "--teacher",
+        "examples/recipes/qwen3_8b",
+        "--load",
+        "nowhere",
+        root=ROOT,
+        options=["--output", tmp_path / "log"],
+        ATTNEDIT_LOGS=str(tmp_path / "logs"),
     )
     job.wait_for_state("FAILED")
     assert "error: --load nowhere: not there" in (tmp_path / "log").read_text()
@@ -254,83 +217,26 @@ def test_an_impossible_grid_starts_no_rank(submit, tmp_path):
 
 def test_conversion(submit, tmp_path):
     job = submit(
-        "import", "--input", TEACHER, "--output", tmp_path / "teacher", root=ROOT,
-        template="examples/slurm/convert.sbatch", options=["--output", tmp_path / "log"],
+        "import",
+        "--input",
+        TEACHER,
+        "--output",
+        tmp_path / "teacher",
+        root=ROOT,
+        template="examples/slurm/convert.sbatch",
+        options=["--output", tmp_path / "log"],
     )
     job.wait_for_state("COMPLETED")
     assert latest(tmp_path / "teacher") is not None
     job = submit(
-        "import", "--input", tmp_path / "nowhere", "--output", tmp_path / "other", root=ROOT,
-        template="examples/slurm/convert.sbatch", options=["--output", tmp_path / "log"],
+        "import",
+        "--input",
+        tmp_path / "nowhere",
+        "--output",
+        tmp_path / "other",
+        root=ROOT,
+        template="examples/slurm/convert.sbatch",
+        options=["--output", tmp_path / "log"],
     )
     job.wait_for_state("FAILED")
     assert "nowhere" in (tmp_path / "log").read_text()
-
-
-@pytest.fixture(scope="module")
-def teacher_and_student(tmp_path_factory) -> Path:
-    """Data of the embedded teacher's text, and an untrained student of it."""
-    folder = tmp_path_factory.mktemp("embedded")
-    steps = [
-        ["preprocess_data", "--input", "examples/embedded_teacher/text/stage1.jsonl.gz",
-         "--tokenizer", TEACHER, "--output", folder / "data"],
-        ["edit_checkpoint", "--teacher", TEACHER, "--save", folder / "edit", "--init", "random",
-         "--student-attention", "mla", "--kv-lora-rank", 156, "--qk-pos-emb-head-dim", 48],
-    ]
-    for name, *words in steps:
-        answer = subprocess.run(
-            ["python", f"tools/{name}.py", *map(str, words)], cwd=ROOT, env=ENVIRONMENT,
-            capture_output=True, text=True,
-        )
-        assert answer.returncode == 0, answer.stdout + answer.stderr
-    return folder
-
-
-def of_training(save: Path) -> list[dict]:
-    return [entry for entry in metrics(save) if "loss" in entry]
-
-
-def logged(save: Path) -> int:
-    """The last iteration in a run's metrics."""
-    if not (save / "metrics.jsonl").is_file():
-        return 0
-    return max((entry["iteration"] for entry in of_training(save)), default=0)
-
-
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_a_real_run_is_preempted_twice(submit, teacher_and_student, tmp_path, stage):
-    """Its weights, losses and optimizer are those of a run that nobody touched, bit for bit."""
-    folder, last = teacher_and_student, 24
-    (tmp_path / "recipe.yaml").write_text(
-        f"seq_length: 256\nglobal_batch_size: 4\ntrain_iters: {last}\nlog_interval: 1\n"
-        "lr_warmup_iters: 4\nuse_distributed_optimizer: true\n"
-    )
-    words = [stage, tmp_path / "recipe.yaml", "--teacher", TEACHER, "--load", folder / "edit",
-             "--train-data-path", folder / "data"]
-    variables = {"ATTNEDIT_LOGS": str(tmp_path / "logs")}
-    untouched = bash(
-        ROOT, "examples/torchrun/train.sh", *words, "--save", tmp_path / "untouched", **variables
-    )
-    output, _ = untouched.communicate(timeout=300)
-    assert untouched.returncode == 0, output
-
-    save, log = tmp_path / "run", tmp_path / "job.log"
-    job = submit(
-        *words, "--save", save, root=ROOT, options=["--output", log], **variables
-    )
-    for iteration in (4, 12):
-        job.wait(lambda least=iteration: logged(save) >= least, 120)
-        job.run(
-            "sbatch", "--partition", "high", "--exclusive", "--mem", 0, "--output", "/dev/null",
-            "--wrap", "sleep 1",
-        )
-        job.wait(lambda: job.state() != "RUNNING", 60)
-        job.wait_for_state("RUNNING")
-    job.wait_for_state("COMPLETED")
-    assert log.read_text().count("saved: queued again") == 2
-    assert [entry["iteration"] for entry in of_training(save)] == list(range(1, last + 1))
-    for one, other in zip(of_training(save), of_training(tmp_path / "untouched"), strict=True):
-        for name in ("loss", "lr", "grad_norm"):
-            assert one[name] == other[name], (one["iteration"], name)
-    ends = [contents(latest(path)) for path in (save, tmp_path / "untouched")]
-    assert differences(*ends) == []

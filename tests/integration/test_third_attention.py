@@ -78,7 +78,12 @@ def test_the_whole_pipeline_runs_on_it(registered, tmp_path, capsys):
     lineage = json.loads((tmp_path / "out" / "attnedit.json").read_text())
     assert lineage["student_attention"] == {"name": NAME, "window": 16}
     call(
-        convert_checkpoint, "export", "--input", tmp_path / "out", "--output", tmp_path / "again",
+        convert_checkpoint,
+        "export",
+        "--input",
+        tmp_path / "out",
+        "--output",
+        tmp_path / "again",
     )
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()

@@ -26,7 +26,9 @@ BARS = {
 LAYERS = 4
 ITERATIONS = 50
 OVERLAP = {
-    "use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True,
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
 }  # as in grids.py, which is imported once Megatron is prepared
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
@@ -100,8 +102,7 @@ def jobs_of(args):
         for grid, (size, flags) in grids.items()
         for student in args.students
         for stage in ("stage 1", "stage 2")
-        if size <= args.processes
-        and (args.grids is None or grid in ("one process", *args.grids))
+        if size <= args.processes and (args.grids is None or grid in ("one process", *args.grids))
     ]
     return sorted(found, key=lambda job: (job[0], job[4] != "one process"))
 

@@ -23,10 +23,15 @@ from tests.support.inputs import recipe as small_recipe
 
 # Argument that is the payload.
 PAYLOADS = {
-    "broadcast_": 0, "allreduce_": 0, "allreduce_coalesced_": 0,
-    "_allgather_base_": 0, "allgather_into_tensor_coalesced_": 0,
-    "_reduce_scatter_base_": 1, "reduce_scatter_tensor_coalesced_": 1,
-    "alltoall_base_": 1, "send": 0,
+    "broadcast_": 0,
+    "allreduce_": 0,
+    "allreduce_coalesced_": 0,
+    "_allgather_base_": 0,
+    "allgather_into_tensor_coalesced_": 0,
+    "_reduce_scatter_base_": 1,
+    "reduce_scatter_tensor_coalesced_": 1,
+    "alltoall_base_": 1,
+    "send": 0,
 }
 NO_PAYLOAD = ("recv_", "barrier")
 # Sums of losses, norms, token counts.
@@ -43,12 +48,14 @@ class Counting(TorchDispatchMode):
         groups = {
             "pipeline": [state.get_pipeline_model_parallel_group()],
             "expert": [
-                state.get_expert_model_parallel_group(), state.get_expert_tensor_parallel_group(),
+                state.get_expert_model_parallel_group(),
+                state.get_expert_tensor_parallel_group(),
             ],
             "context": [state.get_context_parallel_group()],
             "tensor": [state.get_tensor_model_parallel_group()],
             "data": [
-                state.get_data_parallel_group(True), state.get_data_parallel_group(True, True),
+                state.get_data_parallel_group(True),
+                state.get_data_parallel_group(True, True),
                 state.get_expert_data_parallel_group(),
             ],
         }
@@ -66,8 +73,9 @@ class Counting(TorchDispatchMode):
         payload = tree_leaves(args[PAYLOADS[name]])
         size = sum(t.numel() * t.element_size() for t in payload)
         (group,) = (
-            dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject)
-            and "ProcessGroup" in str(a._type())
+            dist.ProcessGroup.unbox(a)
+            for a in args
+            if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
         )
         # Of two stages mcore sends one way in the group of all processes.
         kind = "pipeline" if name == "send" else self.kinds.get(group.group_name)
@@ -127,17 +135,30 @@ MORE = {
     "DP2 bfloat16": (2, {"bf16": True, "use_distributed_optimizer": True}, False),
 }
 QUICK = [
-    ("stage 1", "TP2", "mla"), ("stage 1", "TP2 SP", "gate_swa"), ("stage 2", "TP2 SP", "mla"),
-    ("stage 2", "PP2", "gate_swa"), ("stage 1", "DP2 distributed optimizer", "mla"),
-    ("stage 2", "CP2", "gate_swa"), ("stage 2", "EP2", "mla"), ("stage 1", "ETP2, TP1", "mla"),
+    ("stage 1", "TP2", "mla"),
+    ("stage 1", "TP2 SP", "gate_swa"),
+    ("stage 2", "TP2 SP", "mla"),
+    ("stage 2", "PP2", "gate_swa"),
+    ("stage 1", "DP2 distributed optimizer", "mla"),
+    ("stage 2", "CP2", "gate_swa"),
+    ("stage 2", "EP2", "mla"),
+    ("stage 1", "ETP2, TP1", "mla"),
     ("stage 1 on own inputs", "TP2 SP x PP2", "gate_swa"),
 ]
 EVERY = [
-    *((stage, grid, student) for stage in ("stage 1", "stage 2")
-      for grid in [*GRIDS, *MORE] for student in ("mla", "gate_swa")
-      if "uneven" not in grid),
-    *((stage, grid, "mla") for stage in STAGES if stage not in ("stage 1", "stage 2")
-      and "jsd" not in stage for grid in ("TP2", "TP2 SP", "CP2", "PP2 interleaved")),
+    *(
+        (stage, grid, student)
+        for stage in ("stage 1", "stage 2")
+        for grid in [*GRIDS, *MORE]
+        for student in ("mla", "gate_swa")
+        if "uneven" not in grid
+    ),
+    *(
+        (stage, grid, "mla")
+        for stage in STAGES
+        if stage not in ("stage 1", "stage 2") and "jsd" not in stage
+        for grid in ("TP2", "TP2 SP", "CP2", "PP2 interleaved")
+    ),
 ]
 SLOW = [pytest.param(*case, marks=pytest.mark.full) for case in EVERY if case not in QUICK]
 

@@ -29,7 +29,8 @@ STUDENTS = {
     "gate_swa": ("gate_swa", {"sliding_window": 8, "full_layers": "1"}),
     "gate_swa sinks": ("gate_swa", {"sliding_window": 8, "sink_tokens": 3, "full_layers": "1"}),
     "gate_swa sink logits": (
-        "gate_swa", {"sliding_window": 8, "sink": "logit", "full_layers": "1"}
+        "gate_swa",
+        {"sliding_window": 8, "sink": "logit", "full_layers": "1"},
     ),
     "gate_swa headwise": (
         "gate_swa",
@@ -42,8 +43,15 @@ def random_student(folder, hf_dir, case):
     name, flags = STUDENTS[case]
     edit(
         EditConfig(
-            teacher=str(hf_dir), save=str(folder), student_attention=name, flags=flags,
-            init="random", seed=3, calibration_data_path=[], calibration_tokens=0, seq_length=64,
+            teacher=str(hf_dir),
+            save=str(folder),
+            student_attention=name,
+            flags=flags,
+            init="random",
+            seed=3,
+            calibration_data_path=[],
+            calibration_tokens=0,
+            seq_length=64,
         )
     )
     return folder
@@ -78,9 +86,7 @@ def test_exported_student(tmp_path, case, teacher):
         pytest.skip("refused: biases")
     hf_dir = tiny_hf_dir(tmp_path / "hf", teacher)
     folder = random_student(tmp_path / "student", hf_dir, case)
-    convert(
-        ConversionConfig(source=folder, output=tmp_path / "out", format="hf", dtype="float32")
-    )
+    convert(ConversionConfig(source=folder, output=tmp_path / "out", format="hf", dtype="float32"))
     ids = tokens(length=64)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     model = causal_lm_class(config).from_pretrained(tmp_path / "out")
@@ -101,9 +107,7 @@ def test_an_exported_cache_keeps_window_and_sinks(tmp_path):
     """Loaded from the written directory alone, bytes counted on a filled cache."""
     hf_dir = tiny_hf_dir(tmp_path / "hf")
     folder = random_student(tmp_path / "student", hf_dir, "gate_swa sinks")
-    convert(
-        ConversionConfig(source=folder, output=tmp_path / "out", format="hf", dtype="float32")
-    )
+    convert(ConversionConfig(source=folder, output=tmp_path / "out", format="hf", dtype="float32"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code"))
         # Not by an Auto class: where the package's own classes are registered, it takes those.

@@ -1,6 +1,6 @@
 """On an accelerator: kernels against the reference, and a run against the same run on the CPU.
 
-    python -m pytest -m gpu tests/numerics/test_gpu.py
+python -m pytest -m gpu tests/numerics/test_gpu.py
 """
 
 import itertools
@@ -157,8 +157,10 @@ def value_and_gradients(function, wanted, rest, dtype):
     wanted = [cast(t).detach().requires_grad_() for t in wanted]
     out = function(*wanted, *(cast(t) for t in rest))
     outs = list(out) if isinstance(out, tuple) else [out]
-    sum((o.double() * torch.linspace(0.5, 1.5, o.numel(), device="cuda").view_as(o)).sum()
-        for o in outs).backward()
+    sum(
+        (o.double() * torch.linspace(0.5, 1.5, o.numel(), device="cuda").view_as(o)).sum()
+        for o in outs
+    ).backward()
     return [*(o.detach() for o in outs), *(t.grad for t in wanted)]
 
 
@@ -260,12 +262,15 @@ def compare_runs(inputs, tmp_path, student, stage, flags, bar):
     losses = {}
     for device in ("cpu", "cuda"):
         save = tmp_path / device
+        flags_of_run = [
+            *("--teacher", inputs / "hf", "--load", inputs / student, "--save", save),
+            *("--train-data-path", inputs / "data", "--seq-length", "64"),
+            *("--micro-batch-size", "2", "--global-batch-size", "8"),
+            *("--train-iters", "5", "--log-interval", "1"),
+            *(flags if device == "cuda" else ["--no-bf16"]),
+        ]
         call(
-            [sys.executable, f"tools/pretrain_stage{stage}.py", "--teacher", inputs / "hf",
-             "--load", inputs / student, "--save", save, "--train-data-path", inputs / "data",
-             "--seq-length", "64", "--micro-batch-size", "2", "--global-batch-size", "8",
-             "--train-iters", "5", "--log-interval", "1",
-             *(flags if device == "cuda" else ["--no-bf16"])],
+            [sys.executable, f"tools/pretrain_stage{stage}.py", *flags_of_run],
             device,
         )
         lines = (save / "metrics.jsonl").read_text().splitlines()
@@ -279,8 +284,14 @@ def test_a_checkpoint_behind_the_training_holds_what_one_before_it_does(tmp_path
     inputs = make_inputs(tmp_path / "inputs")
     run = prepare(
         small_recipe(
-            Stage1Recipe, inputs, "mla", tmp_path / "run", bf16=True, async_save=True,
-            train_iters=6, save_interval=2,
+            Stage1Recipe,
+            inputs,
+            "mla",
+            tmp_path / "run",
+            bf16=True,
+            async_save=True,
+            train_iters=6,
+            save_interval=2,
         )
     )
     try:
@@ -302,8 +313,15 @@ def test_an_optimizer_on_the_host_trains_and_continues_as_one_on_the_device(tmp_
 
     def attempt(offload):
         recipe = small_recipe(
-            Stage2Recipe, inputs, "mla", saves[offload], bf16=True, trainable="all",
-            save_interval=2, log_interval=1, use_distributed_optimizer=True,
+            Stage2Recipe,
+            inputs,
+            "mla",
+            saves[offload],
+            bf16=True,
+            trainable="all",
+            save_interval=2,
+            log_interval=1,
+            use_distributed_optimizer=True,
             optimizer_cpu_offload=offload,
         )
         try:

@@ -1,6 +1,6 @@
 """On an accelerator: kernels with sink logits against the reference.
 
-    python -m pytest -m gpu tests/numerics/test_gpu_sink_logits.py
+python -m pytest -m gpu tests/numerics/test_gpu_sink_logits.py
 """
 
 import itertools

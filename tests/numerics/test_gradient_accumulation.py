@@ -72,14 +72,18 @@ class Holder(MegatronModule):
 @pytest.mark.parametrize("input_wants_gradient", [False, True])
 @pytest.mark.parametrize(
     "grid",
-    [{}, {"tensor_model_parallel_size": 2},
-     {"tensor_model_parallel_size": 2, "sequence_parallel": True}],
+    [
+        {},
+        {"tensor_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ],
     ids=["one process", "TP2", "TP2 SP"],
 )
 @pytest.mark.parametrize("student", ["mla", "gate_swa"])
 def test_with_and_without_fusion(tmp_path, student, grid, input_wants_gradient):
     kind, flags = {
-        "mla": (MLA, {}), "gate_swa": (GateSWA, {"sliding_window": 4, "full_layers": "none"})
+        "mla": (MLA, {}),
+        "gate_swa": (GateSWA, {"sliding_window": 4, "full_layers": "none"}),
     }[student]
     hf_dir = tiny_hf_dir(tmp_path / "hf")
     size = grid.get("tensor_model_parallel_size", 1)
@@ -135,8 +139,15 @@ def test_divergence_adds_to_the_main_gradient(one_process, tied):
         hidden.grad, weight.grad = None, None
         hidden.requires_grad_()
         loss = chunked_divergence(
-            hidden, weight, target, weight.detach() * 0.7, torch.ones(9),
-            vocab_size=19, group=group, chunk_tokens=4, **options,
+            hidden,
+            weight,
+            target,
+            weight.detach() * 0.7,
+            torch.ones(9),
+            vocab_size=19,
+            group=group,
+            chunk_tokens=4,
+            **options,
         )
         loss.backward()
         return hidden.grad.clone(), weight.grad.clone()
@@ -156,8 +167,14 @@ def test_divergence_refuses_a_scaled_loss(one_process):
     weight = torch.randn(8, 4).requires_grad_()
     weight.main_grad = torch.zeros(8, 4)
     loss = chunked_divergence(
-        torch.randn(3, 4), weight, torch.randn(3, 4), weight.detach(), torch.ones(3), vocab_size=8,
-        group=parallel_state.get_tensor_model_parallel_group(), gradient_accumulation_fusion=True,
+        torch.randn(3, 4),
+        weight,
+        torch.randn(3, 4),
+        weight.detach(),
+        torch.ones(3),
+        vocab_size=8,
+        group=parallel_state.get_tensor_model_parallel_group(),
+        gradient_accumulation_fusion=True,
     )
     with pytest.raises(RuntimeError):
         (loss * 2).backward()

@@ -63,8 +63,14 @@ def on_ranks(kind, temperature, chunk_tokens, tp_size):
     ws = shards[0].requires_grad_()
     common = {"vocab_size": VOCAB, "group": group, "chunk_tokens": chunk_tokens}
     loss = chunked_divergence(
-        hs, ws, hidden[1].float(), shards[1], mask.float(),
-        divergence=kind, temperature=temperature, **common,
+        hs,
+        ws,
+        hidden[1].float(),
+        shards[1],
+        mask.float(),
+        divergence=kind,
+        temperature=temperature,
+        **common,
     )
     (loss * 3).backward()
     torch.distributed.all_reduce(hs.grad, group=group)

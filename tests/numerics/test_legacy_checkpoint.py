@@ -45,9 +45,7 @@ def equals_built(source, folder, flags, grouped):
     """Rank files hold what this rank's model holds, under Megatron's local names."""
     grid = ParallelConfig(**flags)
     accelerator = start_processes(grid)
-    teacher = load_teacher(
-        str(source), grid, torch.bfloat16, accelerator, moe_grouped_gemm=grouped
-    )
+    teacher = load_teacher(str(source), grid, torch.bfloat16, accelerator, moe_grouped_gemm=grouped)
     place = place_of_this_process()
     from megatron.core import parallel_state
 

@@ -46,8 +46,16 @@ def all_on_an_accelerator(optimizer, offload_fraction):
 def train_to_the_end(folder, save, offload):
     """Weights at the end; in bfloat16, everything trained."""
     recipe = small_recipe(
-        Stage2Recipe, folder, "mla", save, bf16=True, trainable="all", save_interval=2,
-        log_interval=1, use_distributed_optimizer=True, optimizer_cpu_offload=offload,
+        Stage2Recipe,
+        folder,
+        "mla",
+        save,
+        bf16=True,
+        trainable="all",
+        save_interval=2,
+        log_interval=1,
+        use_distributed_optimizer=True,
+        optimizer_cpu_offload=offload,
     )
     machine = SimpleNamespace(kind="accelerator", fuses_adam=False)
     with (
@@ -124,7 +132,12 @@ def test_refused_without_what_it_needs(inputs, tmp_path):
 def prepared(folder, save):
     prepare(
         small_recipe(
-            Stage2Recipe, folder, "mla", save, bf16=True, use_distributed_optimizer=True,
+            Stage2Recipe,
+            folder,
+            "mla",
+            save,
+            bf16=True,
+            use_distributed_optimizer=True,
             optimizer_cpu_offload=True,
         )
     )

@@ -147,7 +147,12 @@ def test_grouped_experts(inputs, one_process, tmp_path, flags):
     flags = {**flags, "bf16": True, "moe_grouped_gemm": True}
     answers = processes.run(
         2 if len(flags) > 2 else 1,
-        train_on_grid, "stage 2", inputs["moe"], "mla", tmp_path / "save", flags,
+        train_on_grid,
+        "stage 2",
+        inputs["moe"],
+        "mla",
+        tmp_path / "save",
+        flags,
     )
     found = differences(rows_of(inputs["moe"], "mla"), answers, expected)
     assert all(found[name] <= bar for name, bar in BF16_BARS.items()), found
@@ -156,9 +161,7 @@ def test_grouped_experts(inputs, one_process, tmp_path, flags):
 @pytest.mark.parametrize("grid", ["PP2", "PP2 interleaved"])
 def test_tied_embeddings_in_a_pipeline(tmp_path, grid):
     """First and last stage hold a copy each, and their gradients add up."""
-    folder = make_inputs(
-        tmp_path / "tied", num_hidden_layers=LAYERS, tie_word_embeddings=True
-    )
+    folder = make_inputs(tmp_path / "tied", num_hidden_layers=LAYERS, tie_word_embeddings=True)
     world_size, flags, _ = GRIDS[grid]
     arguments = "stage 2 all, jsd", folder, "mla"
     expected = processes.run(1, train_on_grid, *arguments, tmp_path / "one", {})[0]
@@ -213,8 +216,14 @@ def test_a_planted_mistake_is_found(inputs, one_process, tmp_path, mistake, stag
     expected = one_process(stage, "dense", "mla")
     world_size, flags, _ = GRIDS[grid]
     answers = processes.run(
-        world_size, grids.train_with_mistake, mistake,
-        stage, inputs["dense"], "mla", tmp_path / "save", flags,
+        world_size,
+        grids.train_with_mistake,
+        mistake,
+        stage,
+        inputs["dense"],
+        "mla",
+        tmp_path / "save",
+        flags,
     )
     found = differences(rows_of(inputs["dense"], "mla"), answers, expected)
     assert found["gradients"] > 10 * BARS["gradients"], found

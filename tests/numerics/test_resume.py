@@ -32,7 +32,8 @@ GRIDS = {
     "DP2 distributed optimizer": (2, {"use_distributed_optimizer": True}),
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
     "CP2 distributed optimizer": (
-        2, {"context_parallel_size": 2, "use_distributed_optimizer": True}
+        2,
+        {"context_parallel_size": 2, "use_distributed_optimizer": True},
     ),
 }
 HYBRID = {"sliding_window": 8, "full_layers": "0,1"}  # nothing to train on the first stage
@@ -152,9 +153,7 @@ def assert_equal(whole, resumed):
             assert torch.equal(before[name], after[name]), name
 
 
-@pytest.mark.parametrize(
-    ("stage", "distributed"), every_other(RECIPES, [False, True])
-)
+@pytest.mark.parametrize(("stage", "distributed"), every_other(RECIPES, [False, True]))
 def test_stage_with_nothing_to_train_continues(inputs, tmp_path, stage, distributed):
     """Rank 0 writes what all ranks share, and here it has no optimizer state."""
     save = tmp_path / "run"
@@ -221,7 +220,8 @@ OTHER_GRIDS = {
     "one process": (1, {}),
     "TP2": (2, {"tensor_model_parallel_size": 2}),
     "PP2 interleaved": (
-        2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+        2,
+        {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
     ),
     "DP2": (2, {}),
 }
@@ -232,7 +232,8 @@ def test_continues_on_another_grid(inputs, tmp_path, stage, grid):
     """Saved by four processes, continued by others: the same losses up to rounding."""
     save = tmp_path / "run"
     fields = {
-        "tensor_model_parallel_size": 2, "sequence_parallel": True,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
         "pipeline_model_parallel_size": 2,
     }
     processes.run(4, train_to_the_end, stage, inputs, save, fields)

@@ -40,9 +40,15 @@ def folder(tmp_path_factory):
     tiny_data(folder / "data", hf_dir)
     edit(
         EditConfig(
-            teacher=str(hf_dir), save=str(folder / "student"), student_attention="gate_swa",
-            flags=FLAGS, init="teacher", seed=3, calibration_data_path=[str(folder / "data")],
-            calibration_tokens=512, seq_length=64,
+            teacher=str(hf_dir),
+            save=str(folder / "student"),
+            student_attention="gate_swa",
+            flags=FLAGS,
+            init="teacher",
+            seed=3,
+            calibration_data_path=[str(folder / "data")],
+            calibration_tokens=512,
+            seq_length=64,
         )
     )
     return folder
@@ -141,8 +147,9 @@ def test_no_weight_decay(folder, tmp_path):
 def test_a_random_start_has_logits_of_zero(folder, tmp_path):
     make_student(folder, "random", "gate_swa", FLAGS)
     convert(
-        ConversionConfig(source=folder / "random", output=tmp_path / "out", format="hf",
-                         dtype="float32")
+        ConversionConfig(
+            source=folder / "random", output=tmp_path / "out", format="hf", dtype="float32"
+        )
     )
     register()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -35,7 +35,8 @@ STUDENTS = {
         {"sliding_window": 4, "sink_tokens": 9, "full_layers": "none", "output_gate": "headwise"},
     ),
     "gate_swa sink logits": (
-        "gate_swa", {"sliding_window": 8, "sink": "logit", "full_layers": "none"}
+        "gate_swa",
+        {"sliding_window": 8, "sink": "logit", "full_layers": "none"},
     ),
     "gate_swa window over sequence": ("gate_swa", {"sliding_window": 500, "full_layers": "none"}),
 }
@@ -73,9 +74,13 @@ def reference(case, hf, length):
         out = mla_reference(weights, x, student)
     else:
         out = gate_swa_reference(
-            weights, x, hf,
-            sliding_window=student.sliding_window, output_gate=student.output_gate,
-            sink_tokens=student.sink_tokens, sink_logits=student.sink_logits,
+            weights,
+            x,
+            hf,
+            sliding_window=student.sliding_window,
+            output_gate=student.output_gate,
+            sink_tokens=student.sink_tokens,
+            sink_logits=student.sink_logits,
         )
     out.backward(direction(out))
     return out.detach(), x.grad, {k: v.grad for k, v in weights.items()}
@@ -91,17 +96,18 @@ def on_grid(case, hf_dir, length, tp_size, sequence_parallel):
     rank = parallel_state.get_tensor_model_parallel_rank()
     hf = read_hf_config(hf_dir)
     student = make_student(case, hf)
-    grid = ParallelConfig(
-        tensor_model_parallel_size=tp_size, sequence_parallel=sequence_parallel
-    )
+    grid = ParallelConfig(tensor_model_parallel_size=tp_size, sequence_parallel=sequence_parallel)
     config = transformer_config(hf, grid, torch.float32)
     attention = build_module(
         student.spec(config, attention_backend="auto"), config=config, layer_number=1
     )
     rows = {row.megatron_param: row for row in student.rows(hf, 0)}
     fill_attentions(
-        {0: attention}, iter([(0, random_weights(student, hf))]), rows,
-        tp_rank=rank, tp_size=tp_size,
+        {0: attention},
+        iter([(0, random_weights(student, hf))]),
+        rows,
+        tp_rank=rank,
+        tp_size=tp_size,
     )
     x = torch.randn(length, BATCH, hf.hidden_size, generator=torch.Generator().manual_seed(5))
     cut = (lambda t: t.chunk(tp_size)[rank]) if sequence_parallel else (lambda t: t)
@@ -144,9 +150,7 @@ def test_values_and_gradients(tmp_path, case, teacher, tp_size, sequence_paralle
     hf_dir = tiny_hf_dir(tmp_path / "hf", family, **overrides)
     hf = read_hf_config(hf_dir)
     expected_out, expected_x, expected_grads = reference(case, hf, length)
-    answers = processes.run(
-        tp_size, on_grid, case, hf_dir, length, tp_size, sequence_parallel
-    )
+    answers = processes.run(tp_size, on_grid, case, hf_dir, length, tp_size, sequence_parallel)
     outs, x_grads, grads = zip(*answers, strict=True)
     if sequence_parallel:
         assert_close("output", torch.cat(outs), expected_out)

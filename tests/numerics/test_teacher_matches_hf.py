@@ -107,13 +107,15 @@ TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PIPELINES = {
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
     "PP2 interleaved": (
-        2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+        2,
+        {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
     ),
     "TP2 SP x PP2": (4, TP2_SP | {"pipeline_model_parallel_size": 2}),
     "EP2": (2, {"expert_model_parallel_size": 2}),
     "EP2 x TP2 SP": (2, TP2_SP | {"expert_model_parallel_size": 2}),
     "EP2 x TP2 SP x ETP2": (
-        4, TP2_SP | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+        4,
+        TP2_SP | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
     ),
 }
 

@@ -26,7 +26,9 @@ SP = {"sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
 OVERLAP = {
-    "use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True,
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
 }
 # Name: processes, flags, does it need experts?
 GRIDS = {
@@ -68,8 +70,15 @@ def train_on_grid(stage, folder, student, save, grid, iterations=ITERATIONS):
     """Losses, gradient norms, first gradients and last weights of this rank, and its place."""
     cls, fields = STAGES[stage]
     recipe = small_recipe(
-        cls, folder, student, save,
-        train_iters=iterations, adam_eps=1e-6, eod_mask_loss=True, **fields, **grid,
+        cls,
+        folder,
+        student,
+        save,
+        train_iters=iterations,
+        adam_eps=1e-6,
+        eod_mask_loss=True,
+        **fields,
+        **grid,
     )
     run = prepare(recipe)
     size = parallel_state.get_data_parallel_world_size()

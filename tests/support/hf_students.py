@@ -35,9 +35,7 @@ def save(model, folder: Path, seed: int) -> Path:
     words = {word: i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
     fast.save_pretrained(folder)
     return folder
 

@@ -41,6 +41,10 @@ def kept_iterations(events: list[tuple[str, int]]) -> list[int]:
 def bash(folder: Path, *words: object, **variables: str) -> subprocess.Popen:
     """Start a script there."""
     return subprocess.Popen(
-        ["bash", *map(str, words)], cwd=folder, env={**ENVIRONMENT, **variables}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ["bash", *map(str, words)],
+        cwd=folder,
+        env={**ENVIRONMENT, **variables},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )

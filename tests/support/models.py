@@ -44,8 +44,11 @@ def tiny_hf_dir(path: Path, family: str = "qwen3", **overrides: Any) -> Path:
     }
     if family == "qwen3_moe":
         fields = {
-            "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
-            "norm_topk_prob": True, **fields,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+            **fields,
         }
     name = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen2": "Qwen2", "llama": "Llama"}[family]
     config = getattr(transformers, f"{name}Config")(**fields)
@@ -92,8 +95,13 @@ def tiny_data(prefix: Path, hf_dir: Path, *, documents: int = 64, length: int = 
     model = AutoModelForCausalLM.from_pretrained(hf_dir)
     first = torch.randint(0, VOCAB, (documents, 1))
     ids = model.generate(
-        first, do_sample=True, top_k=0, max_new_tokens=length - 1, min_new_tokens=length - 1,
-        eos_token_id=None, pad_token_id=0,
+        first,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=length - 1,
+        min_new_tokens=length - 1,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
     for document in ids:

@@ -29,7 +29,9 @@ def program(main):
     lines = "".join(f"    {line}\n" for line in main.strip().splitlines())
     process = subprocess.Popen(
         [sys.executable, "-c", f"{START}def main():\n{lines}run_tool(main)\n"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "ready\n", process.communicate()
     return process

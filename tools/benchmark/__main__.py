@@ -34,36 +34,28 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--suite", 
-        choices=(
-            "attention", "kl", "stage1", "stage2", "scaling", "decode", "checkpoint", "convert"
-        ),
-        required=True,
-    )
-    parser.add_argument(
-        "--config", type=Path, default=Path("examples/recipes/qwen3_8b/config.json"),
-        help="config.json of the model's shapes (default: %(default)s)",
-    )
-    parser.add_argument("--num-layers", type=int, help="cut the model to as many layers")
-    parser.add_argument("--json", type=Path, help="add the figures to this file")
-    parser.add_argument("--page", type=Path, help="and put its tables into this Markdown page")
-
+    add_common_flags(parser)
     speed = parser.add_argument_group("attention, kl, stage1, stage2, scaling, decode")
     speed.add_argument("--seq-length", type=int, default=4096, help="tokens (default: %(default)s)")
     speed.add_argument(
-        "--windows", type=int, nargs="+", default=[128],
+        "--windows",
+        type=int,
+        nargs="+",
+        default=[128],
         help="attention: sliding windows, tokens (default: 128)",
     )
     speed.add_argument(
-        "--micro-batches", type=int, default=1,
+        "--micro-batches",
+        type=int,
+        default=1,
         help="samples per optimizer step, one at a time; scaling: of each process "
         "(default: %(default)s)",
     )
     speed.add_argument("--trainable", choices=("attention", "all"), default="attention")
     speed.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     speed.add_argument(
-        "--student-inputs", action="store_true",
+        "--student-inputs",
+        action="store_true",
         help="stage1: every layer receives the student's own hidden states; no baseline",
     )
     speed.add_argument("--moe-grouped-gemm", action="store_true", help="experts in one product")
@@ -77,11 +69,17 @@ def parse_args() -> argparse.Namespace:
     add_scaling_flags(parser)
     decode = parser.add_argument_group("decode")
     decode.add_argument(
-        "--contexts", type=int, nargs="+", default=[4096, 16384, 32768],
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[4096, 16384, 32768],
         help="tokens in the cache (default: 4096 16384 32768)",
     )
     decode.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[1, 8],
+        "--batch-sizes",
+        type=int,
+        nargs="+",
+        default=[1, 8],
         help="sequences at a time (default: 1 8)",
     )
 
@@ -92,6 +90,32 @@ def parse_args() -> argparse.Namespace:
     )
     convert.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     return parser.parse_args()
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suite",
+        choices=(
+            "attention",
+            "kl",
+            "stage1",
+            "stage2",
+            "scaling",
+            "decode",
+            "checkpoint",
+            "convert",
+        ),
+        required=True,
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path("examples/recipes/qwen3_8b/config.json"),
+        help="config.json of the model's shapes (default: %(default)s)",
+    )
+    parser.add_argument("--num-layers", type=int, help="cut the model to as many layers")
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
+    parser.add_argument("--page", type=Path, help="and put its tables into this Markdown page")
 
 
 def add_scaling_flags(parser: argparse.ArgumentParser) -> None:

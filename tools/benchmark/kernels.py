@@ -81,9 +81,10 @@ def kl_suite(tokens: int, vocab_size: int, hidden_size: int) -> list[dict[str, A
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16) * hidden_size**-0.5
 
-    hidden, weights = [draw(tokens, hidden_size), draw(tokens, hidden_size)], [
-        draw(vocab_size, hidden_size), draw(vocab_size, hidden_size)
-    ]
+    hidden, weights = (
+        [draw(tokens, hidden_size), draw(tokens, hidden_size)],
+        [draw(vocab_size, hidden_size), draw(vocab_size, hidden_size)],
+    )
     hidden[0].requires_grad_()
     mask = torch.ones(tokens, device=device)
     products = _products(hidden[1], weights[1], rate)
@@ -122,8 +123,14 @@ def _ours(hidden: list[Tensor], weights: list[Tensor], mask: Tensor) -> Callable
 
     def work() -> None:
         loss = chunked_divergence(
-            hidden[0], weights[0], hidden[1], weights[1], mask,
-            vocab_size=weights[0].shape[0], group=group, gradient_accumulation_fusion=True,
+            hidden[0],
+            weights[0],
+            hidden[1],
+            weights[1],
+            mask,
+            vocab_size=weights[0].shape[0],
+            group=group,
+            gradient_accumulation_fusion=True,
         )
         torch.autograd.grad(loss, hidden[0])
 

@@ -89,8 +89,7 @@ def add_report(report: dict[str, Any], file: Path, names: dict[str, str] | None 
             two students get one name.
     """
     students = {
-        (names or {}).get(name, name): smaller(entry)
-        for name, entry in report["students"].items()
+        (names or {}).get(name, name): smaller(entry) for name, entry in report["students"].items()
     }
     if len(students) < len(report["students"]):
         raise UserError(f"{file}: two of {', '.join(report['students'])} get one name")

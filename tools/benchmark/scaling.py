@@ -49,12 +49,11 @@ def scaling_row(work: Workload, world_size: int) -> dict[str, Any]:
     return _row(work, world_size, *zip(*everyone, strict=True))
 
 
-def _row(
-    work: Workload, world_size: int, figures: Any, rates: Any, shares: Any
-) -> dict[str, Any]:
+def _row(work: Workload, world_size: int, figures: Any, rates: Any, shares: Any) -> dict[str, Any]:
     """Slowest process, largest memory, mean shares."""
-    worst = Figures(*(max(getattr(f, item.name) for f in figures)
-                      for item in dataclasses.fields(Figures)))
+    worst = Figures(
+        *(max(getattr(f, item.name) for f in figures) for item in dataclasses.fields(Figures))
+    )
     rate = statistics.mean(rates)
     floor = floor_of(work)
     ours = side(worst, tokens=work.tokens, flops=floor * work.tokens, rate=rate)
@@ -66,7 +65,10 @@ def _row(
     task = f"stage {work.stage}, {describe(work)}, of each process"
     found = row("scaling", f"{task}, {grid}", ours, None)
     return {
-        **found, "task": task, "grid": grid, "processes": world_size,
+        **found,
+        "task": task,
+        "grid": grid,
+        "processes": world_size,
         "matmul_tflops": round(rate / 1e12, 1),
     }
 

@@ -35,14 +35,15 @@ def parse_args() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     preparer = commands.add_parser("prepare", help="write the models' directories")
     preparer.add_argument(
-        "--configs", type=Path, nargs="+", default=[Path(file) for file in CONFIGS],
+        "--configs",
+        type=Path,
+        nargs="+",
+        default=[Path(file) for file in CONFIGS],
         help="config.json of teachers (default: Qwen3-8B and Qwen3-30B-A3B)",
     )
     preparer.add_argument("--num-layers", type=int, help="cut the models to as many layers")
     measurer = commands.add_parser("measure", help="run them")
-    measurer.add_argument(
-        "--models", required=True, help="such as qwen3_8b/teacher,qwen3_8b/mla"
-    )
+    measurer.add_argument("--models", required=True, help="such as qwen3_8b/teacher,qwen3_8b/mla")
     measurer.add_argument(
         "--cases", default=CASES, help="SEQUENCESxTOKENS, comma-separated (default: %(default)s)"
     )
@@ -50,7 +51,9 @@ def parse_args() -> argparse.Namespace:
         "--full", default="", help="tokens of prompts with which memory is filled, such as 8192"
     )
     measurer.add_argument(
-        "--full-gb", type=float, default=70.0,
+        "--full-gb",
+        type=float,
+        default=70.0,
         help="GPU memory that --full may fill, GB of 2^30 bytes (default: %(default)s)",
     )
     measurer.add_argument("--steps", type=int, default=64, help="decoded (default: %(default)s)")
@@ -62,7 +65,10 @@ def parse_args() -> argparse.Namespace:
         command.add_argument("--directory", type=Path, required=True, help="of the models")
     measurer.add_argument("--json", type=Path, required=True, help="file of the results")
     reporter.add_argument(
-        "--json", type=Path, nargs="+", required=True,
+        "--json",
+        type=Path,
+        nargs="+",
+        required=True,
         help="files of results; the first one gets what is in the others",
     )
     return parser.parse_args()

@@ -64,9 +64,7 @@ class Engine:
     def params(self, tokens: int) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(
-            max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False
-        )
+        return SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
 
     def add(self, prompts: list[list[int]], tokens: int) -> list[str]:
         """Queue them; names of the requests."""
@@ -209,7 +207,8 @@ def main() -> None:
     for tokens in map(int, filter(None, args.full.split(","))):
         count = engine.sequences_that_fit(tokens + args.steps + 8, args.full_gb)
         found["full"][str(tokens)] = {
-            **one_case(engine, count, tokens, args.steps), "gb": args.full_gb
+            **one_case(engine, count, tokens, args.steps),
+            "gb": args.full_gb,
         }
         save(args.json, args.name, found)
 

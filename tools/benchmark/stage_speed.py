@@ -33,8 +33,11 @@ def _measured(
 def floor_of(work: Workload) -> float:
     """Operations per token that the work cannot do without; see ``floor``."""
     return stage_floor(
-        work.hf, work.student,
-        seq_length=work.seq_length, stage=work.stage, runs_student=work.runs_student,
+        work.hf,
+        work.student,
+        seq_length=work.seq_length,
+        stage=work.stage,
+        runs_student=work.runs_student,
         trainable=work.trainable,
     )
 

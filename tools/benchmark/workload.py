@@ -84,9 +84,7 @@ def random_batches(hf: HFConfig, seq_length: int, count: int) -> list[Batch]:
     generator = torch.Generator(device).manual_seed(parallel_state.get_data_parallel_rank())
     batches: list[Batch] = []
     for _ in range(count):
-        ids = torch.randint(
-            hf.vocab_size, (1, seq_length + 1), device=device, generator=generator
-        )
+        ids = torch.randint(hf.vocab_size, (1, seq_length + 1), device=device, generator=generator)
         mask = torch.ones(1, seq_length, device=device)
         positions = torch.arange(seq_length, device=device)[None]
         batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, positions, [len(batches)]))

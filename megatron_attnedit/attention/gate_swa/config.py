@@ -218,9 +218,7 @@ class GateSWA(StudentAttention):
         return (
             Engine("transformers", "trust_remote_code=True"),
             Engine("vllm", "with this package installed beside it, a plug-in", problem),
-            Engine(
-                "vllm-transformers", "--trust-remote-code --model-impl transformers", problem
-            ),
+            Engine("vllm-transformers", "--trust-remote-code --model-impl transformers", problem),
         )
 
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:

@@ -144,9 +144,7 @@ class MLA(MLADims, StudentAttention):
     def init_from_teacher(
         self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, inputs: Tensor
     ) -> dict[str, Tensor]:
-        return init.fit_to_teacher(
-            self, teacher_weights, teacher, inputs, init.FITS[self.fit]
-        )
+        return init.fit_to_teacher(self, teacher_weights, teacher, inputs, init.FITS[self.fit])
 
     def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
         if teacher.num_experts:

@@ -20,7 +20,9 @@ def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[Pa
     layouts: dict[str, tuple[str, Layout, int | None]] = {
         "linear_q_proj": ("q_proj", InterleavedRotary(dims.num_attention_heads, rotary), 0),
         "linear_kv_down_proj": (
-            "kv_a_proj_with_mqa", InterleavedRotary(1, rotary, dims.latent_scale), None,
+            "kv_a_proj_with_mqa",
+            InterleavedRotary(1, rotary, dims.latent_scale),
+            None,
         ),
         "kv_layernorm": ("kv_a_layernorm", Same(), None),
         "linear_kv_up_proj": ("kv_b_proj", Same(), 0),

@@ -80,9 +80,10 @@ def _kernel(lengths: tuple[Any, ...], window_size: tuple[int, int] | None, scale
         scale: Of the scores.
     """
     left, right = window_size or (-1, 0)
-    causal, options = window_size is None, {
-        "scale": scale, "window_size_left": left, "window_size_right": right
-    }
+    causal, options = (
+        window_size is None,
+        {"scale": scale, "window_size_left": left, "window_size_right": right},
+    )
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         out, lse, *state = _flash_forward(

@@ -67,8 +67,6 @@ def _kernel(options: dict[str, Any]) -> Kernel:
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, ...]:
-        return fusion_attention_gradient(
-            grad.flatten(2), q, k, v, out.flatten(2), lse, **options
-        )
+        return fusion_attention_gradient(grad.flatten(2), q, k, v, out.flatten(2), lse, **options)
 
     return Kernel(forward, backward)

@@ -53,7 +53,12 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     with sdpa_kernel(KERNELS, set_priority=True):
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
     return out[..., :value_dim]
@@ -90,9 +95,7 @@ def _windowed(
         return (torch.cat([repeated, x], 3) if first else x).flatten(0, 1)
 
     mask = F.pad(_block_mask(blocks, window, q.device, sink_tokens), (always, 0), value=True)
-    out = _fused(
-        query_blocks(q), key_blocks(k), key_blocks(v), scale, mask.repeat(b, 1, 1, 1)
-    )
+    out = _fused(query_blocks(q), key_blocks(k), key_blocks(v), scale, mask.repeat(b, 1, 1, 1))
     return out.unflatten(0, (b, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :s]
 
 

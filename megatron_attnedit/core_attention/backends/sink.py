@@ -36,9 +36,7 @@ class _SinkAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, kernel: Kernel
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, kernel: Kernel) -> Tensor:
         out, lse, *rest = kernel.forward(q, k, v)
         with_sink = torch.logaddexp(lse, sink.to(lse.dtype))
         out = (out * (lse - with_sink).exp().unsqueeze(-1)).to(v.dtype)

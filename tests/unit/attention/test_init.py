@@ -150,8 +150,10 @@ def test_mean_rotation(tmp_path):
     angles = torch.outer(torch.arange(5.0), torch.tensor([1.0, 0.0]))
     q, k = torch.randn(5, 3, 4, 4), torch.zeros(5, 3, 2, 4)
     rotation = mean_rotation(q, k, angles)
-    turns = [[torch.polar(torch.tensor(1.0), torch.tensor(float(i - j))) for j in range(i + 1)]
-             for i in range(5)]
+    turns = [
+        [torch.polar(torch.tensor(1.0), torch.tensor(float(i - j))) for j in range(i + 1)]
+        for i in range(5)
+    ]
     expected = sum(sum(row) / len(row) for row in turns) / 5
     assert rotation.shape == (4, 2)
     torch.testing.assert_close(rotation[:, 0], expected.expand(4))

@@ -28,13 +28,18 @@ SHAPES = {  # heads, KV heads, size of a head
 def shaped(heads, groups, size):
     return dataclasses.replace(
         read_hf_config("examples/recipes/qwen3_8b"),
-        num_attention_heads=heads, num_key_value_heads=groups, head_dim=size,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=size,
     )
 
 
 def sizes(student):
     return (
-        student.kv_lora_rank, student.qk_head_dim, student.qk_pos_emb_head_dim, student.v_head_dim
+        student.kv_lora_rank,
+        student.qk_head_dim,
+        student.qk_pos_emb_head_dim,
+        student.v_head_dim,
     )
 
 
@@ -79,7 +84,8 @@ def test_gate_swa_is_served_without_first_tokens(tmp_path):
     student = GateSWA.from_flags({"sliding_window": 8}, teacher)
     assert student.serving_warning(teacher) is None
     assert [tuple(layers) for layers in student.cached_layers(teacher)] == [
-        (1, 128, 2, None), (2, 128, 2, 8)
+        (1, 128, 2, None),
+        (2, 128, 2, 8),
     ]
     with_sinks = dataclasses.replace(student, sink_tokens=4)
     assert with_sinks.serving_warning(teacher).startswith("no engine's cache keeps first tokens")

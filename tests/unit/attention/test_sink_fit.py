@@ -32,7 +32,11 @@ def head_error(weights, teacher_weights, hf, x, head):
     proj[:, head] = weights["linear_proj.weight"].unflatten(1, (-1, hf.head_dim))[:, head]
     alone = {"linear_proj.weight": proj.flatten(1)}
     out = gate_swa_reference(
-        {**weights, **alone}, x, hf, sliding_window=WINDOW, output_gate="elementwise",
+        {**weights, **alone},
+        x,
+        hf,
+        sliding_window=WINDOW,
+        output_gate="elementwise",
         sink_logits=True,
     )
     target = teacher_output(hf, {**teacher_weights, **alone}, x)

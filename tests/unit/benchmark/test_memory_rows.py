@@ -23,22 +23,36 @@ def workloads():
     for model, layers in (("qwen3_8b", (36, 18, 9, 8)), ("qwen3_30b_a3b", (16, 12, 8))):
         whole = read_hf_config(ROOT / "examples" / "recipes" / model)
         students = [MLA.from_flags({"kv_lora_rank": rank}, whole) for rank in (512, 256)]
+        # The rows were measured with every fifth layer full.
+        fifth = ",".join(map(str, range(4, whole.num_hidden_layers, 5)))
         students += [
-            GateSWA.from_flags({"sliding_window": window}, whole) for window in (128, 1024)
+            GateSWA.from_flags({"sliding_window": window, "full_layers": fifth}, whole)
+            for window in (128, 1024)
         ]
-        for count, student, (stage, own), length, batches, grouped, trained, recompute in (
-            itertools.product(
-                layers, students, ((1, False), (1, True), (2, False)),
-                (4096, 16384, 32768), (1, 4), (False, True),
-                (("attention", False), ("all", False), ("all", True)),
-                ("none", "selective", "full"),
-            )
+        for count, student, (
+            stage,
+            own,
+        ), length, batches, grouped, trained, recompute in itertools.product(
+            layers,
+            students,
+            ((1, False), (1, True), (2, False)),
+            (4096, 16384, 32768),
+            (1, 4),
+            (False, True),
+            (("attention", False), ("all", False), ("all", True)),
+            ("none", "selective", "full"),
         ):
             trainable, on_host = trained
             yield Workload(
-                hf=dataclasses.replace(whole, num_hidden_layers=count), student=student,
-                stage=stage, seq_length=length, micro_batches=batches, trainable=trainable,
-                moe_grouped_gemm=grouped, recompute=recompute, optimizer_cpu_offload=on_host,
+                hf=dataclasses.replace(whole, num_hidden_layers=count),
+                student=student,
+                stage=stage,
+                seq_length=length,
+                micro_batches=batches,
+                trainable=trainable,
+                moe_grouped_gemm=grouped,
+                recompute=recompute,
+                optimizer_cpu_offload=on_host,
                 runs_student=own,
             )
 

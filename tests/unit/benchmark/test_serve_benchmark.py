@@ -53,9 +53,7 @@ def test_directories_of_a_teacher_and_its_students(tmp_path):
     folders = {name: tmp_path / "qwen3_8b" / name for name in ("teacher", "mla", "gate_swa")}
     configs = {n: json.loads((f / "config.json").read_text()) for n, f in folders.items()}
     assert all(c["num_hidden_layers"] == 12 and c["dtype"] == "bfloat16" for c in configs.values())
-    assert configs["teacher"]["rope_parameters"] == {
-        "rope_type": "default", "rope_theta": 1000000
-    }
+    assert configs["teacher"]["rope_parameters"] == {"rope_type": "default", "rope_theta": 1000000}
     assert configs["mla"]["kv_lora_rank"] + configs["mla"]["qk_rope_head_dim"] == 576
     assert configs["gate_swa"]["layer_types"].count("full_attention") == 2
     assert (folders["gate_swa"] / "modeling_gate_swa.py").is_file()

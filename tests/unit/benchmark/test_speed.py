@@ -114,9 +114,15 @@ def test_communication_is_exposed_where_nothing_else_runs():
 def tiny_config(tmp_path):
     config = {
         **json.loads((QWEN3_8B / "config.json").read_text()),
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
-        "bos_token_id": None, "eos_token_id": None,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 300,
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path / "config.json"
@@ -171,8 +177,17 @@ def test_grids_have_names():
 def test_both_sides_run_and_are_compared(tmp_path, tiny_config):
     """On a CPU and a tiny model the figures mean nothing; both sides have to be there."""
     command = [
-        sys.executable, "-m", "tools.benchmark", "--suite", "stage1", "--seq-length", "32",
-        "--config", tiny_config, "--json", tmp_path / "out.json",
+        sys.executable,
+        "-m",
+        "tools.benchmark",
+        "--suite",
+        "stage1",
+        "--seq-length",
+        "32",
+        "--config",
+        tiny_config,
+        "--json",
+        tmp_path / "out.json",
     ]
     subprocess.run(command, check=True, cwd=ROOT, timeout=240)
     (row,) = json.loads((tmp_path / "out.json").read_text())
@@ -183,9 +198,7 @@ def test_both_sides_run_and_are_compared(tmp_path, tiny_config):
 TINY_STUDENTS = {
     "mla": ({"kv_lora_rank": 24, "qk_pos_emb_head_dim": 16}, lambda held: 2 * held * (24 + 16)),
     # Layer 0 is full; layer 1 keeps the window, in a slice that a token more belongs to.
-    "gate_swa": (
-        {"sliding_window": 8, "full_layers": "0"}, lambda held: (held + 8) * 2 * 2 * 32
-    ),
+    "gate_swa": ({"sliding_window": 8, "full_layers": "0"}, lambda held: (held + 8) * 2 * 2 * 32),
 }
 
 
@@ -196,7 +209,10 @@ def test_decoding_measures_the_cache_that_is_there(tiny_config, name):
     student = student_attention_class(name).from_flags(flags, hf)
     rows = decode_suite(Workload(hf=hf, student=student, stage=2), [16, 40], [1, 3])
     assert [row["case"].partition(", context ")[2] for row in rows] == [
-        "16, 1 sequences", "16, 3 sequences", "40, 1 sequences", "40, 3 sequences"
+        "16, 1 sequences",
+        "16, 3 sequences",
+        "40, 1 sequences",
+        "40, 3 sequences",
     ]
     for row, (context, size) in zip(rows, [(16, 1), (16, 3), (40, 1), (40, 3)], strict=True):
         held = context + 12  # three tokens before the clock starts, nine while it runs

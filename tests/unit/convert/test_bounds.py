@@ -80,8 +80,15 @@ def test_a_size_that_the_files_do_not_have(good, tmp_path, source, name):
         assert not list(tmp_path.glob("*out*"))
 
 
-@pytest.mark.parametrize(("field", "count"), [("num_hidden_layers", 1), ("num_experts", 4),
-                                              ("num_hidden_layers", 3), ("num_experts", 10_000)])
+@pytest.mark.parametrize(
+    ("field", "count"),
+    [
+        ("num_hidden_layers", 1),
+        ("num_experts", 4),
+        ("num_hidden_layers", 3),
+        ("num_experts", 10_000),
+    ],
+)
 def test_counts_are_compared_with_the_files(good, tmp_path, field, count):
     model = shutil.copytree(good / "qwen3_moe", tmp_path / "model")
     local = {"num_local_experts": count} if field == "num_experts" else {}

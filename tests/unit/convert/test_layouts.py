@@ -31,9 +31,7 @@ def test_round_trip_over_tensor_parallel_ranks(case, tp_size):
         tp_dim=0,
         pad_to_tp=case == "same",
     )
-    shards = [
-        row.to_megatron(tensors, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)
-    ]
+    shards = [row.to_megatron(tensors, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)]
     assert len({shard.shape for shard in shards}) == 1
     for back, tensor in zip(row.to_hf(shards), tensors, strict=True):
         assert torch.equal(back, tensor)

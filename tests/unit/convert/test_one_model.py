@@ -36,7 +36,10 @@ def good(tmp_path_factory):
     def of(family="qwen3", *, tied=True):
         if (family, tied) not in made:
             made[family, tied] = tiny_hf_dir(
-                folder / f"{family}-{tied}", family, num_hidden_layers=2, tie_word_embeddings=tied,
+                folder / f"{family}-{tied}",
+                family,
+                num_hidden_layers=2,
+                tie_word_embeddings=tied,
                 dtype="bfloat16",
             )
         return made[family, tied]

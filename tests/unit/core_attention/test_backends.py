@@ -81,9 +81,7 @@ def test_blocks_of_flex(queries, keys, left, sinks):
     counts = (found.kv_num_blocks, found.full_kv_num_blocks)
     partial, whole = (
         [set(indices[0, 0, row, :n].tolist()) for row, n in enumerate(count[0, 0].tolist())]
-        for count, indices in zip(
-            counts, (found.kv_indices, found.full_kv_indices), strict=True
-        )
+        for count, indices in zip(counts, (found.kv_indices, found.full_kv_indices), strict=True)
     )
     for row in range(-(-queries // 128)):
         for column in range(-(-keys // 128)):
@@ -99,8 +97,17 @@ def test_transformer_engine_is_told_the_same(monkeypatch, window_size):
     """A stand-in that does what Transformer Engine documents: the package is not installed here."""
 
     class DotProductAttention:
-        def __init__(self, heads, head_dims, *, num_gqa_groups, attn_mask_type, window_size,
-                     qkv_format, softmax_scale):
+        def __init__(
+            self,
+            heads,
+            head_dims,
+            *,
+            num_gqa_groups,
+            attn_mask_type,
+            window_size,
+            qkv_format,
+            softmax_scale,
+        ):
             assert attn_mask_type == "causal_bottom_right" and qkv_format == "sbhd"
             assert (heads, num_gqa_groups, head_dims) == (4, 2, (16, 8))
             self.window, self.scale = window_size, softmax_scale

@@ -10,8 +10,16 @@ from tests.ascend import operators
 
 SCALE = 0.3
 # Queries, keys, window: whole blocks and not, fewer queries than keys, wider than the sequence.
-SHAPES = [(63, 63, 8), (64, 64, 8), (1, 1, 2), (17, 63, 8), (130, 130, 40), (63, 63, None),
-          (5, 63, None), (40, 40, 500)]
+SHAPES = [
+    (63, 63, 8),
+    (64, 64, 8),
+    (1, 1, 2),
+    (17, 63, 8),
+    (130, 130, 40),
+    (63, 63, None),
+    (5, 63, None),
+    (40, 40, 500),
+]
 
 
 def heads(queries, keys, groups=2, dims=(24, 16), dtype=torch.float64):
@@ -96,8 +104,9 @@ def fake_flash(monkeypatch):
         assert right == 0 and options["scale"] == SCALE
         return None if left == -1 else (left, 0)
 
-    def forward(q, k, v, ends_q, ends_k, max_q, max_k, dropout, causal, *,
-                return_debug_mask, **options):
+    def forward(
+        q, k, v, ends_q, ends_k, max_q, max_k, dropout, causal, *, return_debug_mask, **options
+    ):
         assert dropout == 0 and not return_debug_mask
         assert causal == (options["window_size_left"] == -1)
         assert max_q == len(q) // (len(ends_q) - 1) and max_k == len(k) // (len(ends_k) - 1)
@@ -108,8 +117,23 @@ def fake_flash(monkeypatch):
         state = [torch.zeros(2, dtype=torch.uint64), torch.zeros(()), torch.empty(0)]
         return together(out), lse.transpose(0, 1).flatten(1), *state
 
-    def backward(grad, q, k, v, out, lse, ends_q, ends_k, max_q, max_k, dropout, causal, rng,
-                 unused, **options):
+    def backward(
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        ends_q,
+        ends_k,
+        max_q,
+        max_k,
+        dropout,
+        causal,
+        rng,
+        unused,
+        **options,
+    ):
         assert lse.is_contiguous() and rng.dtype == torch.uint64
         lse = lse.unflatten(1, (len(ends_q) - 1, -1)).transpose(0, 1)
         grad, q, out = (apart(t, ends_q) for t in (grad, q, out))
@@ -127,8 +151,9 @@ def kernel_gradient(grad, q, k, v, out, lse, window_size):
     scores, v = dense(q, k, v, window_size)
     p = (scores - lse.unsqueeze(-1)).exp()
     ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * SCALE
-    dk, dv = ((t.mT @ other).unflatten(1, (groups, per_group)).sum(2)
-              for t, other in ((ds, q), (p, grad)))
+    dk, dv = (
+        (t.mT @ other).unflatten(1, (groups, per_group)).sum(2) for t, other in ((ds, q), (p, grad))
+    )
     return ds @ k.repeat_interleave(per_group, dim=1), dk, dv
 
 
@@ -156,7 +181,9 @@ def test_npu(queries, keys, window, monkeypatch):
     """The arithmetic around torch_npu's operators, as documented, float32 (see tests/ascend)."""
     names = ("npu_fusion_attention", "npu_fusion_attention_grad")
     monkeypatch.setattr(
-        torch.ops, "npu", type("npu", (), {n: staticmethod(getattr(operators, n)) for n in names}),
+        torch.ops,
+        "npu",
+        type("npu", (), {n: staticmethod(getattr(operators, n)) for n in names}),
         raising=False,
     )
     machine = type("machine", (), {"has_fusion_attention": True})

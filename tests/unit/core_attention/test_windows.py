@@ -143,7 +143,10 @@ def test_without_sinks_a_lineage_is_as_it_was(tmp_path):
     hf = read_hf_config(tiny_hf_dir(tmp_path / "hf"))
     student = GateSWA.from_flags({"sliding_window": 8}, hf)
     before = {
-        "name": "gate_swa", "num_layers": 3, "sliding_window": 8, "full_layers": (2,),
+        "name": "gate_swa",
+        "num_layers": 3,
+        "sliding_window": 8,
+        "full_layers": (2,),
         "output_gate": "elementwise",
     }
     assert student.to_dict() == before and student_attention_from_dict(before) == student

@@ -133,9 +133,7 @@ def test_a_data_set_of_the_datasets_library(tmp_path, hf_tokenizer):
 
 def test_no_append_eod_and_another_key(tmp_path, hf_tokenizer):
     source = write_jsonl(tmp_path / "a.jsonl", ["the layer", "", "  \n"], key="body")
-    description, prefix = run(
-        tmp_path, [source], hf_tokenizer, json_key="body", append_eod=False
-    )
+    description, prefix = run(tmp_path, [source], hf_tokenizer, json_key="body", append_eod=False)
     kind = load_tokenizer(hf_tokenizer)
     assert documents(prefix) == [kind.encode("the layer"), kind.encode("  \n")]
     assert (description["documents"], description["empty_documents"]) == (2, 1)

@@ -16,8 +16,12 @@ from tests.support.models import tiny_hf_dir
 
 RECIPE = {"seed": 1, "lr": 1e-3, "train_iters": 30, "global_batch_size": 2, "seq_length": 1024}
 FIGURES = {
-    "last_state": "after_stage2", "perplexity": {"after_edit": 30.0, "after_stage2": 19.25},
-    "perplexity_ratio": 1.1, "kl": 0.25, "top1_agreement": 0.75, "kv_bytes_per_token": 4896.0,
+    "last_state": "after_stage2",
+    "perplexity": {"after_edit": 30.0, "after_stage2": 19.25},
+    "perplexity_ratio": 1.1,
+    "kl": 0.25,
+    "top1_agreement": 0.75,
+    "kv_bytes_per_token": 4896.0,
 }
 
 

@@ -169,12 +169,14 @@ def test_full_layers_are_the_teacher(teacher_config, tmp_path: Path):
 
 @pytest.mark.parametrize("remote", [True, False], ids=["remote_code", "registered"])
 @pytest.mark.parametrize("num_experts, sink_tokens, sink", [(0, 0, "logit"), (4, 3, "none")])
-def test_saved_directory_loads(
-    remote, num_experts, sink_tokens, sink, tmp_path: Path, monkeypatch
-):
+def test_saved_directory_loads(remote, num_experts, sink_tokens, sink, tmp_path: Path, monkeypatch):
     model = gate_swa(
-        num_experts=num_experts, num_experts_per_tok=2, moe_intermediate_size=24, qk_norm=False,
-        sink_tokens=sink_tokens, sink=sink,
+        num_experts=num_experts,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        qk_norm=False,
+        sink_tokens=sink_tokens,
+        sink=sink,
     )
     model.save_pretrained(tmp_path)
     if remote:

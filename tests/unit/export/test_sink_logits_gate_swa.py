@@ -100,9 +100,7 @@ def test_generation(attention):
     batch, mask = torch.zeros(2, 12, dtype=torch.long), torch.zeros(2, 12, dtype=torch.long)
     for i, row in enumerate(rows):
         batch[i, 12 - row.shape[1] :], mask[i, 12 - row.shape[1] :] = row[0], 1
-    generate = {
-        "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None
-    }
+    generate = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     together = model.generate(batch, attention_mask=mask, **generate)
     static = model.generate(
         rows[0], cache_implementation="static", disable_compile=True, **generate

@@ -13,9 +13,7 @@ PP, VPP, LAYOUT = (
     "pipeline_model_parallel_layout",
 )
 TP, SP = "tensor_model_parallel_size", "sequence_parallel"
-EP, ETP, CP = (
-    "expert_model_parallel_size", "expert_tensor_parallel_size", "context_parallel_size"
-)
+EP, ETP, CP = ("expert_model_parallel_size", "expert_tensor_parallel_size", "context_parallel_size")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,10 @@ MLA_LAYER = HIDDEN * 32 * 192 + HIDDEN * 576 + 512 + 512 * 32 * 256 + 32 * 128 *
 def of(hf, student, world_size=1, context=32768, **fields):
     run = {name: fields.pop(name) for name in list(fields) if name in RunSize.__annotations__}
     return plan(
-        hf, student, ParallelConfig(**fields), RunSize(world_size=world_size, **run),
+        hf,
+        student,
+        ParallelConfig(**fields),
+        RunSize(world_size=world_size, **run),
         context=context,
     )
 
@@ -92,7 +95,9 @@ def test_experts_are_cut():
         (
             HF,
             {
-                "world_size": 2, "pipeline_model_parallel_size": 2, "global_batch_size": 3,
+                "world_size": 2,
+                "pipeline_model_parallel_size": 2,
+                "global_batch_size": 3,
                 "num_virtual_stages_per_pipeline_rank": 3,
             },
             "3 micro-batches .* --pipeline-model-parallel-size 2",

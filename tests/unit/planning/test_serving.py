@@ -175,7 +175,9 @@ def test_the_tool(monkeypatch, capsys, tmp_path):
 
 def test_the_tool_warns_of_a_student_that_is_not_served(monkeypatch, capsys, tmp_path):
     flags = ["--teacher", str(tiny_hf_dir(tmp_path / "hf")), "--student-attention", "mla"]
-    monkeypatch.setattr(sys, "argv", ["plan.py", *flags, "--kv-lora-rank", "16"])
+    monkeypatch.setattr(
+        sys, "argv", ["plan.py", *flags, "--kv-lora-rank", "16", "--seq-length", "64"]
+    )
     tool.main()
     shown = capsys.readouterr().err.splitlines()
     (line,) = (line for line in shown if line.startswith("warning: "))

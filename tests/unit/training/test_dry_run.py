@@ -47,8 +47,18 @@ def test_recipes_are_there():
 def test_a_shipped_recipe(tmp_path, capsys, file, world_size, memory):
     target = tmp_path / "plan.json"
     dry(
-        stage_of(file), "--recipe", file, "--teacher", file.parents[1], *student_flags(file),
-        "--world-size", world_size, "--device-memory-gib", memory, "--json", target,
+        stage_of(file),
+        "--recipe",
+        file,
+        "--teacher",
+        file.parents[1],
+        *student_flags(file),
+        "--world-size",
+        world_size,
+        "--device-memory-gib",
+        memory,
+        "--json",
+        target,
     )
     found = json.loads(target.read_text())
     assert found["world_size"] == world_size
@@ -67,8 +77,16 @@ def recipe_row(file, folder):
         target = folder / f"{world_size}.json"
         with contextlib.redirect_stdout(None):
             dry(
-                stage_of(file), "--recipe", file, "--teacher", file.parents[1],
-                *student_flags(file), "--world-size", world_size, "--json", target,
+                stage_of(file),
+                "--recipe",
+                file,
+                "--teacher",
+                file.parents[1],
+                *student_flags(file),
+                "--world-size",
+                world_size,
+                "--json",
+                target,
             )
         found = json.loads(target.read_text())
         held.append(max(stage["total"] for stage in found["memory"]) / 2**30)
@@ -162,8 +180,15 @@ def test_a_student_that_is_not_there():
 def test_the_pipeline_s_stages_are_told_apart(tmp_path):
     target = tmp_path / "plan.json"
     dry(
-        Stage2Recipe, *MLA, "--bf16", "--world-size", 4, "--pipeline-model-parallel-size", 4,
-        "--json", target,
+        Stage2Recipe,
+        *MLA,
+        "--bf16",
+        "--world-size",
+        4,
+        "--pipeline-model-parallel-size",
+        4,
+        "--json",
+        target,
     )
     first, *middle, last = json.loads(target.read_text())["memory"]
     table = 151936 * 4096 * 2  # embedding and output head, bfloat16

@@ -69,8 +69,12 @@ def test_nothing_to_calibrate_on(refused, flag, value):
 
 def test_more_calibration_than_memory_holds(refused):
     data = ["--calibration-data-path", "data"]
-    refused("^--calibration-tokens 1000000000000: expected at most", *data,
-            "--calibration-tokens", 10**12)
+    refused(
+        "^--calibration-tokens 1000000000000: expected at most",
+        *data,
+        "--calibration-tokens",
+        10**12,
+    )
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
@@ -80,8 +84,15 @@ def test_a_seed_that_numpy_does_not_take(refused, seed):
 
 def test_a_random_start_needs_no_calibration(tmp_path):
     config = edit_module.EditConfig(
-        teacher="hf", save=str(tmp_path / "edit"), student_attention="mla", flags={},
-        init="random", seed=2**32 - 1, calibration_data_path=[], calibration_tokens=0, seq_length=0,
+        teacher="hf",
+        save=str(tmp_path / "edit"),
+        student_attention="mla",
+        flags={},
+        init="random",
+        seed=2**32 - 1,
+        calibration_data_path=[],
+        calibration_tokens=0,
+        seq_length=0,
     )
     assert not config.calibrates
     with pytest.raises(UserError, match="--calibration-data-path is required"):
@@ -96,8 +107,9 @@ def test_a_random_start_needs_no_calibration(tmp_path):
         ("gate_swa", [], None),
     ],
 )
-def test_a_student_that_is_not_served_is_told_so(models, tmp_path, monkeypatch, capsys, student,
-                                                 flags, words):
+def test_a_student_that_is_not_served_is_told_so(
+    models, tmp_path, monkeypatch, capsys, student, flags, words
+):
     class Loads(Exception):
         pass
 

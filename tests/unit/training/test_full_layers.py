@@ -74,9 +74,7 @@ def test_passes_that_begin_in_the_middle_give_the_same(family, sinks, tmp_path, 
     expected = rises_by_whole_passes(teacher, tokens, labels, 4, sinks, hf.vocab_size, 2)
     layers = list(teacher.decoder.layers)
     calls = count_calls(layers)
-    rises = nll_rises(
-        teacher, tokens, labels, 4, hf.vocab_size, sink_tokens=sinks, batch_size=2
-    )
+    rises = nll_rises(teacher, tokens, labels, 4, hf.vocab_size, sink_tokens=sinks, batch_size=2)
     assert rises == expected and min(map(abs, rises)) > 1e-4
     # Three batches: the layers once, then from each layer on.
     assert [calls[layer] for layer in layers] == [3 * (1 + i + 1) for i in range(LAYERS)]

@@ -14,8 +14,15 @@ from megatron_attnedit.training.weights_and_biases import WeightsAndBiases
 
 def log(directory, start, **fields):
     return MetricsLog(
-        directory, enabled=True, stage=1, train_iters=9, start_iteration=start,
-        tokens_per_iteration=10, flops_per_token=1.0, others=[], **fields,
+        directory,
+        enabled=True,
+        stage=1,
+        train_iters=9,
+        start_iteration=start,
+        tokens_per_iteration=10,
+        flops_per_token=1.0,
+        others=[],
+        **fields,
     )
 
 

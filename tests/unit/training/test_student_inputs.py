@@ -7,9 +7,7 @@ import torch
 
 from megatron_attnedit.training.student_inputs import StudentInputs
 
-INPUTS = StudentInputs(
-    start=0.2, end=0.8, train_iters=7, global_batch_size=4, seed=5, num_layers=6
-)
+INPUTS = StudentInputs(start=0.2, end=0.8, train_iters=7, global_batch_size=4, seed=5, num_layers=6)
 
 
 def test_probability_is_linear():

@@ -35,9 +35,7 @@ class GateSWADecoderLayer(Qwen3DecoderLayer):
     ) -> None:
         nn.Module.__init__(self)
         self.hidden_size = config.hidden_size
-        self.self_attn = GateSWAAttention(
-            config, cache_config, quant_config, f"{prefix}.self_attn"
-        )
+        self.self_attn = GateSWAAttention(config, cache_config, quant_config, f"{prefix}.self_attn")
         self.mlp = Qwen2MLP(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -155,9 +153,7 @@ class GateSWAMoeForCausalLM(Qwen3MoeForCausalLM):
         config = vllm_config.model_config.hf_text_config
         check(config, experts=True)
         self.config, self.quant_config = config, vllm_config.quant_config
-        self.model = GateSWAMoeModel(
-            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
-        )
+        self.model = GateSWAMoeModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = _output_layer(config, self.quant_config, self.model.embed_tokens, prefix)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors

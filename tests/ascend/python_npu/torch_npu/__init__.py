@@ -27,8 +27,12 @@ class NpuTensor(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor) -> "NpuTensor":
         return Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
-            dtype=inner.dtype, device="npu:0",
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device="npu:0",
         )
 
     def __init__(self, inner: Tensor) -> None:
@@ -112,17 +116,31 @@ def _device_module() -> types.ModuleType:
         *("reset_peak_memory_stats", "_lazy_init", "set_rng_state"),
     )
     answers = {
-        **dict.fromkeys(nothing), "is_available": True, "is_initialized": True,
-        "_is_in_bad_fork": False, "device_count": 1, "current_device": 0,
-        "memory_allocated": 0, "max_memory_allocated": 0, "get_device_name": "NPU in Python",
-        "current_stream": _Stream(), "default_stream": _Stream(), "stream": _Stream(),
+        **dict.fromkeys(nothing),
+        "is_available": True,
+        "is_initialized": True,
+        "_is_in_bad_fork": False,
+        "device_count": 1,
+        "current_device": 0,
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
+        "get_device_name": "NPU in Python",
+        "current_stream": _Stream(),
+        "default_stream": _Stream(),
+        "stream": _Stream(),
         "get_amp_supported_dtype": [torch.bfloat16],
     }
     module.__dict__.update({name: _always(answer) for name, answer in answers.items()})
     module.__dict__.update(
-        Stream=_Stream, Event=_Stream, random=module, default_generators=(), _initialized=True,
-        FloatTensor=torch.FloatTensor, HalfTensor=torch.HalfTensor,
-        BFloat16Tensor=torch.BFloat16Tensor, nvtx=_Stream(),
+        Stream=_Stream,
+        Event=_Stream,
+        random=module,
+        default_generators=(),
+        _initialized=True,
+        FloatTensor=torch.FloatTensor,
+        HalfTensor=torch.HalfTensor,
+        BFloat16Tensor=torch.BFloat16Tensor,
+        nvtx=_Stream(),
         get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
     )
     # The rest is asked for, not used.
