@@ -9,7 +9,6 @@ import pytest
 from tests.support.launching import ENVIRONMENT, ROOT, root_with_stand_in
 from tests.support.slurm_jobs import Job
 
-
 TRAIN = "examples/slurm/train.sbatch"
 
 
