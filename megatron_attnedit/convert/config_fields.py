@@ -12,7 +12,7 @@ from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
-REQUIRED = object()
+REQUIRED = ...  # unlike an object(), it is the same one in a copy or another process
 _KINDS = {
     int: "a whole number",
     float: "a number",
@@ -65,72 +65,64 @@ class Field:
         return True
 
 
-def _count(most: int, **fields: Any) -> Field:
+def count(most: int, **fields: Any) -> Field:
+    """A whole number of at least 1."""
     return Field(kind=int, least=1, most=most, **fields)
 
 
-def _only(value: Any, **fields: Any) -> Field:
+def only(value: Any, **fields: Any) -> Field:
+    """The one value that is supported, which absence means, too."""
     return Field(kind=type(value), choices=(value,), default=value, **fields)
 
 
 # Bounds are above any model; they keep what is computed from a wrong number small.
 MOST_EXPERTS = 40_000  # of all layers together; the largest public models have 25,000
 COMMON: dict[str, Field] = {
-    "vocab_size": _count(2**31 - 1),
-    "hidden_size": _count(2**20),
-    "intermediate_size": _count(2**24),
-    "num_hidden_layers": _count(2_000),
-    "num_attention_heads": _count(2**16),
-    "num_key_value_heads": _count(2**16, default=None, null=True),
-    "head_dim": _count(2**16, default=None, null=True),
+    "vocab_size": count(2**31 - 1),
+    "hidden_size": count(2**20),
+    "intermediate_size": count(2**24),
+    "num_hidden_layers": count(2_000),
+    "num_attention_heads": count(2**16),
+    "num_key_value_heads": count(2**16, default=None, null=True),
+    "head_dim": count(2**16, default=None, null=True),
     "rms_norm_eps": Field(kind=float, least=1e-12, most=0.1, default=1e-6),
-    "max_position_embeddings": _count(2**31 - 1, default=32768),
+    "max_position_embeddings": count(2**31 - 1, default=32768),
     "tie_word_embeddings": Field(kind=bool, default=False),
     "rope_theta": Field(kind=float, least=1, most=1e12, default=10000.0),
     "rope_scaling": Field(kind=dict, default=None, null=True),
     "rope_parameters": Field(kind=dict, default=None, null=True),
     "dtype": Field(kind=str, choices=DTYPES, default=None, null=True),
     "torch_dtype": Field(kind=str, choices=DTYPES, default=None, null=True),
-    "attention_bias": _only(False),
-    "mlp_bias": _only(False),
-    "hidden_act": _only("silu"),
-    "use_sliding_window": _only(False),
+    "attention_bias": only(False),
+    "mlp_bias": only(False),
+    "hidden_act": only("silu"),
+    "use_sliding_window": only(False),
     "partial_rotary_factor": Field(kind=float, least=1, most=1, default=1.0, null=True),
     "layer_types": Field(kind=list, default=None, null=True),
 }
-# transformers' classes fall back to these numbers, which are no real model's: better no default.
-_QWEN = {"num_key_value_heads": _count(2**16, null=True)}
-FAMILY_FIELDS: dict[str, dict[str, Field]] = {
-    "qwen3": {**_QWEN, "head_dim": _count(2**16, default=128)},
-    "qwen3_moe": {
-        **_QWEN,
-        "num_experts": _count(10_000, default=None),
-        "num_local_experts": _count(10_000, default=None),
-        "num_experts_per_tok": _count(10_000),
-        "moe_intermediate_size": _count(2**24),
-        "norm_topk_prob": Field(kind=bool, default=False),
-        "decoder_sparse_step": _only(1),
-        "mlp_only_layers": Field(kind=list, choices=([],), default=None, null=True),
-    },
-    "qwen2": _QWEN,
-    "llama": {"max_position_embeddings": _count(2**31 - 1, default=2048)},
+EXPERTS: dict[str, Field] = {
+    "num_experts": count(10_000, default=None),
+    "num_local_experts": count(10_000, default=None),
+    "num_experts_per_tok": count(10_000),
+    "moe_intermediate_size": count(2**24),
+    "norm_topk_prob": Field(kind=bool, default=False),
 }
-FAMILIES = tuple(FAMILY_FIELDS)
 
 
-def read_fields(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """The fields of a supported model, with the defaults of those that are absent.
+def read_fields(raw: Mapping[str, Any], table: Mapping[str, Field], file: Path) -> dict[str, Any]:
+    """``model_type`` and the fields of the table, with the defaults of those that are absent.
+
+    Args:
+        raw: The file.
+        table: What is looked at.
+        file: For messages.
 
     Raises:
-        UserError: another kind of model, or a field that is missing, of another type or out of
-            range; names it.
+        UserError: quantised weights, or a field that is missing, of another type or out of range;
+            names it.
     """
-    family = raw.get("model_type")
-    if "model_type" in raw:
-        _check_family(family, raw, file)
     _check_stored_type(raw, file)
-    table = {**COMMON, **FAMILY_FIELDS.get(family or "", {})}
-    values = {"model_type": family}
+    values = {"model_type": raw.get("model_type")}
     for name, field in table.items():
         value = raw.get(name)
         if name in raw and not (value is None and field.null) and not field.accepts(value):
@@ -144,18 +136,6 @@ def read_fields(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
         if name not in raw and (name == "model_type" or table[name].default is REQUIRED):
             raise UserError(f"{file}: field {name!r} is missing")
     return values
-
-
-def _check_family(family: Any, raw: Mapping[str, Any], file: Path) -> None:
-    if family in FAMILIES:
-        return
-    nested = ""
-    if "text_config" in raw:
-        nested = "; it is a model of several parts, whose language model (text_config) is one of it"
-    raise UserError(
-        f"{file}: model_type {shown(family)} is not supported; "
-        f"supported: {', '.join(FAMILIES)}{nested}"
-    )
 
 
 def _check_stored_type(raw: Mapping[str, Any], file: Path) -> None:

@@ -5,8 +5,9 @@ import json
 from safetensors.torch import load_file, save_file
 
 from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
+from megatron_attnedit.convert import families
 
-FAMILIES = ["qwen3", "qwen3_moe", "qwen2", "llama"]
+FAMILIES = list(families.FAMILIES)
 
 
 def make(source, output, format="torch_dist", **fields):

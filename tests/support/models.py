@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_attnedit.convert.families import teacher_rows
+from megatron_attnedit.convert.families import FAMILIES, teacher_rows
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.models.config import transformer_config
@@ -42,7 +42,7 @@ def tiny_hf_dir(path: Path, family: str = "qwen3", **overrides: Any) -> Path:
         "rms_norm_eps": 1e-5 if family == "llama" else 1e-6,
         **overrides,
     }
-    if family == "qwen3_moe":
+    if FAMILIES[family].experts:
         fields = {
             "num_experts": 8,
             "num_experts_per_tok": 2,
@@ -50,10 +50,9 @@ def tiny_hf_dir(path: Path, family: str = "qwen3", **overrides: Any) -> Path:
             "norm_topk_prob": True,
             **fields,
         }
-    name = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen2": "Qwen2", "llama": "Llama"}[family]
-    config = getattr(transformers, f"{name}Config")(**fields)
+    config = transformers.CONFIG_MAPPING[family](**fields)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
+    model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).float()
     with torch.no_grad():
         for param in model.parameters():
             spread = 0.08 if param.ndim > 1 else 0.3

@@ -1,8 +1,27 @@
-"""Rows that the decoder families have in common (pre-norm, RMSNorm, SwiGLU, GQA)."""
+"""Rows of the decoders that all families are (pre-norm, RMSNorm, SwiGLU, GQA)."""
 
-from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.families.base import HFConfig
 from megatron_attnedit.convert.layouts import QKVPerQueryGroup, Stacked
 from megatron_attnedit.convert.param_rows import ParamRow
+
+
+def shared_rows(config: HFConfig) -> list[ParamRow]:
+    """Everything but attention: embedding, norms, MLP or experts, output layer."""
+    mlp_rows = expert_rows if config.family.experts else dense_mlp_rows
+    rows = embedding_rows(config)
+    for layer_idx in range(config.num_hidden_layers):
+        rows += norm_rows(config, layer_idx) + mlp_rows(config, layer_idx)
+    return rows
+
+
+def attention_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+    """Grouped-query attention, with biases and QK-norm where the family has them."""
+    rows = gqa_rows(config, layer_idx)
+    if config.qkv_bias:
+        rows += qkv_bias_rows(config, layer_idx)
+    if config.qk_norm:
+        rows += qk_norm_rows(config, layer_idx)
+    return rows
 
 
 def embedding_rows(config: HFConfig) -> list[ParamRow]:

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from megatron_attnedit.attention.registry import student_attention_class
-from megatron_attnedit.convert.config_fields import COMMON, FAMILY_FIELDS
+from megatron_attnedit.convert import families
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.convert.reading import MANIFEST
 from megatron_attnedit.models.grid import ParallelConfig
@@ -69,7 +69,7 @@ def check_right(model, case):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field(models, tmp_path, family):
     model, config, manifest = models[family]
-    looked_at = {"model_type", *COMMON, *FAMILY_FIELDS[family]}
+    looked_at = {"model_type", *families.FAMILIES[family].config_fields}
     looked_at |= {"quantization_config", "compression_config"}
     counts = {True: 0, False: 0}
     for name in sorted({*config, *looked_at}):
