@@ -118,6 +118,11 @@ def _check_choices(lineage: Lineage) -> None:
     """
     if lineage.stage not in STAGES:
         raise TypeError(f"stage is {lineage.stage!r}")
+    for run in lineage.history:
+        if not isinstance(run, dict) or not isinstance(run.get("recipe"), dict):
+            raise TypeError(f"history has {run!r}"[:100])
+        if run.get("stage") not in STAGES:
+            raise TypeError(f"history has the stage {run.get('stage')!r}"[:100])
     if lineage.trainable not in TRAINABLE:
         raise TypeError(f"trainable is {lineage.trainable!r}")
     if bool(lineage.student_attention) != (lineage.stage != "teacher"):

@@ -44,6 +44,7 @@ def train(run: Run) -> str:
             if last or reason or run.iteration % recipe.save_interval == 0:
                 save(run)
             run.writer.poll()
+            run.check_owner()
             run.heartbeat.beat(run.iteration)
         run.writer.finish()
         run.log.close()
@@ -57,8 +58,7 @@ def step(run: Run, train_batches: Iterator[Batch], num_microbatches: int) -> Non
     """One iteration."""
     run.optimizer.zero_grad()
     metrics = run.stage.train_step(train_batches, num_microbatches)
-    if run.lock:
-        run.lock.check()
+    run.check_owner()
     verdict, run.stop_code = agree(
         run.health.judge(metrics["loss"], run.stage.models), run.stopping.code()
     )
@@ -102,6 +102,7 @@ def validate(run: Run) -> None:
 
 def save(run: Run) -> None:
     """Write a checkpoint, or begin to."""
+    run.check_owner()
     states = gather_states()
     run.log.sync()
     run.writer.save(run.iteration, run.sharded_state(is_loading=False), {"random_states": states})

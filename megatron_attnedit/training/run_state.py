@@ -52,6 +52,15 @@ class Run:
         """The run's folder."""
         return Path(self.recipe.save)
 
+    def check_owner(self) -> None:
+        """Before anything is written: is the folder this run's still?
+
+        Raises:
+            UserError: another process has taken it over.
+        """
+        if self.lock:
+            self.lock.check()
+
     def batches(self, dataset: Dataset, consumed_samples: int) -> Iterator[Batch]:
         """This rank's micro-batches from a given sample on."""
         return batches(

@@ -95,7 +95,10 @@ def test_an_export_is_imported_bit_for_bit(student, tmp_path):
     same_files(exported(back, tmp_path / "again"), out, "model.safetensors", "config.json")
     for name in ["lm_head.weight"] * hf.tie_word_embeddings + zeros[:1]:
         change(out, lambda found, name=name: found[name][0].add_(1))
-        with pytest.raises(UserError, match=f"{name} was changed"):
+        (out / "manifest.json").unlink(missing_ok=True)  # who changes tensors removes it
+        with pytest.raises(
+            UserError, match=f"{name} (was changed|is not model.embed_tokens.weight)"
+        ):
             make(out, tmp_path / "changed")
 
 

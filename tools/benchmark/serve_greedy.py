@@ -43,7 +43,7 @@ def prompts_of(args: argparse.Namespace) -> list[list[int]]:
     """The first tokens of the first documents that have so many."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     found: list[list[int]] = []
     with args.text.open(encoding="utf-8") as lines:
         for line in lines:
@@ -75,11 +75,15 @@ def by_vllm(args: argparse.Namespace, prompts: list[list[int]]) -> list[list[int
 def compare(args: argparse.Namespace, prompts: list[list[int]], answers: list[list[int]]) -> Any:
     """Each prompt's agreement, margins and tokens before the first difference."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from megatron_attnedit.export.hf import causal_lm_class
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     dtype = getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=True)
+    config = json.loads((Path(args.model) / "config.json").read_text())
+    model = causal_lm_class(config).from_pretrained(
+        args.model, dtype=dtype, trust_remote_code=False
+    )
     model = model.eval().to(device)
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -78,10 +78,8 @@ class MLA(MLADims, StudentAttention):
             "looks at less of the teacher than the one before"
         },
     }
-    of_teacher: ClassVar[Mapping[str, str]] = {
-        "num_attention_heads": "num_attention_heads",
-        "v_head_dim": "head_dim",
-    }
+    # Not the value heads: padded for serving, they are larger than the teacher's.
+    of_teacher: ClassVar[Mapping[str, str]] = {"num_attention_heads": "num_attention_heads"}
     fit: str = "attention"
 
     def __post_init__(self) -> None:
