@@ -48,6 +48,9 @@ class MLADims:
             most = LARGEST_BASE if field.name == "rotary_base" else LARGEST_SIZE
             if value is not None and value > most:
                 raise UserError(f"--{flag} {shown(value)}: expected at most {most:g}")
+        scale = self.latent_scale  # a power of two is exact in every type
+        if isinstance(scale, bool) or scale & (scale - 1):
+            raise UserError(f"latent_scale {shown(scale)}: expected a power of two")
 
     @property
     def latent_norm_eps(self) -> float:
