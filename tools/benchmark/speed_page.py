@@ -26,6 +26,8 @@ def machine() -> dict[str, Any]:
 def add_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows to a file; a row of the same suite, case and device takes the old one's place.
 
+    A row that says where it was measured keeps that; the others were measured here and now.
+
     Args:
         file: JSON list; made where it is missing.
         rows: See ``measure.row``.
@@ -33,7 +35,7 @@ def add_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     where = machine()
     found = json.loads(file.read_text()) if file.is_file() else []
     for entry in rows:
-        entry = {**entry, **where}
+        entry = {**where, **entry}
         found = [old for old in found if _key(old) != _key(entry)] + [entry]
     write_output(file, json.dumps(found, indent=1) + "\n")
 
