@@ -1,8 +1,10 @@
 """Exported students answer in vLLM what they answer in transformers, from a small cache.
 
-Needs ``.venv-serve``, which ``examples/serve.sh`` makes, or ATTNEDIT_VLLM, its ``vllm``.
+Needs ``.venv-serve``, which ``examples/serve.sh`` makes, or ATTNEDIT_VLLM, its ``vllm``; trained
+students are those of ``outputs/quickstart`` or ATTNEDIT_QUICKSTART.
 """
 
+import gzip
 import json
 import os
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.export.hf import causal_lm_class
@@ -27,6 +30,8 @@ pytestmark = [
     pytest.mark.skipif(not VLLM.is_file(), reason=f"no vLLM at {VLLM}: run examples/serve.sh"),
 ]
 
+TEACHER = ROOT / "examples" / "embedded_teacher" / "model"
+QUICKSTART = Path(os.environ.get("ATTNEDIT_QUICKSTART", ROOT / "outputs" / "quickstart"))
 PROMPT, ANSWER = 600, 64
 TOLERANCE = 1e-3
 # vLLM's kernel for a CPU rotates interleaved pairs wrongly.
@@ -72,17 +77,38 @@ def served(request, tmp_path_factory):
     tiny_hf_dir(folder / "hf", family, max_position_embeddings=1024, **fields)
     make_student(folder, "student", name, flags)
     out = make(folder / "student", folder / "out", "hf", dtype="float32", **export)
-    config = json.loads((out / "config.json").read_text())
-    model = causal_lm_class(config).from_pretrained(out, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(5)
     prompt = torch.randint(0, VOCAB, (1, PROMPT), generator=generator)
+    return request.param, out, folder / "hf", by_transformers(out, prompt)
+
+
+@pytest.fixture(scope="module")
+def trained(request, tmp_path_factory):
+    """The same of a student that the quick start has trained, on text that it has not seen."""
+    stage2 = QUICKSTART / request.param / "stage2"
+    if not stage2.is_dir():
+        pytest.skip(f"no {stage2}: run examples/quickstart.sh")
+    padding = {"pad_for_serving": 576} if request.param == "mla" else {}
+    out = tmp_path_factory.mktemp("trained") / "out"
+    make(stage2, out, "hf", dtype="float32", **padding)
+    with gzip.open(ROOT / "examples/embedded_teacher/text/heldout.jsonl.gz", "rt") as lines:
+        text = "".join(json.loads(line)["text"] for line, _ in zip(lines, range(20), strict=False))
+    ids = AutoTokenizer.from_pretrained(TEACHER)(text)["input_ids"][:PROMPT]
+    assert len(ids) == PROMPT
+    return request.param, out, TEACHER, by_transformers(out, torch.tensor([ids]))
+
+
+def by_transformers(directory, prompt):
+    """Prompt, log-probabilities of its tokens and the greedy answer."""
+    config = json.loads((directory / "config.json").read_text())
+    model = causal_lm_class(config).from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         scores = model(prompt).logits[0].log_softmax(-1)[:-1].gather(1, prompt[0, 1:, None])
         tokens = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=ANSWER, do_sample=False,
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-    return request.param, out, folder / "hf", (prompt[0].tolist(), scores[:, 0], tokens[0, PROMPT:])
+    return prompt[0].tolist(), scores[:, 0], tokens[0, PROMPT:]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +154,17 @@ def settings_of(cell, path):
 
 @pytest.mark.parametrize(("served", "path"), RUNS, indirect=["served"])
 def test_it_answers_as_transformers_does(served, tmp_path, path, request):
-    cell, directory, teacher, (prompt, scores, tokens) = served
+    compare(served, tmp_path, path, request)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("trained", ["mla", "gate_swa"], indirect=True)
+def test_what_the_quick_start_trained_does(trained, tmp_path, path, request):
+    compare(trained, tmp_path, path, request)
+
+
+def compare(student, tmp_path, path, request):
+    cell, directory, teacher, (prompt, scores, tokens) = student
     own = path != "transformers backend"
     found = ask(
         directory, prompt, settings_of(cell, path), tmp_path,
