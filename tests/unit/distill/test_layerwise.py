@@ -9,7 +9,7 @@ from torch import nn
 from megatron_attnedit.attention.registry import student_attention_class
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
-from megatron_attnedit.training import run
+from megatron_attnedit.training import building
 from tests.support import processes
 from tools.benchmark.workload import Workload, build_training
 
@@ -62,7 +62,7 @@ def test_the_teacher_stops_where_nothing_is_left_to_imitate(models, name, flags,
 
 
 def test_a_flag_that_does_nothing_is_said(one_process, caplog):
-    teacher = SimpleNamespace(chunks=[SimpleNamespace(config=SimpleNamespace())])
-    assert not run._records(SimpleNamespace(record=False), teacher) and not caplog.text
-    assert not run._records(SimpleNamespace(record=True), teacher)
+    models = SimpleNamespace(teacher=[SimpleNamespace(config=SimpleNamespace())])
+    assert not building._records(SimpleNamespace(record=False), models) and not caplog.text
+    assert not building._records(SimpleNamespace(record=True), models)
     assert "--record is ignored" in caplog.text
