@@ -48,9 +48,9 @@ alone() { OMP_NUM_THREADS=2 python "$@"; }
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*"; }
 
 grid=(--tensor-model-parallel-size 2)
-if ! python tools/plan.py --teacher "$teacher" --student-attention mla "${grid[@]}" >/dev/null 2>&1
+if ! why=$(python tools/plan.py --teacher "$teacher" --student-attention mla "${grid[@]}" 2>&1 >/dev/null)
 then
-    echo "The heads of $teacher cannot be cut in two: data parallel 2 instead of tensor parallel 2."
+    printf '%s\n' "$why" "Data parallel 2 instead of tensor parallel 2."
     grid=(--tensor-model-parallel-size 1)
 fi
 

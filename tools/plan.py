@@ -33,7 +33,7 @@ def main() -> None:
     parallel = ParallelConfig.from_fields(args)
     if args["world_size"] is None:
         args["world_size"] = parallel.smallest_world_size
-    size = given(RunSize, args)
+    size = given(RunSize, args).of_teacher(teacher)
     sizes = plan(teacher, student, parallel, size, context=args["context"])
 
     fraction = sizes.student_kv_bytes / sizes.teacher_kv_bytes

@@ -62,6 +62,14 @@ def test_a_plan(inputs):
         plan_of(inputs, "short")
 
 
+def test_a_plan_without_a_length_takes_what_the_teacher_has(inputs):
+    flags = ("--teacher", inputs / "short", "--student-attention", "mla")
+    done = call_tool("tools/plan.py", *flags)
+    assert done.returncode == 0 and "stage 1" in done.stdout, done.stderr
+    hf = read_hf_config(inputs / "short")
+    assert RunSize(world_size=1).of_teacher(hf).seq_length == LONGEST
+
+
 @pytest.mark.parametrize("cls", [Stage1Recipe, Stage2Recipe])
 def test_a_dry_run(inputs, cls):
     dry(inputs, "long", cls)
