@@ -33,7 +33,9 @@ def main() -> None:
     parallel = ParallelConfig.from_fields(args)
     if args["world_size"] is None:
         args["world_size"] = parallel.smallest_world_size
-    size = given(RunSize, args).of_teacher(teacher)
+    if args["seq_length"] is None:
+        args["seq_length"] = min(RunSize.seq_length, teacher.max_position_embeddings)
+    size = given(RunSize, args)
     sizes = plan(teacher, student, parallel, size, context=args["context"])
 
     fraction = sizes.student_kv_bytes / sizes.teacher_kv_bytes
@@ -131,6 +133,7 @@ def parser_for(*groups: type) -> argparse.ArgumentParser:
     for title, group in zip(("grid", "run", "serving"), groups, strict=True):
         add_flags_of(parser, title, group)
     add_student_flags(parser)
+    parser.set_defaults(seq_length=None)  # depends on the teacher
     return parser
 
 

@@ -10,7 +10,6 @@ from megatron_attnedit.planning.activations import Workload
 from megatron_attnedit.planning.memory import RankMemory, memory_of_stages
 
 MOST = 2**31 - 1
-SEQ_LENGTH = 4096
 BYTES = 2  # bfloat16, as served and as trained
 
 
@@ -39,7 +38,7 @@ class RunSize:
 
     Attributes:
         world_size: Processes.
-        seq_length: Tokens of a sample; 0: 4,096, or as many as the teacher was made for, if fewer.
+        seq_length: Tokens of a sample.
         micro_batch_size: Samples that one process computes at a time.
         global_batch_size: Samples of an iteration; 0: one micro-batch on each process.
         use_distributed_optimizer: Copies of the model share the optimizer states.
@@ -47,21 +46,16 @@ class RunSize:
 
     world_size: int
     seq_length: int = field(
-        default=0, metadata={"help": "tokens; 0: 4096, or the teacher's longest, if that is less"}
+        default=4096, metadata={"help": "tokens of a sample; not given: at most the teacher's"}
     )
     micro_batch_size: int = 1
     global_batch_size: int = 0
     use_distributed_optimizer: bool = False
 
     def __post_init__(self) -> None:
-        least_of = {"world_size": 1, "seq_length": 0, "micro_batch_size": 1}
+        least_of = {"world_size": 1, "seq_length": 1, "micro_batch_size": 1}
         for name, least in {**least_of, "global_batch_size": 0}.items():
             check_count(f"--{name.replace('_', '-')}", getattr(self, name), least)
-
-    def of_teacher(self, teacher: HFConfig) -> "RunSize":
-        """The same with a number of tokens."""
-        longest = min(SEQ_LENGTH, teacher.max_position_embeddings)
-        return replace(self, seq_length=self.seq_length or longest)
 
 
 def check_count(flag: str, value: int, least: int = 1) -> None:
@@ -89,7 +83,6 @@ def plan(
             processes; names the flag.
     """
     check_count("--context", context)
-    size = size.of_teacher(teacher)
     parallel.check_processes(size.world_size)
     parallel.check_model(teacher)
     parallel.check_student(student, size.seq_length)

@@ -62,12 +62,14 @@ def test_a_plan(inputs):
         plan_of(inputs, "short")
 
 
-def test_a_plan_without_a_length_takes_what_the_teacher_has(inputs):
-    flags = ("--teacher", inputs / "short", "--student-attention", "mla")
-    done = call_tool("tools/plan.py", *flags)
-    assert done.returncode == 0 and "stage 1" in done.stdout, done.stderr
-    hf = read_hf_config(inputs / "short")
-    assert RunSize(world_size=1).of_teacher(hf).seq_length == LONGEST
+def test_a_plan_without_a_length_takes_what_the_teacher_has(inputs, tmp_path):
+    found = []
+    for length in ([], ["--seq-length", LONGEST], ["--seq-length", 8]):
+        flags = ["--teacher", inputs / "short", "--student-attention", "mla", *length]
+        done = call_tool("tools/plan.py", *flags, "--json", tmp_path / "plan.json")
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / "plan.json").read_text()))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("cls", [Stage1Recipe, Stage2Recipe])
