@@ -30,18 +30,34 @@ def parse_args() -> argparse.Namespace:
     )
     exporter.add_argument("--input", type=Path, required=True, help="a run's folder or checkpoint")
     for command in (importer, exporter):
-        command.add_argument("--output", type=Path, required=True, help="new directory or file")
-        command.add_argument(
-            "--teacher",
-            help="where the teacher is (default: as at edit time); of mp_rank_* files that another "
-            "program wrote, a directory with the model's config.json",
-        )
-        command.add_argument(
-            "--dtype",
-            choices=("float32", "bfloat16", "float16"),
-            help="of the tensors (default: config.json's)",
-        )
-        command.add_argument("--overwrite", action="store_true", help="replace the output")
+        add_flags_of_both(command)
+    add_import_flags(importer)
+    add_export_flags(exporter)
+    verifier = commands.add_parser("verify", help="compare two checkpoints of any format")
+    verifier.add_argument("a", type=Path, help="checkpoint")
+    verifier.add_argument("b", type=Path, help="checkpoint")
+    verifier.add_argument("--teacher", help="of students (default: as at edit time)")
+    verifier.add_argument("--text", type=Path, help="also compare logits on this text file")
+    verifier.add_argument("--json", dest="json_file", type=Path, help="write the result here")
+    return parser.parse_args()
+
+
+def add_flags_of_both(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", type=Path, required=True, help="new directory or file")
+    command.add_argument(
+        "--teacher",
+        help="where the teacher is (default: as at edit time); of mp_rank_* files that another "
+        "program wrote, a directory with the model's config.json",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the tensors (default: config.json's)",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace the output")
+
+
+def add_import_flags(importer: argparse.ArgumentParser) -> None:
     importer.add_argument(
         "--format",
         choices=("torch_dist", "torch"),
@@ -49,6 +65,20 @@ def parse_args() -> argparse.Namespace:
         help="torch_dist loads on any grid; torch (mp_rank_*, MindSpeed-LLM) on the one given "
         "(default: %(default)s)",
     )
+    for size in ("tensor", "pipeline", "expert"):
+        importer.add_argument(
+            f"--{size}-model-parallel-size", type=int, default=1, metavar="N",
+            help="of --format torch (default: 1)",
+        )  # fmt: skip
+    importer.add_argument(
+        "--moe-grouped-gemm",
+        action="store_true",
+        help="of --format torch: experts in one matrix (experts.weight1, weight2), as Megatron "
+        "and MindSpeed-LLM want them with this flag",
+    )
+
+
+def add_export_flags(exporter: argparse.ArgumentParser) -> None:
     exporter.add_argument(
         "--format",
         choices=("hf", "edited"),
@@ -73,24 +103,6 @@ def parse_args() -> argparse.Namespace:
     exporter.add_argument(
         "--push", metavar="REPO", help="then upload the hf directory to the Hugging Face Hub"
     )
-    for size in ("tensor", "pipeline", "expert"):
-        importer.add_argument(
-            f"--{size}-model-parallel-size", type=int, default=1, metavar="N",
-            help="of --format torch (default: 1)",
-        )  # fmt: skip
-    importer.add_argument(
-        "--moe-grouped-gemm",
-        action="store_true",
-        help="of --format torch: experts in one matrix (experts.weight1, weight2), as Megatron "
-        "and MindSpeed-LLM want them with this flag",
-    )
-    verifier = commands.add_parser("verify", help="compare two checkpoints of any format")
-    verifier.add_argument("a", type=Path, help="checkpoint")
-    verifier.add_argument("b", type=Path, help="checkpoint")
-    verifier.add_argument("--teacher", help="of students (default: as at edit time)")
-    verifier.add_argument("--text", type=Path, help="also compare logits on this text file")
-    verifier.add_argument("--json", dest="json_file", type=Path, help="write the result here")
-    return parser.parse_args()
 
 
 def main() -> None:
