@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -18,7 +17,7 @@ from megatron_attnedit.checkpoint.padded import padded
 from megatron_attnedit.checkpoint.reader import Opened, open_checkpoint
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.output import is_first, new_directory, own, refuse_existing
-from megatron_attnedit.convert.pieces import my_share, pieces_of
+from megatron_attnedit.convert.pieces import my_share, same_numbers
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.export.model_card import licence_file, model_card, name_of
 from megatron_attnedit.export.push import check_push, push
@@ -141,10 +140,8 @@ def _check_untouched(opened: Opened, base: Opened) -> None:
     edited = {row.megatron_param for row in edited_rows(opened.hf, opened.lineage.attention())}
     kept = my_share([row for row in opened.stored if row.megatron_param not in edited])
     for row in tqdm(kept, "compare with the teacher", unit="row", disable=not is_first()):
-        for piece in pieces_of(row):
-            for ours, theirs in zip(opened.read(piece), base.read(piece), strict=True):
-                if not torch.equal(ours, theirs.to(ours.dtype)):
-                    raise UserError(
-                        f"--input {opened.path}: {row.hf_params[0]} is not the teacher's, although "
-                        "only attention was trained"
-                    )
+        if not same_numbers(row, opened.read, base.read):
+            raise UserError(
+                f"--input {opened.path}: {row.hf_params[0]} is not the teacher's, although "
+                "only attention was trained"
+            )

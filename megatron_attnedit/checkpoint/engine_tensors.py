@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_attnedit.checkpoint.reader import Opened
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
-from megatron_attnedit.convert.pieces import Piece, pieces_of
+from megatron_attnedit.convert.pieces import Piece, same_numbers
 from megatron_attnedit.errors import UserError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -67,10 +67,8 @@ def check_engine_tensors(opened: Opened, reader: HFReader) -> None:
     for row in extended.rows:
         if row.hf_params[0] in known or row.hf_params[0] not in reader.shapes:
             continue
-        for piece in pieces_of(row):
-            for ours, theirs in zip(reader.read(piece), extended.read(piece), strict=True):
-                if not torch.equal(ours, theirs.to(ours.dtype)):
-                    raise UserError(
-                        f"--input {opened.path}: {row.hf_params[0]} was changed; a student has no "
-                        "place for it"
-                    )
+        if not same_numbers(row, reader.read, extended.read):
+            raise UserError(
+                f"--input {opened.path}: {row.hf_params[0]} was changed; a student has no "
+                "place for it"
+            )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -77,6 +78,15 @@ def pieces_of(row: ParamRow) -> Iterator[Piece]:
         rows = max(1, PIECE_NUMBERS // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], rows):
             yield Piece(row, part, start, min(start + rows, shape[0]))
+
+
+def same_numbers(row: ParamRow, read: Read, other: Read) -> bool:
+    """Whether two sources hold the same in a row, in the first one's type."""
+    return all(
+        torch.equal(ours, theirs.to(ours.dtype))
+        for piece in pieces_of(row)
+        for ours, theirs in zip(read(piece), other(piece), strict=True)
+    )
 
 
 def read_ahead(pieces: Iterable[Piece], read: Read) -> Iterator[tuple[Piece, list[Tensor]]]:
