@@ -22,6 +22,9 @@ from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from megatron_attnedit.attention.gate_swa.vllm.attention import GateSWAAttention
 
+# The dimension of each input that varies from step to step: tokens.
+DYNAMIC_DIMS = {"input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0}
+
 
 class GateSWADecoderLayer(Qwen3DecoderLayer):
     """Qwen3's layer with this package's attention."""
@@ -62,14 +65,7 @@ class GateSWAMoeDecoderLayer(Qwen3MoeDecoderLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-@support_torch_compile(
-    dynamic_arg_dims={
-        "input_ids": 0,
-        "positions": -1,
-        "intermediate_tensors": 0,
-        "inputs_embeds": 0,
-    }
-)
+@support_torch_compile(dynamic_arg_dims=DYNAMIC_DIMS)
 class GateSWAModel(Qwen2Model):
     """The dense decoder."""
 
@@ -79,14 +75,7 @@ class GateSWAModel(Qwen2Model):
         )
 
 
-@support_torch_compile(
-    dynamic_arg_dims={
-        "input_ids": 0,
-        "positions": -1,
-        "intermediate_tensors": 0,
-        "inputs_embeds": 0,
-    }
-)
+@support_torch_compile(dynamic_arg_dims=DYNAMIC_DIMS)
 class GateSWAMoeModel(Qwen3MoeModel):
     """The decoder with experts."""
 
