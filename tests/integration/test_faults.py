@@ -242,9 +242,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(inputs, tmp_path, numb
     save, log = tmp_path / "run", tmp_path / "log.txt"
     fields = {"train_iters": 500, "save_interval": 500, "tensor_model_parallel_size": 2}
     attempt = Attempt(2, recipe(inputs, save, **fields), log)
-    file = save / "metrics.jsonl"
-    while attempt.is_alive() and not (file.is_file() and file.read_text().count("\n") >= 3):
-        time.sleep(0.01)
+    attempt.wait_for_lines(save, 3)
     attempt.signal(1, number)
     assert attempt.wait(30) == [STOPPED, STOPPED], log.read_text()[-2000:]
     iteration = int((save / run_folder.TRACKER).read_text())
@@ -259,9 +257,7 @@ def test_sigint_twice_ends_a_rank_that_waits_for_one_that_hangs(inputs, tmp_path
     save, log = tmp_path / "run", tmp_path / "log.txt"
     fields = {"train_iters": 500, "save_interval": 500, "tensor_model_parallel_size": 2}
     attempt = Attempt(2, recipe(inputs, save, **fields), log)
-    file = save / "metrics.jsonl"
-    while attempt.is_alive() and not (file.is_file() and file.read_text().count("\n") >= 3):
-        time.sleep(0.01)
+    attempt.wait_for_lines(save, 3)
     attempt.signal(1, signal.SIGSTOP)
     time.sleep(0.2)
     start = time.monotonic()

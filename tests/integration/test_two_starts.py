@@ -143,18 +143,12 @@ def logged(save):
     return Counter(e["iteration"] for e in lines if {"loss", "lr", "grad_norm"} <= e.keys())
 
 
-def wait_for_lines(attempt, save, count):
-    file = save / "metrics.jsonl"
-    while attempt.is_alive() and not (file.is_file() and file.read_text().count("\n") >= count):
-        time.sleep(0.005)
-
-
 def test_a_suspended_run_that_was_taken_over_writes_nothing_more(inputs, tmp_path):
     """As one whose host was cut off; each iteration has one line, and they are the new owner's."""
     save, log, steps = tmp_path / "run", tmp_path / "log.txt", 60
     fields = {"train_iters": steps, "save_interval": 20, "keep_last": 1}
     old = Attempt(1, recipe(inputs, save, **fields), log)
-    wait_for_lines(old, save, 10)
+    old.wait_for_lines(save, 10)
     old.signal(0, signal.SIGSTOP)
     try:
         file = save / ".lock"
@@ -180,7 +174,7 @@ def test_each_iteration_once_after_crashes_stops_and_fallbacks(inputs, tmp_path)
     fields = {"train_iters": steps, "save_interval": 5}
     for count, number in ((4, signal.SIGKILL), (13, signal.SIGKILL), (22, signal.SIGTERM)):
         attempt = Attempt(1, recipe(inputs, save, **fields), log)
-        wait_for_lines(attempt, save, count)
+        attempt.wait_for_lines(save, count)
         attempt.signal(0, number)
         assert attempt.wait(60) in ([-number], [STOPPED])
         with (save / "metrics.jsonl").open("a") as file:

@@ -15,10 +15,10 @@ from megatron_attnedit.export.hf import causal_lm_class
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.lineage import read_lineage
 from megatron_attnedit.models.teacher import full_logits
-from megatron_attnedit.training.edit import EditConfig, edit
 from megatron_attnedit.training.setup import load_teacher, start_processes, stop_processes
 from megatron_attnedit.training.student import Student
 from tests.support import processes
+from tests.support.inputs import make_student
 from tests.support.models import tiny_hf_dir, tokens
 
 TOLERANCE = 1e-4  # the bar; float32 rounding gives about 2e-6
@@ -41,19 +41,7 @@ STUDENTS = {
 
 def random_student(folder, hf_dir, case):
     name, flags = STUDENTS[case]
-    edit(
-        EditConfig(
-            teacher=str(hf_dir),
-            save=str(folder),
-            student_attention=name,
-            flags=flags,
-            init="random",
-            seed=3,
-            calibration_data_path=[],
-            calibration_tokens=0,
-            seq_length=64,
-        )
-    )
+    make_student(folder.parent, folder.name, name, flags, teacher=hf_dir)
     return folder
 
 

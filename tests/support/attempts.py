@@ -42,6 +42,12 @@ class Attempt:
     def is_alive(self) -> bool:
         return any(process.is_alive() for process in self.ranks)
 
+    def wait_for_lines(self, save: Path, count: int) -> None:
+        """Until the run in ``save`` has so many lines of metrics, or is over."""
+        file = save / "metrics.jsonl"
+        while self.is_alive() and not (file.is_file() and file.read_text().count("\n") >= count):
+            time.sleep(0.005)
+
     def end(self, grace: float = 5.0) -> None:
         """What torchrun does when a rank has died: ask the others, then kill them.
 

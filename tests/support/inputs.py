@@ -21,9 +21,9 @@ def make_inputs(folder: Path, family: str = "qwen3", **overrides: int) -> Path:
 
 
 def make_student(
-    folder: Path, name: str, student_attention: str, flags: dict, teacher: str = "hf"
+    folder: Path, name: str, student_attention: str, flags: dict, teacher: str | Path = "hf"
 ) -> None:
-    """A randomly started student of the teacher in ``folder``."""
+    """A randomly started student of the teacher in ``folder``, or of an absolute path."""
     edit(
         EditConfig(
             teacher=str(folder / teacher),

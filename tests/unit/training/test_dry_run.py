@@ -31,6 +31,12 @@ def dry(cls, *argv):
     dry_run(cls, "help", ["--dry-run", *map(str, argv)])
 
 
+def dry_recipe(file, world_size, target, *more):
+    """A shipped recipe on its own teacher."""
+    words = ["--recipe", file, "--teacher", file.parents[1], *student_flags(file)]
+    dry(stage_of(file), *words, "--world-size", world_size, "--json", target, *more)
+
+
 def test_recipes_are_there():
     names = {str(file.relative_to(RECIPES)) for file in SHIPPED}
     assert names == {
@@ -46,20 +52,7 @@ def test_recipes_are_there():
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: "-".join(file.with_suffix("").parts[2:]))
 def test_a_shipped_recipe(tmp_path, capsys, file, world_size, memory):
     target = tmp_path / "plan.json"
-    dry(
-        stage_of(file),
-        "--recipe",
-        file,
-        "--teacher",
-        file.parents[1],
-        *student_flags(file),
-        "--world-size",
-        world_size,
-        "--device-memory-gib",
-        memory,
-        "--json",
-        target,
-    )
+    dry_recipe(file, world_size, target, "--device-memory-gib", memory)
     found = json.loads(target.read_text())
     assert found["world_size"] == world_size
     assert found["student_attention"]["name"] == file.parent.name
@@ -76,18 +69,7 @@ def recipe_row(file, folder):
     for world_size in (8, 16):
         target = folder / f"{world_size}.json"
         with contextlib.redirect_stdout(None):
-            dry(
-                stage_of(file),
-                "--recipe",
-                file,
-                "--teacher",
-                file.parents[1],
-                *student_flags(file),
-                "--world-size",
-                world_size,
-                "--json",
-                target,
-            )
+            dry_recipe(file, world_size, target)
         found = json.loads(target.read_text())
         held.append(max(stage["total"] for stage in found["memory"]) / 2**30)
     recipe = found["recipe"]
