@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from tools.benchmark.markdown import markdown_table, put_between
+
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "docs" / "data" / "parallel.json"
 PAGE = ROOT / "docs" / "parallel.md"
@@ -44,25 +46,22 @@ def fill_page():
     cells = json.loads(DATA.read_text())["cells"]
     key = ("stage", "model", "grid", "student")
     found = {tuple(cell[name] for name in key): cell for cell in cells}
-    text = PAGE.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{markdown(found)}\n{END}{after}")
+    put_between(PAGE, BEGIN, END, f"\n{markdown(found)}\n")
 
 
 def markdown(found):
     """Rows are grids; a cell is the largest difference of gradients / of parameters."""
     columns = list(dict.fromkeys((stage, model, student) for stage, model, _, student in found))
     columns = [c for c in columns if c[0] in ("stage 1", "stage 2")]
-    lines = ["| grid | " + " | ".join(f"{s}, {m}, {a}" for s, m, a in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
+    lines = []
     for grid in dict.fromkeys(grid for _, _, grid, _ in found):
-        cells = []
+        cells = [grid]
         for stage, model, student in columns:
             cell = found.get((stage, model, grid, student))
             text = f"{cell['gradients']:.0e} / {cell['parameters']:.0e}" if cell else ""
             cells.append(text)
-        lines.append(f"| {grid} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(["grid", *(f"{s}, {m}, {a}" for s, m, a in columns)], lines)
 
 
 if __name__ == "__main__":

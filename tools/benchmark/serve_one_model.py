@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_attnedit.files import write_output
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -223,8 +225,7 @@ def save(file: Path, name: str, found: dict[str, Any]) -> None:
     """Put a model's results into the file, and show them."""
     every = json.loads(file.read_text()) if file.is_file() else {"models": {}}
     every["models"][name] = found
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(every, indent=1) + "\n")
+    write_output(file, json.dumps(every, indent=1) + "\n")
     print("RESULT", name, json.dumps(found), flush=True)
 
 

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_attnedit.files import write_output
+from tools.benchmark.markdown import markdown_table, put_between
+
 BEGIN, END = "<!-- tables of served models -->", "<!-- end of tables -->"
 
 
@@ -55,19 +58,18 @@ def tables(models: dict[str, Any]) -> str:
     for base in dict.fromkeys(name.rpartition("/")[0] for name in models):
         mine = {name: m for name, m in models.items() if name.rpartition("/")[0] == base}
         rows = {name: figures(model) for name, model in mine.items()}
-        lines = ["| | " + " | ".join(name.rpartition("/")[2] for name in mine) + " |"]
-        lines.append("|---" * (len(mine) + 1) + "|")
+        header, lines = ["", *(name.rpartition("/")[2] for name in mine)], []
         for words in dict.fromkeys(words for found in rows.values() for words in found):
-            cells = []
+            cells = [words]
             for name, found in rows.items():
                 figure, ratio = found.get(words), gained.get(name, {}).get(words)
                 cell = format(figure.value, figure.form) if figure else ""
                 cells.append(f"{cell} ({ratio:.2f} x)" if figure and ratio else cell)
-            lines.append(f"| {words} | " + " | ".join(cells) + " |")
+            lines.append(cells)
         one = next(iter(mine.values()))
         dates = " and ".join(dict.fromkeys(model["date"] for model in mine.values()))
         title = f"### {base}: {one.get('device', '')}, vLLM {one['vllm']}, {dates}"
-        parts.append("\n".join([title, "", *lines]))
+        parts.append(f"{title}\n\n{markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
 
@@ -79,11 +81,9 @@ def report(files: list[Path], page: Path | None) -> None:
             models |= json.loads(part.read_text())["models"]
     file, found = files[0], {"models": models}
     found["ratios"] = ratios(found["models"])
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    write_output(file, json.dumps(found, indent=1) + "\n")
     for name, mine in found["ratios"].items():
         for words, ratio in mine.items():
             print(f"{name}: {words}: {ratio:.2f} x")
     if page is not None:
-        text = page.read_text()
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        page.write_text(f"{before}{BEGIN}\n\n{tables(found['models'])}\n\n{END}{after}")
+        put_between(page, BEGIN, END, f"\n\n{tables(found['models'])}\n\n")

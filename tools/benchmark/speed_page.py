@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.files import write_output
+from tools.benchmark.markdown import markdown_table, put_between
 
 PACKAGES = ("torch", "megatron-core", "transformers")
 
@@ -81,10 +82,7 @@ def _columns(suite: str) -> tuple[tuple[str, str, str], ...]:
 
 def write_page(file: Path, page: Path) -> None:
     """Put the tables of the figures in ``file`` between the marks of a page."""
-    text = page.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    made = tables(json.loads(file.read_text()))
-    write_output(page, f"{before}{BEGIN}\n\n{made}\n{END}{after}")
+    put_between(page, BEGIN, END, f"\n\n{tables(json.loads(file.read_text()))}\n")
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -97,9 +95,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             parts.append(f"### {title}: {device}, {_dates(mine)}, {versions}\n")
             names = [name for _, name, _ in _columns(suite)]
             heads = [f"{who} {name}" for who in ("ours", "baseline") for name in names]
-            parts.append("| case | " + " | ".join([*heads, "ratio"]) + " |")
-            parts.append("|---" * (len(heads) + 2) + "|")
-            parts += [_line(entry) for entry in mine]
+            parts.append(markdown_table(["case", *heads, "ratio"], map(_cells, mine)))
             parts.append("")
     return "\n".join([*parts, *_scaling_tables(rows)])
 
@@ -111,14 +107,14 @@ def _scaling_tables(rows: list[dict[str, Any]]) -> list[str]:
     for task, device in dict.fromkeys((r["task"], r["device"]) for r in mine):
         same = [r for r in mine if (r["task"], r["device"]) == (task, device)]
         heads = ["grid", "processes", *(name for _, name, _ in SCALING_COLUMNS), "efficiency"]
-        parts += [f"### Scaling: {device}, {_dates(same)}, {task}\n"]
-        parts += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        lines = []
         for r in same:
             ours = r["ours"]
             cells = [form.format(ours[k]) if k in ours else "" for k, _, form in SCALING_COLUMNS]
             ratio = f"{r['ratio']:.1%}" if "ratio" in r else ""
-            parts.append("| " + " | ".join([r["grid"], str(r["processes"]), *cells, ratio]) + " |")
-        parts.append("")
+            lines.append([r["grid"], str(r["processes"]), *cells, ratio])
+        title = f"### Scaling: {device}, {_dates(same)}, {task}\n"
+        parts += [title, markdown_table(heads, lines), ""]
     return parts
 
 
@@ -126,7 +122,7 @@ def _dates(rows: list[dict[str, Any]]) -> str:
     return " and ".join(dict.fromkeys(r["date"] for r in rows))
 
 
-def _line(entry: dict[str, Any]) -> str:
+def _cells(entry: dict[str, Any]) -> list[str]:
     cells = [entry["case"] + (f" ({entry['note']})" if "note" in entry else "")]
     columns = _columns(entry["suite"])
     for side in (entry["ours"], entry["baseline"] or {}):
@@ -134,4 +130,4 @@ def _line(entry: dict[str, Any]) -> str:
             cells += [side["error"], *[""] * (len(columns) - 1)]
             continue
         cells += [form.format(side[key]) if key in side else "" for key, _, form in columns]
-    return "| " + " | ".join([*cells, str(entry.get("ratio", ""))]) + " |"
+    return [*cells, str(entry.get("ratio", ""))]

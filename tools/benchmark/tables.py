@@ -13,6 +13,7 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.students import RUNS
 from megatron_attnedit.evaluate.table import BEHAVIOUR_HEADER, behaviour_rows
 from tools.benchmark.ablations import arms, curve, fits, number, rate, tokens
+from tools.benchmark.markdown import markdown_table
 from tools.benchmark.published import read_report
 
 MARK, END = re.compile(r"<!-- table: \S+ \S+ -->"), "<!-- end of table -->"
@@ -42,7 +43,7 @@ def filled(page: str, data: Path) -> str:
         if not (data / name).is_file():
             raise UserError(f"{begin.strip()}: {data / name} is missing")
         try:
-            made = _markdown(*KINDS[kind](read_report(data / name)))
+            made = markdown_table(*KINDS[kind](read_report(data / name)))
         except KeyError as error:  # a key of this kind of table; those of all are checked
             raise UserError(f"{begin.strip()}: {data / name} lacks {error}") from None
         return f"{begin}\n{made}\n\n{end}"
@@ -112,8 +113,3 @@ KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "fits": fits,
     "curve": curve,
 }
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
