@@ -19,8 +19,6 @@ class Engine:
     problem: str | None = None
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: {self.how}"
-            if self.problem is None
-            else (f"not for {self.name}: {self.problem}")
-        )
+        if self.problem is None:
+            return f"{self.name}: {self.how}"
+        return f"not for {self.name}: {self.problem}"

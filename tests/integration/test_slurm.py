@@ -3,8 +3,6 @@
 Each test ends with the job finished and every iteration exactly once in what was kept.
 """
 
-import os
-import shutil
 import time
 
 import pytest
@@ -16,38 +14,21 @@ from tests.support.launching import (
     kept_iterations,
 )
 from tests.support.slurm_jobs import (
+    MARKS,
+    TEACHER,
     assert_each_iteration_once,
     starts,
     trained,
 )
 
-NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "runuser")
-missing = [name for name in NEEDED if shutil.which(name) is None]
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="SLURM's daemons are started as root"),
-]
-TEACHER = "examples/embedded_teacher/model"
-TRAIN = "examples/slurm/train.sbatch"
+pytestmark = MARKS
 
 
 def test_preempted_by_another_job(submit, tmp_path):
     save = tmp_path / "run"
     job = submit("stage1", "recipe.yaml", "--save", save, "--train-iters", 30)
     job.wait(lambda: trained(save, 3), 60)
-    job.run(
-        "sbatch",
-        "--partition",
-        "high",
-        "--exclusive",
-        "--mem",
-        0,
-        "--output",
-        "/dev/null",
-        "--wrap",
-        "sleep 3",
-    )
+    job.preempt(3)
     job.wait_for_state("COMPLETED")
     events = assert_each_iteration_once(save, 30)
     # It saved when it was told, so nothing was trained twice.

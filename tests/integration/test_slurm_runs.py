@@ -1,7 +1,5 @@
 """A real run under a real SLURM, preempted twice, beside one that was not."""
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,19 +13,13 @@ from tests.support.launching import (
     bash,
 )
 from tests.support.slurm_jobs import (
+    MARKS,
+    TEACHER,
     logged,
     of_training,
 )
 
-NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "runuser")
-missing = [name for name in NEEDED if shutil.which(name) is None]
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="SLURM's daemons are started as root"),
-]
-TEACHER = "examples/embedded_teacher/model"
-TRAIN = "examples/slurm/train.sbatch"
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
@@ -101,18 +93,7 @@ def test_a_real_run_is_preempted_twice(submit, teacher_and_student, tmp_path, st
     job = submit(*words, "--save", save, root=ROOT, options=["--output", log], **variables)
     for iteration in (4, 12):
         job.wait(lambda least=iteration: logged(save) >= least, 120)
-        job.run(
-            "sbatch",
-            "--partition",
-            "high",
-            "--exclusive",
-            "--mem",
-            0,
-            "--output",
-            "/dev/null",
-            "--wrap",
-            "sleep 1",
-        )
+        job.preempt(1)
         job.wait(lambda: job.state() != "RUNNING", 60)
         job.wait_for_state("RUNNING")
     job.wait_for_state("COMPLETED")

@@ -1,11 +1,25 @@
 """Jobs of a real SLURM, and what their runs kept."""
 
+import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.attempts import metrics
 from tests.support.launching import journal, kept_iterations
+
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "runuser")
+missing = [name for name in NEEDED if shutil.which(name) is None]
+# Of a module whose tests submit jobs.
+MARKS = [
+    pytest.mark.full,
+    pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="SLURM's daemons are started as root"),
+]
+TEACHER = "examples/embedded_teacher/model"
 
 
 class Job:
@@ -34,6 +48,11 @@ class Job:
     def state(self) -> str:
         shown = self.run("scontrol", "--oneliner", "show", "job", self.id)
         return shown.split("JobState=")[1].split()[0]
+
+    def preempt(self, seconds: int) -> None:
+        """Another job takes the node for so long."""
+        alone = ("--partition", "high", "--exclusive", "--mem", 0)
+        self.run("sbatch", *alone, "--output", "/dev/null", "--wrap", f"sleep {seconds}")
 
     def wait(self, what, seconds: float) -> None:
         """Until ``what()`` holds."""
