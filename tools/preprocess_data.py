@@ -3,6 +3,7 @@
 
 import argparse
 
+from megatron_attnedit.data.bad_rows import ON_BAD_ROW, counted
 from megatron_attnedit.errors import run_tool
 from megatron_attnedit.logs import start_logging
 
@@ -37,6 +38,13 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)"
     )
+    cli.add_argument(
+        "--on-bad-row",
+        choices=ON_BAD_ROW,
+        default="stop",
+        help="rows that are null, not UTF-8, not JSON, without the key: stop at the first with "
+        "exit code 2, or skip and count them (default: stop)",
+    )
     cli.add_argument("--overwrite", action="store_true", help="replace an existing output")
     hub = cli.add_argument_group("for hf:NAME")
     hub.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set")
@@ -66,6 +74,7 @@ def main() -> None:
         append_eod=args.append_eod,
         workers=args.workers,
         overwrite=args.overwrite,
+        on_bad_row=args.on_bad_row,
         dataset=options,
     )
     done = preprocess(config)
@@ -73,6 +82,8 @@ def main() -> None:
         f"{args.output}: {done['documents']:,} documents, {done['tokens']:,} tokens, "
         f"{done['bytes'] / max(1, done['tokens']):.2f} bytes a token"
     )
+    if done["bad_rows"]:
+        print(f"left out: {counted(done['bad_rows'])}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 import glob
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_attnedit.data.columns import COLUMNS, read_column
+from megatron_attnedit.data.bad_rows import BadRow, BadRows
+from megatron_attnedit.data.columns import COLUMNS, read_columns
 from megatron_attnedit.data.compressed import COMPRESSED, check_whole, opened
 from megatron_attnedit.errors import UserError, one_line
 
@@ -53,20 +55,57 @@ def expand_inputs(inputs: list[str]) -> list[str]:
     return found
 
 
-def read_documents(source: str, key: str, options: DatasetOptions) -> Iterator[tuple[str, str]]:
+Rows = Iterator[tuple[str, Callable[[], Any]]]  # where a row stands, and what reads it
+
+
+def read_documents(
+    source: str, key: str, options: DatasetOptions, bad_rows: BadRows | None = None
+) -> Iterator[tuple[str, str]]:
     """Where each document stands, for messages, and its text.
 
     A text file is one document; otherwise a line or row is one and ``key`` names its text.
 
+    Args:
+        source: Of ``expand_inputs``.
+        key: Key or column.
+        options: How ``hf:NAME`` is read.
+        bad_rows: What is done with rows without text; None: the first one stops.
+
     Raises:
         UserError: bad JSON, a missing key, what is not text or not UTF-8, a damaged or cut file.
     """
+    kept = (bad_rows or BadRows()).kept
+    if not source.startswith(DATASET_PREFIX) and _kind(source) in TEXT:
+        return kept(_text(source))
+    rows = kept(_raw_rows(source, (key,), options))
+    return kept((where, partial(_value, where, row, key)) for where, row in rows)
+
+
+def read_rows(
+    source: str, keys: tuple[str, ...], options: DatasetOptions, bad_rows: BadRows
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where each row stands, and the row itself: an object that may lack any of the keys.
+
+    Args:
+        source: Of ``expand_inputs``.
+        keys: Columns that are read, those that are there.
+        options: How ``hf:NAME`` is read.
+        bad_rows: What is done with rows that are no object.
+
+    Raises:
+        UserError: a text file, which has no rows; otherwise as ``read_documents``.
+    """
+    if not source.startswith(DATASET_PREFIX) and _kind(source) in TEXT:
+        raise UserError(f"--input {source}: text has no messages; expected rows with a key")
+    return bad_rows.kept(_raw_rows(source, keys, options))
+
+
+def _raw_rows(source: str, keys: tuple[str, ...], options: DatasetOptions) -> Rows:
     if source.startswith(DATASET_PREFIX):
-        return _rows(source, _load_dataset(source, options), key)
-    kind = _kind(source)
-    if kind in COLUMNS:
-        return ((where, _text_of(where, key, value)) for where, value in read_column(source, key))
-    return _json_lines(source, key) if kind in JSON_LINES else _text(source)
+        return _rows(source, _load_dataset(source, options), keys[0])
+    if _kind(source) in COLUMNS:
+        return read_columns(source, keys)
+    return _json_lines(source, keys[0])
 
 
 def _kind(path: str) -> str:
@@ -88,44 +127,47 @@ def _decoded(where: str, content: bytes) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start})") from error
+        raise BadRow(f"{where}: not UTF-8 (byte {error.start})", "not UTF-8") from error
     if (place := content.find(b"\0")) >= 0:
-        raise UserError(f"{where}: not text: byte {place} is zero (UTF-16, or a damaged file?)")
+        reason = f"byte {place} is zero (UTF-16, or a damaged file?)"
+        raise BadRow(f"{where}: not text: {reason}", "not text")
     return text
 
 
-def _text(path: str) -> Iterator[tuple[str, str]]:
+def _text(path: str) -> Rows:
     with opened(path) as file:
         content = file.read()
-    yield path, _decoded(path, content)
+    yield path, partial(_decoded, path, content)
 
 
-def _json_lines(path: str, key: str) -> Iterator[tuple[str, str]]:
+def _json_lines(path: str, key: str) -> Rows:
     with opened(path) as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            if text := _decoded(where, line).strip():
-                yield where, _value(where, _json(where, text, key), key)
+            if line.decode("utf-8-sig", "replace").strip():  # an empty line is no row
+                where = f"{path}:{number}"
+                yield where, partial(_object, where, line, key)
 
 
-def _json(where: str, line: str, key: str) -> Any:
+def _object(where: str, line: bytes, key: str) -> Mapping[str, Any]:
     """What a line of JSON holds.
 
     Raises:
-        UserError: it is none, or begins an array.
+        BadRow: it is no JSON, or no object.
     """
-    if line.startswith("["):
-        raise UserError(
+    text = _decoded(where, line).strip()
+    if text.startswith("["):
+        raise BadRow(
             f"{where}: expected an object with the key {key!r} on every line, not a JSON array; "
-            "`jq -c '.[]'` writes the elements of an array as lines"
+            "`jq -c '.[]'` writes the elements of an array as lines",
+            "not an object",
         )
     try:
-        return json.loads(line)
+        return _mapping(where, json.loads(text), key)
     except json.JSONDecodeError as error:
         reason = f"{error.msg} (column {error.colno}); every line must be one whole object"
     except (ValueError, RecursionError) as error:  # a number of too many digits; too deep
         reason = str(error)[:100]
-    raise UserError(f"{where}: not JSON: {reason}")
+    raise BadRow(f"{where}: not JSON: {reason}", "not JSON")
 
 
 def _load_dataset(source: str, options: DatasetOptions) -> Any:
@@ -144,7 +186,7 @@ def _load_dataset(source: str, options: DatasetOptions) -> Any:
         raise UserError(f"--input {source}: `datasets` cannot load it: {reason}") from error
 
 
-def _rows(source: str, rows: Any, key: str) -> Iterator[tuple[str, str]]:
+def _rows(source: str, rows: Any, key: str) -> Rows:
     iterator = enumerate(rows, start=1)
     while True:
         try:
@@ -154,22 +196,25 @@ def _rows(source: str, rows: Any, key: str) -> Iterator[tuple[str, str]]:
         except Exception as error:  # a damaged file shows at the first row, in the reader's own way
             raise UserError(f"{source}: cannot be read: {one_line(error)}") from error
         where = f"{source}:{number}"
-        yield where, _value(where, row, key)
+        yield where, partial(_mapping, where, row, key)
 
 
-def _value(where: str, row: Any, key: str) -> str:
+def _mapping(where: str, row: Any, key: str) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
-        raise UserError(f"{where}: expected an object with the key {key!r}")
+        raise BadRow(f"{where}: expected an object with the key {key!r}", "not an object")
+    return row
+
+
+def _value(where: str, row: Mapping[str, Any], key: str) -> str:
     if key not in row:
-        raise UserError(f"{where}: no key {key!r} (--json-key); it has {', '.join(row) or 'none'}")
-    return _text_of(where, key, row[key])
-
-
-def _text_of(where: str, key: str, value: Any) -> str:
+        names = ", ".join(row) or "none"
+        raise BadRow(f"{where}: no key {key!r} (--json-key); it has {names}", "without the key")
+    value = row[key]
     if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} is not text")
+        raise BadRow(f"{where}: {key!r} is not text", "null" if value is None else "not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: holds half a surrogate pair, not Unicode") from error
+        reason = "holds half a surrogate pair, not Unicode"
+        raise BadRow(f"{where}: {reason}", "not Unicode") from error
     return value

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_attnedit import stop_signals
+from megatron_attnedit.data.bad_rows import STOP, BadRows, counted
 from megatron_attnedit.data.documents import DatasetOptions, expand_inputs, read_documents
 from megatron_attnedit.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
 from megatron_attnedit.errors import UserError
@@ -41,6 +42,7 @@ class PreprocessConfig:
         workers: Processes that tokenize.
         overwrite: Replace an existing output.
         dataset: How ``hf:NAME`` is read.
+        on_bad_row: ``stop`` at the first row that is no document, or ``skip`` and count them.
     """
 
     inputs: list[str]
@@ -51,16 +53,18 @@ class PreprocessConfig:
     workers: int = 1
     overwrite: bool = False
     dataset: DatasetOptions = DatasetOptions()
+    on_bad_row: str = STOP
 
 
 @dataclass
 class Counts:
-    """Totals of a run; ``bytes`` are of UTF-8 text."""
+    """Totals of a run; ``bytes`` are of UTF-8 text, ``bad_rows`` those left out, by kind."""
 
     documents: int = 0
     empty_documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    bad_rows: dict[str, int] = field(default_factory=dict)
 
 
 def preprocess(config: PreprocessConfig) -> dict[str, Any]:
@@ -69,6 +73,7 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     Raises:
         UserError: bad input, existing output, or a place that cannot be written.
     """
+    BadRows(config.on_bad_row)  # refuses what is no policy
     if config.workers < 1:
         raise UserError(f"--workers {config.workers}: expected at least 1")
     stem, suffix = os.path.splitext(config.output)
@@ -128,10 +133,10 @@ def _write(
 
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builder = IndexedDatasetBuilder(partial + ".bin", dtype=dtype)
-    counts = Counts()
+    counts, bad_rows = Counts(), BadRows(config.on_bad_row)
     end = np.array([tokenizer.eod] if config.append_eod else [], np.int32)
     try:
-        for ids in _tokenized(config, sources, counts):
+        for ids in _tokenized(config, sources, counts, bad_rows):
             if len(ids):
                 document = np.append(ids, end).astype(dtype)
                 builder.add_document(document, [len(document)])
@@ -142,7 +147,9 @@ def _write(
     finally:
         builder.data_file.close()
     if counts.tokens == 0:
-        raise UserError(f"--input {' '.join(config.inputs)}: no text, hence no tokens")
+        why = f"; left out: {counted(bad_rows.counts)}" if bad_rows.counts else ""
+        raise UserError(f"--input {' '.join(config.inputs)}: no text, hence no tokens{why}")
+    counts.bad_rows = dict(sorted(bad_rows.counts.items()))
     builder.finalize(partial + ".idx")
     description = {
         "vocab_size": tokenizer.vocab_size,
@@ -159,18 +166,20 @@ def _write(
     return description
 
 
-def _texts(config: PreprocessConfig, sources: list[str], counts: Counts) -> Iterator[str]:
+def _texts(
+    config: PreprocessConfig, sources: list[str], counts: Counts, bad_rows: BadRows
+) -> Iterator[str]:
     for source in sources:
-        for _, text in read_documents(source, config.json_key, config.dataset):
+        for _, text in read_documents(source, config.json_key, config.dataset, bad_rows):
             counts.bytes += len(text.encode())
             yield text
 
 
 def _tokenized(
-    config: PreprocessConfig, sources: list[str], counts: Counts
+    config: PreprocessConfig, sources: list[str], counts: Counts, bad_rows: BadRows
 ) -> Iterator[np.ndarray]:
     """Token ids of every document, in order, with a progress bar."""
-    chunks = _chunked(_texts(config, sources, counts))
+    chunks = _chunked(_texts(config, sources, counts, bad_rows))
     with tqdm(desc="tokenize", unit=" docs", unit_scale=True, mininterval=1.0) as bar:
         for chunk in _encoded(chunks, config.tokenizer, config.workers):
             stop_signals.check()
