@@ -32,6 +32,10 @@ STUDENTS = {
         "gate_swa",
         {"sliding_window": 8, "sink": "logit", "full_layers": "1"},
     ),
+    "gate_swa sink logits, no gate": (
+        "gate_swa",
+        {"sliding_window": 8, "sink": "logit", "full_layers": "1", "output_gate": "none"},
+    ),
     "gate_swa headwise": (
         "gate_swa",
         {"sliding_window": 8, "full_layers": "none", "output_gate": "headwise"},

@@ -38,6 +38,10 @@ STUDENTS = {
         "gate_swa",
         {"sliding_window": 8, "sink": "logit", "full_layers": "none"},
     ),
+    "gate_swa sink logits, no gate": (
+        "gate_swa",
+        {"sliding_window": 8, "sink": "logit", "full_layers": "none", "output_gate": "none"},
+    ),
     "gate_swa window over sequence": ("gate_swa", {"sliding_window": 500, "full_layers": "none"}),
 }
 TEACHERS = {

@@ -54,6 +54,13 @@ CELLS = {
     "gate_swa headwise": ("llama", NARROW, "gate_swa", SWA | {"output_gate": "headwise"}, {}),
     "gate_swa biases": ("qwen2", NARROW, "gate_swa", SWA, {}),
     "gate_swa sink logits": ("qwen3", NARROW, "gate_swa", SWA | {"sink": "logit"}, {}),
+    "gate_swa sink logits, no gate": (
+        "qwen3",
+        NARROW,
+        "gate_swa",
+        SWA | {"sink": "logit", "output_gate": "none"},
+        {},
+    ),
     "moe gate_swa": ("qwen3_moe", NARROW, "gate_swa", SWA, {}),
 }
 OWN_CLASS = {

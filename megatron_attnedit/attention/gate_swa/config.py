@@ -37,7 +37,7 @@ from megatron_attnedit.errors import UserError
 logger = logging.getLogger(__name__)
 
 HF_CLASSES = Path(__file__).parent / "hf"
-OUTPUT_GATES = ("elementwise", "headwise")
+OUTPUT_GATES = ("elementwise", "headwise", "none")
 LARGEST_WINDOW = 2**31 - 1
 SINK_KINDS = ("none", "logit")
 
@@ -50,7 +50,7 @@ class GateSWA(StudentAttention):
         num_layers: Of the teacher.
         sliding_window: Tokens a sliding layer sees, the token itself counted.
         full_layers: 0-based indices.
-        output_gate: ``elementwise`` (one gate per output dimension) or ``headwise``.
+        output_gate: ``elementwise`` (one gate per output dimension), ``headwise`` or ``none``.
         sink_tokens: First tokens of the sequence that a sliding layer sees beside its window;
             no server keeps them.
         sink: ``logit``: the softmax of each head of a sliding layer has one more entry, of a size
@@ -75,7 +75,7 @@ class GateSWA(StudentAttention):
             "by default, those without whose far sight the teacher's loss rises most "
             "(default: every fifth)"
         },
-        "output_gate": {"help": "elementwise (default) or headwise"},
+        "output_gate": {"help": "elementwise (default), headwise or none"},
     }
     of_teacher: ClassVar[Mapping[str, str]] = {"num_layers": "num_hidden_layers"}
     num_layers: int
@@ -185,7 +185,7 @@ class GateSWA(StudentAttention):
                 teacher,
                 inputs,
                 sliding_window=self.sliding_window,
-                gate=torch.tensor(init.OPEN_BIAS).sigmoid().item(),
+                gate=init.open_gate(self.output_gate),
             )
         return weights
 
@@ -235,16 +235,17 @@ class GateSWA(StudentAttention):
 
     def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
         kept = kept_by_teacher(teacher)
-        elementwise = self.output_gate == "elementwise"
-        gate = kept.output if elementwise else teacher.num_attention_heads
-        # The gate before its sigmoid, and what is multiplied by it.
-        besides, gradients = gate + kept.output, gate + kept.output
+        besides, gradients = 0, kept.gradients
+        if self.output_gate != "none":
+            # The gate before its sigmoid, and what is multiplied by it.
+            besides = gradients = rows.gate_dim(teacher, self.output_gate) + kept.output
         if self.sink_logits and self.sliding_window >= FLEX_PAYS:
             besides += kept.output  # FlexAttention's own output, which the logits act on
         return dataclasses.replace(kept, besides=kept.besides + besides, gradients=gradients)
 
     def traffic(self, teacher: HFConfig) -> AttentionTraffic:
-        return dataclasses.replace(traffic_of_teacher(teacher), input_projections=2)
+        projections = 1 if self.output_gate == "none" else 2
+        return dataclasses.replace(traffic_of_teacher(teacher), input_projections=projections)
 
     def check(self, *, tp_size: int, seq_length: int, cp_size: int = 1) -> None:
         if self.visible_tokens >= seq_length:

@@ -16,14 +16,22 @@ OPEN_BIAS = 4.0
 def copy_of_teacher(
     output_gate: str, teacher_weights: Mapping[str, Tensor], teacher: HFConfig
 ) -> dict[str, Tensor]:
-    """Everything copied, the gate nearly open whatever the input."""
+    """Everything copied; a gate is nearly open whatever the input."""
+    copies = {name: tensor.clone() for name, tensor in teacher_weights.items()}
+    if output_gate == "none":
+        return copies
     gates = gate_dim(teacher, output_gate)
     device = teacher_weights["linear_proj.weight"].device
     return {
-        **{name: tensor.clone() for name, tensor in teacher_weights.items()},
+        **copies,
         "linear_gate.weight": torch.zeros(gates, teacher.hidden_size, device=device),
         "linear_gate.bias": torch.full((gates,), OPEN_BIAS, device=device),
     }
+
+
+def open_gate(output_gate: str) -> float:
+    """What a head's output is multiplied by at the start."""
+    return 1.0 if output_gate == "none" else torch.tensor(OPEN_BIAS).sigmoid().item()
 
 
 def random_weights(
@@ -39,9 +47,10 @@ def random_weights(
             tuple(teacher_weights["linear_qkv.weight"].shape), generator
         ),
         "linear_proj.weight": teacher_weights["linear_proj.weight"].clone(),
-        "linear_gate.weight": random_matrix((gates, teacher.hidden_size), generator),
-        "linear_gate.bias": torch.zeros(gates),
     }
+    if gates:
+        weights["linear_gate.weight"] = random_matrix((gates, teacher.hidden_size), generator)
+        weights["linear_gate.bias"] = torch.zeros(gates)
     norms = {n: torch.ones_like(t) for n, t in teacher_weights.items() if "layernorm" in n}
     biases = {n: torch.zeros_like(t) for n, t in teacher_weights.items() if n.endswith(".bias")}
     return {**weights, **norms, **biases}

@@ -1,4 +1,4 @@
-"""Sliding-window attention with an output gate.
+"""Sliding-window attention with an output gate, or without.
 
 Shapes: s tokens (s/tp on each rank under sequence parallelism), b micro-batch, h hidden, n query
 heads on this rank, d head size.
@@ -19,7 +19,7 @@ from megatron_attnedit.device import fused
 
 @dataclass
 class GateSWASubmodules(SelfAttentionSubmodules):
-    """mcore's parts and the gate's projection, a column-parallel linear."""
+    """mcore's parts and the gate's projection, a column-parallel linear; None without a gate."""
 
     linear_gate: type | None = None
 
@@ -35,7 +35,7 @@ class GateSWASelfAttention(CausalSelfAttention):
         config: The model's.
         submodules: Classes of the parts; the core attention knows the window.
         layer_number: 1-based.
-        output_gate: ``elementwise`` or ``headwise``.
+        output_gate: ``elementwise`` or ``headwise``; ``none`` goes with no ``linear_gate``.
         kwargs: The rest of what mcore hands to a self-attention.
     """
 
@@ -50,19 +50,21 @@ class GateSWASelfAttention(CausalSelfAttention):
         super().__init__(
             config, submodules, layer_number, attn_mask_type=AttnMaskType.causal, **kwargs
         )
-        assert submodules.linear_gate is not None and config.kv_channels is not None
-        self.gate_dim = config.kv_channels if output_gate == "elementwise" else 1
-        self.linear_gate = submodules.linear_gate(
-            config.hidden_size,
-            config.num_attention_heads * self.gate_dim,
-            config=config,
-            init_method=config.init_method,
-            bias=True,
-            gather_output=False,
-            skip_bias_add=False,
-            tp_group=self.pg_collection.tp,
-        )
-        config.init_method(self.linear_gate.bias)
+        self.linear_gate = None
+        if submodules.linear_gate is not None:
+            assert config.kv_channels is not None
+            per_head = config.kv_channels if output_gate == "elementwise" else 1
+            self.linear_gate = submodules.linear_gate(
+                config.hidden_size,
+                config.num_attention_heads * per_head,
+                config=config,
+                init_method=config.init_method,
+                bias=True,
+                gather_output=False,
+                skip_bias_add=False,
+                tp_group=self.pg_collection.tp,
+            )
+            config.init_method(self.linear_gate.bias)
 
     def forward(
         self,
@@ -85,6 +87,8 @@ class GateSWASelfAttention(CausalSelfAttention):
         """
         heads = self.rotated_heads(hidden_states, rotary_pos_emb)
         core_attn_out = self.core_attention(*heads, attention_mask)  # [s, b, n * d]
+        if self.linear_gate is None:
+            return self.linear_proj(core_attn_out)
         output_gate, _ = self.linear_gate(hidden_states)  # [s, b, n * d] or [s, b, n]
         return self.linear_proj(gated(core_attn_out, output_gate))
 

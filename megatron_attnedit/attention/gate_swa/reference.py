@@ -42,6 +42,8 @@ def gate_swa_reference(
         scores = torch.cat([scores, logits.expand(b, -1, s, 1)], dim=-1)
     out = torch.einsum("bnst,tbnd->sbnd", scores.softmax(-1)[..., :s], v)
 
+    if output_gate == "none":
+        return out.flatten(2) @ weights["linear_proj.weight"].t()
     gate = torch.sigmoid(x @ weights["linear_gate.weight"].t() + weights["linear_gate.bias"])
     if output_gate == "headwise":
         out = out * gate.unsqueeze(-1)

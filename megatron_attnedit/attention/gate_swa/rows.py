@@ -13,7 +13,7 @@ NOT_KEPT = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype", "
 
 def gate_dim(teacher: HFConfig, output_gate: str) -> int:
     """Number of gates of one token in one layer."""
-    per_head = teacher.head_dim if output_gate == "elementwise" else 1
+    per_head = {"elementwise": teacher.head_dim, "headwise": 1, "none": 0}[output_gate]
     return teacher.num_attention_heads * per_head
 
 
@@ -34,6 +34,7 @@ def gate_swa_rows(
             tp_dim=0,
         )
         for part, shape in shapes.items()
+        if gates
     ]
     if sink_logits:
         rows.append(

@@ -40,6 +40,6 @@ def gate_swa_spec(
             linear_proj=provider.row_parallel_linear(),
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
-            linear_gate=InputColumnParallelLinear,
+            linear_gate=None if output_gate == "none" else InputColumnParallelLinear,
         ),
     )

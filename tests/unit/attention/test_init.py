@@ -173,7 +173,7 @@ def test_the_student_s_frequencies_are_the_teacher_s_highest(tmp_path):
         assert math.isclose(mine, hf.rope_theta ** (-2 * i / hf.head_dim), rel_tol=1e-9)
 
 
-@pytest.mark.parametrize("output_gate", ["elementwise", "headwise"])
+@pytest.mark.parametrize("output_gate", ["elementwise", "headwise", "none"])
 def test_gate_swa_starts_as_the_teacher_with_a_window(tmp_path, output_gate):
     hf, weights = teacher_of(tmp_path)
     flags = {"sliding_window": 500, "full_layers": "none", "output_gate": output_gate}
@@ -181,7 +181,7 @@ def test_gate_swa_starts_as_the_teacher_with_a_window(tmp_path, output_gate):
     mine = student.init_from_teacher(weights, hf, torch.empty(0))
     x = normed_inputs(hf, LENGTH, seed=5).unsqueeze(1)
     out = gate_swa_reference(mine, x, hf, sliding_window=500, output_gate=output_gate)
-    opened = 1 / (1 + math.exp(-4))
+    opened = 1.0 if output_gate == "none" else 1 / (1 + math.exp(-4))
     torch.testing.assert_close(out, teacher_output(hf, weights, x) * opened, rtol=1e-4, atol=1e-5)
 
 

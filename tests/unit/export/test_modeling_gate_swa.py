@@ -9,10 +9,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
+from megatron_attnedit.attention.gate_swa.config import HF_CLASSES
 from megatron_attnedit.attention.gate_swa.hf import register
 from megatron_attnedit.attention.gate_swa.hf.configuration_gate_swa import GateSWAConfig
 from megatron_attnedit.attention.gate_swa.hf.modeling_gate_swa import GateSWAForCausalLM
-from megatron_attnedit.export import hf
 
 WINDOW = 8
 DIMS = {
@@ -55,13 +55,13 @@ def dense_attention(attn, x, cos_sin, window, sinks=0):
     mask = (distance >= 0) & ((distance < window) | (torch.arange(length) < sinks))
     out = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     out = out.transpose(1, 2)
-    if window == WINDOW:
+    if window == WINDOW and attn.g_proj is not None:
         out = out * attn.g_proj(x).sigmoid().view(batch, length, 4, -1)
     return attn.o_proj(out.reshape(batch, length, -1))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("output_gate", ["elementwise", "headwise"])
+@pytest.mark.parametrize("output_gate", ["elementwise", "headwise", "none"])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_attention_is_the_windowed_gated_one(attention, output_gate, layer):
     model = gate_swa(attention=attention, output_gate=output_gate)
@@ -181,7 +181,7 @@ def test_saved_directory_loads(remote, num_experts, sink_tokens, sink, tmp_path:
     model.save_pretrained(tmp_path)
     if remote:
         monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
-        for file in Path(hf.__file__).parent.glob("*_gate_swa.py"):
+        for file in HF_CLASSES.glob("*_gate_swa.py"):
             shutil.copy(file, tmp_path)
     else:
         register()

@@ -11,7 +11,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_gate_swa.GateSWAForCausalLM",
 }
 LAYER_TYPES = {"sliding_attention", "full_attention"}
-OUTPUT_GATES = ("elementwise", "headwise")
+OUTPUT_GATES = ("elementwise", "headwise", "none")
 SINKS = ("none", "logit")
 
 
@@ -21,7 +21,8 @@ class GateSWAConfig(Qwen3Config):
 
     Attributes:
         qk_norm: RMSNorm of queries and keys (Qwen3 yes, Llama no).
-        output_gate: ``elementwise`` or ``headwise``; sliding layers have it, full layers do not.
+        output_gate: ``elementwise``, ``headwise`` or ``none``; of sliding layers, full layers have
+            none.
         sliding_window: Tokens that a sliding layer sees, the token itself counted; at least 2.
         sink_tokens: First tokens of the sequence that a sliding layer sees beside its window.
         sink: ``logit``: the softmax of a sliding layer's heads has one more entry, learned and

@@ -47,7 +47,7 @@ register_checkpoint_conversion_mapping(
 
 
 class GateSWAAttention(Qwen3Attention):
-    """Qwen3's attention; unlike it, norms are optional and sliding layers have a gate."""
+    """Qwen3's attention; unlike it, norms are optional and sliding layers may have a gate."""
 
     def __init__(self, config: GateSWAConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -60,7 +60,7 @@ class GateSWAAttention(Qwen3Attention):
         self.g_proj = self.sinks = None
         if self.sliding_window is not None and config.sink == "logit":
             self.sinks = nn.Parameter(torch.empty(heads))
-        if self.sliding_window is not None:
+        if self.sliding_window is not None and config.output_gate != "none":
             per_head = self.head_dim if config.output_gate == "elementwise" else 1
             self.g_proj = nn.Linear(config.hidden_size, heads * per_head, bias=True)
 

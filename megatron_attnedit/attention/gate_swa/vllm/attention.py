@@ -23,7 +23,7 @@ SLIDING = "sliding_attention"
 
 
 class GateSWAAttention(nn.Module):
-    """Grouped-query attention; a sliding layer has an output gate and may have sink logits.
+    """Grouped-query attention; a sliding layer may have an output gate and sink logits.
 
     Shapes: t tokens of all sequences together, h hidden, n query heads and g key-value heads of
     this rank, d head size.
@@ -68,14 +68,14 @@ class GateSWAAttention(nn.Module):
             rope_parameters=config.rope_parameters,
         )
         self.g_proj = self.sinks = None
-        if sliding:
+        if sliding and config.output_gate != "none":
             per_head = self.head_dim if config.output_gate == "elementwise" else 1
             self.g_proj = ColumnParallelLinear(
                 config.hidden_size, heads * per_head, bias=True, prefix=f"{prefix}.g_proj", **linear
             )
-            if getattr(config, "sink", "none") == "logit":
-                self.sinks = nn.Parameter(torch.empty(self.num_heads), requires_grad=False)
-                set_weight_attrs(self.sinks, {"weight_loader": sharded_weight_loader(0)})
+        if sliding and getattr(config, "sink", "none") == "logit":
+            self.sinks = nn.Parameter(torch.empty(self.num_heads), requires_grad=False)
+            set_weight_attrs(self.sinks, {"weight_loader": sharded_weight_loader(0)})
         self.attn = Attention(
             self.num_heads,
             self.head_dim,
