@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Comparison arms on SmolLM2-135M, all with the same tokens: both attentions, started from the teacher
 # and at random, through both stages and through stage 2 alone, each at three learning rates; besides,
-# full layers by measurement, sink tokens or logits beside, everything trained in stage 2, layers on the
+# full layers by measurement, sink tokens or logits beside, no gate, everything trained in stage 2, layers on the
 # student's own hidden states between the stages, MLA with other numbers in its cache, and its other fits
 # without training.
 #
@@ -117,6 +117,7 @@ rates() { # START: its three learning rates of stage 2, the likeliest first
 }
 
 starts=(mla_random gate_swa_random gate_swa_teacher mla_teacher)
+shaped=(gate_swa_auto gate_swa_sinks gate_swa_logits gate_swa_ungated)
 start mla_random mla "--init random"
 start gate_swa_random gate_swa "--init random"
 start mla_teacher mla ""
@@ -124,8 +125,9 @@ start gate_swa_teacher gate_swa ""
 start gate_swa_auto gate_swa "--full-layers auto"
 start gate_swa_sinks gate_swa "--full-layers auto --sink-tokens 4"
 start gate_swa_logits gate_swa "--full-layers auto --sink logit"
+start gate_swa_ungated gate_swa "--full-layers auto --sink logit --output-gate none"
 for fit in svd pca covariance; do start mla_$fit mla "--mla-fit $fit"; done
-for name in "${starts[@]}" gate_swa_auto gate_swa_sinks gate_swa_logits; do
+for name in "${starts[@]}" "${shaped[@]}"; do
     case $name in *random) rate=2e-3 ;; *) rate=1e-3 ;; esac
     first "$name" "${name%_*}" "$rate"
 done
@@ -135,8 +137,8 @@ for n in 1 2 3; do
         both "$name" "${name%_*}" "$rate" '' ''
         alone "$name" "${name%_*}" "$rate"
     done
-    for name in gate_swa_auto gate_swa_sinks gate_swa_logits; do
-        both $name gate_swa "$(rates $name | cut -d ' ' -f $n)" '' ''
+    for name in "${shaped[@]}"; do
+        both "$name" gate_swa "$(rates "$name" | cut -d ' ' -f $n)" '' ''
     done
     for name in mla_teacher gate_swa_teacher; do
         both "$name" "${name%_*}" "$(echo 6e-4 3e-4 1.2e-3 | cut -d ' ' -f $n)" _all '--trainable all'
@@ -151,7 +153,7 @@ for numbers in 118_16 70_64 230_32 352_32; do
     both "$name" mla 6e-4 _all '--trainable all'
 done
 for name in "${starts[@]/%/_both}" "${starts[@]/%/_alone}" {mla,gate_swa}_teacher_own \
-    gate_swa_{auto,sinks,logits}_both mla_cache edits; do
+    gate_swa_{auto,sinks,logits,ungated}_both mla_cache edits; do
     step "report_$name" report - bash $this/arms.sh --work "$work" --report "$name" \
         --iterations "$iterations" --evaluate "$evaluate"
 done
