@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_attnedit import stop_signals
 from megatron_attnedit.errors import UserError, run_tool
+from megatron_attnedit.evaluate.tasks import flags
 from megatron_attnedit.files import (
     check_file_writable,
     check_writable,
@@ -68,6 +69,7 @@ def parse_args() -> argparse.Namespace:
         default=100,
         help="long-range probes of the length of a window; 0: none (default: %(default)s)",
     )
+    flags.add_flags(parser)
     return parser.parse_args()
 
 
@@ -117,16 +119,22 @@ def evaluate(args: argparse.Namespace, accelerator: Any) -> None:
     from megatron_attnedit.checkpoint.as_hf import check_students, hf_directory, training_runs
     from megatron_attnedit.evaluate import html, report, table
     from megatron_attnedit.evaluate.students import parse_student
+    from megatron_attnedit.evaluate.tasks import asking
+    from megatron_attnedit.evaluate.tasks.judge import judge
     from megatron_attnedit.evaluate.text import token_windows
     from megatron_attnedit.export.loading import check_length, load_model, load_tokenizer
 
     students = [parse_student(text) for text in args.student]
+    names = [student.name for student in students]
     check_students(students)
+    flags.check_flags(args, names)
+    harness_tasks, servers = asking.load_early(args, names)
     dtype = args.dtype or ("float32" if accelerator.kind == "cpu" else "bfloat16")
     # A student's weights may be in the folder, which is removed whatever happens.
     with stop_signals.held(), scratch_folder() as folder:
         directory = hf_directory(args.teacher, folder)
         tokenizer = load_tokenizer(directory)
+        asking.check_template(args, tokenizer)
         windows = token_windows(
             args.text, tokenizer, args.seq_length, args.max_windows, args.json_key
         )
@@ -136,6 +144,10 @@ def evaluate(args: argparse.Namespace, accelerator: Any) -> None:
         models = report.load_students(
             students, teacher, tokenizer, directory, as_hf, args.seq_length
         )
+        last = {"teacher": teacher, **{s.name: models[s.name][s.last] for s in students}}
+        asked = asking.asked(args, harness_tasks, tokenizer, asking.longest_of(last, servers))
+    answers = asking.answers_of(last, servers, tokenizer, args.batch_size)
+    judged = judge(answers, tokenizer, asked) if flags.wanted(args) else {}
     result = report.evaluate(
         teacher,
         students,
@@ -148,6 +160,7 @@ def evaluate(args: argparse.Namespace, accelerator: Any) -> None:
         recall_probes=args.recall_probes,
         runs={student.name: training_runs(student) for student in students},
     )
+    report.add_tasks(result, judged, asked.describe())
     result |= report.describe(teacher, windows, args.text)
     result["teacher"]["name"] = args.teacher.resolve().name
     text = report.to_json(result)

@@ -13,18 +13,21 @@ BATCH_SIZE = 50
 
 
 @torch.no_grad()
-def greedy(model: Any, prompts: Tensor, new_tokens: int = NEW_TOKENS) -> Tensor:
+def greedy(
+    model: Any, prompts: Tensor, new_tokens: int = NEW_TOKENS, batch_size: int = BATCH_SIZE
+) -> Tensor:
     """The likeliest next token, again and again; an end-of-text token does not end it.
 
     Args:
         model: Any causal language model.
         prompts: [n, p] token ids on any device.
         new_tokens: How many to add.
+        batch_size: Prompts at a time.
 
     Returns:
         [n, new_tokens] token ids on the CPU, without the prompts.
     """
-    parts = [_greedy(model, batch, new_tokens) for batch in prompts.split(BATCH_SIZE)]
+    parts = [_greedy(model, batch, new_tokens) for batch in prompts.split(batch_size)]
     return torch.cat(parts)
 
 

@@ -1,11 +1,13 @@
 """``report.html``: one file that needs no other, readable on a screen and on paper."""
 
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from megatron_attnedit.evaluate import plots, table
 from megatron_attnedit.evaluate.generation import NEW_TOKENS
 from megatron_attnedit.evaluate.recall import KEY_TOKENS, VALUE_TOKENS
+from megatron_attnedit.evaluate.tasks import tables
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -49,7 +51,7 @@ figure svg {{ width: 100%; height: auto; }}
 
 def render(report: dict[str, Any]) -> str:
     """The page of a report."""
-    parts = [_head(report), _summary(report), _behaviour(report), _plots(report)]
+    parts = [_head(report), _summary(report), _behaviour(report), _tasks(report), _plots(report)]
     parts.append(_continuations(report))
     return PAGE.format(title="Attention editing report", body="\n".join(parts))
 
@@ -92,6 +94,34 @@ def _behaviour(report: dict[str, Any]) -> str:
     )
 
 
+def _tasks(report: dict[str, Any]) -> str:
+    rows = tables.rows(report)
+    if not rows:
+        return ""
+    asked = report["tasks"]
+    settings = ", ".join(
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in asked.items()
+        if value not in (None, False, [])
+    )
+    parts = [
+        f"<h2>Tasks</h2>\n{_table(tables.HEADER, rows)}",
+        '<p class="small">Percent where a measure goes from 0 to 1, each number with its standard '
+        "error. n: items. Student - teacher: mean of the items' differences. Wins, ties, losses: "
+        "share of the items in which the student does better than, like, and worse than the "
+        f"teacher. Settings: {escape(settings)}.</p>",
+    ]
+    if letters := tables.letter_rows(report):
+        parts.append(
+            f"<h2>Letters chosen in multiple choice</h2>\n{_table(tuple(letters[0]), letters[1:])}"
+            '<p class="small">Percent of the answers, with its standard error over n questions; '
+            "each is asked in four orders, so that every letter is right in 25 %.</p>"
+        )
+    if figures := plots.scores_over_length(report):
+        parts.append(f'<div class="plots">{_figures(figures)}</div>')
+    return "\n".join(parts)
+
+
 def _summary(report: dict[str, Any]) -> str:
     context = report["teacher"]["kv_context"]
     return (
@@ -124,12 +154,15 @@ def _plots(report: dict[str, Any]) -> str:
         ),
         "Key-value cache of one sequence": plots.kv_growth(report),
     }
-    shown = "\n".join(
+    return f'<h2>Curves</h2>\n<div class="plots">{_figures(figures)}</div>'
+
+
+def _figures(figures: Mapping[str, str | None]) -> str:
+    return "\n".join(
         f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
         for caption, svg in figures.items()
         if svg is not None
     )
-    return f'<h2>Curves</h2>\n<div class="plots">{shown}</div>'
 
 
 def _continuations(report: dict[str, Any]) -> str:

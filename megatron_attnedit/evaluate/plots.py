@@ -7,6 +7,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_attnedit.evaluate.tasks.tables import entries_of
+
 TEACHER_COLOR = "#6b7280"
 COLORS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
 STYLE: dict[str, Any] = {
@@ -96,4 +98,30 @@ def _draw_growth(axes: Axes, report: dict[str, Any]) -> None:
     axes.set(xlabel="context (tokens)", ylabel="KV cache (KiB)")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
+    axes.legend()
+
+
+def scores_over_length(report: dict[str, Any]) -> dict[str, str]:
+    """By task, the score of every model over the length of the prompt, with standard errors."""
+    curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for name, entry in entries_of(report).items():
+        for record in entry["tasks"]:
+            if record["length"]:
+                curves.setdefault(record["task"], {}).setdefault(name, []).append(record)
+    colors = {"teacher": TEACHER_COLOR, **_colors(report["students"])}
+    return {task: _svg(_draw_scores, models, colors) for task, models in curves.items()}
+
+
+def _draw_scores(
+    axes: Axes, models: dict[str, list[dict[str, Any]]], colors: dict[str, str]
+) -> None:
+    for name, records in models.items():
+        x = [record["length"] for record in records]
+        y = [100 * record["score"] for record in records]
+        error = [100 * (record["stderr"] or 0.0) for record in records]
+        axes.errorbar(x, y, error, marker="o", ms=3, capsize=2, color=colors[name], label=name)
+    axes.set(xlabel="prompt and answer (tokens)", ylabel="score (%)", ylim=(-5, 105))
+    axes.set_xscale("log", base=2)
+    lengths = sorted({record["length"] for records in models.values() for record in records})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.legend()

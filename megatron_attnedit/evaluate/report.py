@@ -137,6 +137,17 @@ def evaluate(
     return report
 
 
+def add_tasks(
+    report: dict[str, Any], judged: Mapping[str, dict[str, Any]], described: dict[str, Any]
+) -> None:
+    """Put what ``tasks.judge`` found into a report; nothing where there were no tasks."""
+    if not judged:
+        return
+    report["tasks"] = described
+    for name, entry in {"teacher": report["teacher"], **report["students"]}.items():
+        entry |= judged[name]
+
+
 def _distances(student: StudentStates, sums: dict[str, Measured]) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "last_state": student.last,

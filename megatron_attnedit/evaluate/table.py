@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from megatron_attnedit.evaluate.tasks import tables
+
 HEADER = (
     "model",
     "ppl after edit",
@@ -85,6 +87,10 @@ def plain(report: dict[str, Any]) -> str:
     text = _aligned([list(HEADER), *rows(report)])
     if behaviour := behaviour_rows(report):
         text += "\n\n" + _aligned([list(BEHAVIOUR_HEADER), *behaviour])
+    if tasks := tables.rows(report):
+        text += "\n\n" + _aligned([list(tables.HEADER), *tasks])
+    if letters := tables.letter_rows(report):
+        text += "\n\n" + _aligned(letters)
     return text
 
 

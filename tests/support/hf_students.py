@@ -84,3 +84,16 @@ def text_file(tmp_path_factory) -> Path:
             ids = torch.randint(2, len(WORDS), (50,), generator=generator)
             stream.write(json.dumps({"text": " ".join(WORDS[i] for i in ids)}) + "\n")
     return file
+
+
+@pytest.fixture(scope="session")
+def embedded_tokens():
+    """The tokenizer of the teacher that ships with the repository, and tokens of held-out text."""
+    from megatron_attnedit.evaluate.text import token_windows
+    from megatron_attnedit.export.loading import load_tokenizer
+
+    folder = Path(__file__).parents[2] / "examples" / "embedded_teacher"
+    tokenizer = load_tokenizer(folder / "model")
+    windows = token_windows(folder / "text" / "heldout.jsonl.gz", tokenizer, 1024, 8)
+    end = tokenizer.eos_token_id
+    return tokenizer, [token for token in windows[:, :-1].flatten().tolist() if token != end]

@@ -1,0 +1,138 @@
+"""Greedy answers of a model in this process, or of one that a running server has."""
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_attnedit.errors import UserError, one_line
+from megatron_attnedit.evaluate.generation import greedy
+
+# Of prompts and answers, at a time.
+TOKENS_AT_A_TIME = 32768
+PROMPTS_AT_A_TIME = 64
+# A server may have to read 64 long prompts before it answers.
+TIMEOUT_S = 1800
+REACHED_S = 10
+
+
+class Answers(Protocol):
+    """Whoever continues prompts.
+
+    Attributes:
+        through: What the report calls it.
+    """
+
+    through: str
+
+    def complete(self, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
+        """The greedy continuation of each prompt of token ids, up to a token that ends a text."""
+
+
+@dataclass
+class LocalModel:
+    """A model of transformers, in this process."""
+
+    model: Any
+    tokenizer: Any
+    batch_size: int
+    through: str = "transformers"
+
+    def complete(self, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
+        """See ``Answers``."""
+        by_length = defaultdict(list)
+        for index, prompt in enumerate(prompts):
+            by_length[len(prompt)].append(index)
+        ends = self._ends()
+        found = [""] * len(prompts)
+        for length, indices in by_length.items():
+            # Prompts of one length need no padding, so a model sees nothing but its prompt.
+            together = max(1, min(PROMPTS_AT_A_TIME, TOKENS_AT_A_TIME // (length + new_tokens)))
+            ids = torch.tensor([prompts[index] for index in indices])
+            written = greedy(self.model, ids, new_tokens, together).tolist()
+            for index, row in zip(indices, written, strict=True):
+                cut = next((i for i, token in enumerate(row) if token in ends), len(row))
+                found[index] = self.tokenizer.decode(row[:cut], skip_special_tokens=True)
+        return found
+
+    def _ends(self) -> set[int]:
+        """Tokens after which a server stops: the tokenizer's, and those of the model's folder."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        return {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+
+
+@dataclass
+class Server:
+    """A model behind OpenAI's completions interface, such as vLLM's.
+
+    Attributes:
+        url: Up to and with ``/v1``.
+        model: The name that the server has for it.
+        max_length: Tokens that it takes; None where it does not tell.
+        batch_size: Prompts in a request of lm-evaluation-harness.
+    """
+
+    url: str
+    model: str
+    max_length: int | None
+    batch_size: int
+    through: str = "server"
+
+    def complete(self, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
+        """See ``Answers``.
+
+        Raises:
+            UserError: the server does not answer, or with an error.
+        """
+        found = []
+        for start in range(0, len(prompts), PROMPTS_AT_A_TIME):
+            asked = {"model": self.model, "prompt": prompts[start : start + PROMPTS_AT_A_TIME]}
+            answer = _call(
+                f"{self.url}/completions",
+                TIMEOUT_S,
+                {**asked, "max_tokens": new_tokens, "temperature": 0, "seed": 0},
+            )
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            found += [choice["text"] for choice in choices]
+        return found
+
+
+def reach(url: str, batch_size: int) -> Server:
+    """The first model of a running server.
+
+    Args:
+        url: Of the server, with or without ``/v1``.
+        batch_size: Prompts in a request of lm-evaluation-harness.
+
+    Raises:
+        UserError: it is no address, nobody answers, or it is no such server.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"--server {url}: expected http://HOST:PORT")
+    base = f"{url.rstrip('/').removesuffix('/v1')}/v1"
+    try:
+        model = _call(f"{base}/models", REACHED_S)["data"][0]
+        name, longest = str(model["id"]), model.get("max_model_len")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise UserError(f"--server {url}: lists no models; expected OpenAI's interface") from None
+    return Server(base, name, longest, batch_size)
+
+
+def _call(url: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:  # with a reason in its body
+        reason = one_line(ValueError(error.read().decode(errors="replace")))
+        raise UserError(f"--server {url}: answers {error.code}: {reason}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        cause = getattr(error, "reason", error)
+        raise UserError(f"--server {url}: no answer: {one_line(ValueError(cause))}") from error
