@@ -119,7 +119,6 @@ def _experts(hf: HFConfig, moe_grouped_gemm: bool) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": moe_grouped_gemm,
-        "moe_use_legacy_grouped_gemm": moe_grouped_gemm,
     }
 
 

@@ -26,6 +26,7 @@ from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.core_attention.module import CoreAttention
 from megatron_attnedit.models.experts import reduce_apart, send_nothing
 from megatron_attnedit.models.grid import place_of_this_process
+from megatron_attnedit.models.grouped_experts import GroupedMoELayer
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -37,14 +38,14 @@ def teacher_layer_spec(config: TransformerConfig, *, attention_backend: str) -> 
     """
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
-        moe_grouped_gemm=config.moe_grouped_gemm,
-        moe_use_legacy_grouped_gemm=config.moe_use_legacy_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     layer.sharded_state_dict_keys_map = {}
+    if config.moe_grouped_gemm:
+        layer.mlp = GroupedMoELayer
     layer.self_attention.module = CausalSelfAttention
     attention = layer.self_attention.submodules
     attention.core_attention = functools.partial(CoreAttention, backend=attention_backend)

@@ -152,11 +152,10 @@ class _FusedAttention(torch.autograd.Function):
 
 def _as_on_a_gpu(patch, kernel=_FusedAttention):
     """Fused attention, and chains of elementwise operations that keep their inputs only."""
-    from megatron.core.transformer.moe import experts
-
     from megatron_attnedit.attention import norm, self_attention
     from megatron_attnedit.attention.gate_swa import module as gate_swa
     from megatron_attnedit.core_attention import module
+    from megatron_attnedit.models import grouped_experts
     from megatron_attnedit.training import run
 
     def keeping(function):
@@ -175,13 +174,8 @@ def _as_on_a_gpu(patch, kernel=_FusedAttention):
     patch.setattr(gate_swa, "gated", keeping(gate_swa.gated))
     forward = torch.nn.RMSNorm.forward
     patch.setattr(norm.RMSNorm, "forward", keeping(forward))
-    init = experts.GroupedMLP.__init__
-
-    def init_and_keep(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        self.activation_func_with_probs = keeping(self.activation_func_with_probs)
-
-    patch.setattr(experts.GroupedMLP, "__init__", init_and_keep)
+    swiglu = grouped_experts.weighted_swiglu
+    patch.setattr(grouped_experts, "weighted_swiglu", keeping(swiglu))
 
 
 def kept_by_rank(folder, student, save, flags):
