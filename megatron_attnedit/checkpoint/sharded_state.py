@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
@@ -70,13 +69,6 @@ def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return ((name, sharded) for name, sharded in state.items() if not name.endswith(EXTRA_STATE))
 
 
-class _PlainValues(TorchCommonLoadStrategy):
-    """Reads ``common.pt`` without running code from it, whatever torch's default is."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        return torch.load(Path(checkpoint_dir) / COMMON, map_location="cpu", weights_only=True)
-
-
 def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Read a checkpoint into the shape of ``state``, and the model's own tensors; collective.
 
@@ -102,7 +94,7 @@ def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 def _load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     read_metadata(path, tensors_only=True)  # before Megatron unpickles it without looking
     try:
-        return dist_checkpointing.load(state, str(path), common_strategy=_PlainValues())
+        return dist_checkpointing.load(state, str(path))
     except CheckpointException as error:
         cause: BaseException = next(iter(error.failures.values()))[0]
     except _DAMAGED as error:

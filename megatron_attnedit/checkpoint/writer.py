@@ -5,6 +5,7 @@ marker, renames the folder, names it in the tracker and deletes what need not st
 """
 
 import functools
+import inspect
 import io
 import json
 import logging
@@ -32,6 +33,9 @@ from megatron_attnedit.models.lineage import Lineage
 
 logger = logging.getLogger(__name__)
 
+# Since 0.17 Megatron takes another package's writers (nvidia-resiliency-ext) unless told otherwise.
+_OPTIONS = inspect.signature(TorchDistSaveShardedStrategy.async_save).parameters
+OWN_WRITERS = {"async_strategy": "mcore"} if "async_strategy" in _OPTIONS else {}
 HASHES = ".hashes-"  # of one process's files, until the marker has them
 
 
@@ -88,7 +92,7 @@ class CheckpointWriter:
         )
         content = io.BytesIO()
         torch.save({**common, **(rank_0_state or {})}, content)
-        request = self._strategy.async_save(sharded, partial)
+        request = self._strategy.async_save(sharded, partial, **OWN_WRITERS)
         if request.async_fn is not None:
             write = functools.partial(_write_and_hash, request.async_fn, partial)
             request = request._replace(async_fn=write)

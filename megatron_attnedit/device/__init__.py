@@ -1,8 +1,9 @@
 """What machine is this: cuda, npu or cpu. The only folder with such names."""
 
-from megatron_attnedit.device.accelerator import Accelerator, bootstrap, quiet_megatron
+from megatron_attnedit.device.accelerator import Accelerator, bootstrap
 from megatron_attnedit.device.communication import CommunicationShare, communication_share
 from megatron_attnedit.device.fusion import fused
+from megatron_attnedit.device.quiet import quiet_megatron
 from megatron_attnedit.device.recording import Recorded, forget_recordings, recording_stream
 from megatron_attnedit.device.weight_gradient import add_weight_gradient
 

@@ -4,7 +4,6 @@ import functools
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -139,12 +138,6 @@ def _detect() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def quiet_megatron() -> None:
-    """Its notes on optional packages that are absent would bury what this program has to say."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", message=r"(?s).*megatron\.core")
-
-
 @functools.cache
 def bootstrap() -> Accelerator:
     """Resolve the accelerator and prepare Megatron-Core for it.
@@ -155,9 +148,11 @@ def bootstrap() -> Accelerator:
     Raises:
         UserError: the override names an unknown device, or a missing one.
     """
-    from megatron_attnedit.device import ascend, cpu, mcore_fixes
+    from megatron_attnedit.device import ascend, cpu, mcore_fixes, without_triton
+    from megatron_attnedit.device.quiet import quiet_megatron
 
     quiet_megatron()
+    without_triton.install()
     wanted = os.environ.get("MEGATRON_ATTNEDIT_DEVICE")
     if wanted and wanted not in DIST_BACKENDS:
         raise UserError(

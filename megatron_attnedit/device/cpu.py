@@ -10,16 +10,15 @@ one, except that ``torch.cuda`` is a facade over the CPU and that tensor factori
 
 import contextlib
 import functools
-import importlib.abc
-import importlib.machinery
 import logging
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from megatron_attnedit.device.import_hook import ImportHook
 from megatron_attnedit.device.megatron_types import answer_as_cuda
 
 CPU = torch.device("cpu")
@@ -135,29 +134,15 @@ def _torch_for_megatron() -> types.ModuleType:
     return _Facade(torch, {"cuda": _Facade(torch.cuda, cuda), **factories})
 
 
-class _PostImportHook(importlib.abc.MetaPathFinder):
+class _StandInHook(ImportHook):
     """Hands the stand-in to ``megatron.core`` modules that are imported later."""
 
     def __init__(self, stand_in: types.ModuleType) -> None:
+        super().__init__("megatron.core")
         self.stand_in = stand_in
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if not name.startswith("megatron.core"):
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            run = spec.loader.exec_module
-
-            def exec_module(module: types.ModuleType) -> None:
-                run(module)
-                self.give(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-    def give(self, module: types.ModuleType) -> None:
+    def after(self, module: types.ModuleType) -> None:
+        """Its ``torch`` becomes the stand-in."""
         if getattr(module, "torch", None) is torch:
             module.torch = self.stand_in  # type: ignore[attr-defined]
 
@@ -167,59 +152,16 @@ def _patch_tensor() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
-def _let_experts_run() -> None:
-    """Two things that Megatron's expert dispatch takes for granted and gloo machines lack."""
-    from megatron.core.tensor_parallel import mappings
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
-    def counts_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        if isinstance(tensor, torch.Tensor):
-            return tensor.numpy() if as_numpy else tensor
-        return tensor
-
-    # mcore's converts CUDA tensors only, and all_to_all then gets a tensor for its sizes.
-    moe_utils.maybe_move_tensor_to_cpu = counts_to_host
-    token_dispatcher.maybe_move_tensor_to_cpu = counts_to_host
-
-    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
-
-    def gather_padded(
-        x: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False
-    ) -> torch.Tensor:
-        """Gloo gathers parts of one size only: pad to the longest."""
-        if sizes is None or group.size() == 1:
-            return gather(x, group, sizes, use_global_buffer)
-        longest = max(sizes)
-        padded = x.new_zeros(longest, *x.shape[1:])
-        padded[: x.shape[0]] = x
-        out = x.new_empty(longest * len(sizes), *x.shape[1:])
-        torch.distributed.all_gather_into_tensor(out, padded, group=group)
-        return torch.cat([p[:n] for p, n in zip(out.split(longest), sizes, strict=True)])
-
-    def scatter_padded(
-        x: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False
-    ) -> torch.Tensor:
-        """As ``gather_padded``."""
-        if sizes is None or group.size() == 1:
-            return scatter(x, group, sizes, use_global_buffer)
-        total = x.clone()
-        torch.distributed.all_reduce(total, group=group)
-        return total.split([int(n) for n in sizes])[group.rank()].contiguous()
-
-    mappings._gather_along_first_dim = gather_padded
-    mappings._reduce_scatter_along_first_dim = scatter_padded
-
-
 @functools.cache
 def install() -> None:
     """Put the stand-in in place; modules loaded before and after this call get it."""
     # mcore's jit_fuser is torch.compile: on a CPU that costs 3-23 s of compilation per shape.
     torch.compiler.set_stance("force_eager")
-    hook = _PostImportHook(_torch_for_megatron())
-    sys.meta_path.insert(0, hook)
+    hook = _StandInHook(_torch_for_megatron())
+    hook.install()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core"):
-            hook.give(module)
+            hook.after(module)
     _patch_tensor()
 
     import megatron.core.tensor_parallel.random as rng
@@ -228,6 +170,3 @@ def install() -> None:
     logging.getLogger(rng.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-    _let_experts_run()
-    rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -197,12 +197,13 @@ def test_an_empty_module_in_the_place_of_apex_s_kernel(monkeypatch):
     from megatron.core.tensor_parallel import layers
 
     from megatron_attnedit.device import mcore_fixes
+    from megatron_attnedit.device.repair import Repair
     from megatron_attnedit.device.weight_gradient import add_weight_gradient
 
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
     for kind, ours in (("cuda", False), ("npu", True)):
         empty = types.ModuleType("fused_weight_gradient_mlp_cuda")
         monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", empty)
-        mcore_fixes._weight_gradients_without_apex(kind)
+        Repair(mcore_fixes.weight_gradients_without_apex.apply).install(kind)
         kernel = getattr(layers.fused_weight_gradient_mlp_cuda, "wgrad_gemm_accum_fp32", None)
         assert (kernel is add_weight_gradient) == ours
