@@ -11,7 +11,6 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
@@ -28,6 +27,8 @@ OFFLOAD: dict[str, Any] = {
     "overlap_cpu_optimizer_d2h_h2d": True,
     "use_precision_aware_optimizer": True,
 }
+# What tells the parameter groups of one optimizer apart, besides being experts'.
+GROUP = ("wd_mult", "lr_mult", "is_decoupled_lr")
 
 
 def wrap(
@@ -152,10 +153,12 @@ def optimizer_state(
 
 
 def fitted(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
-    """The optimizer's part of a checkpoint, where this grid has another number of optimizers.
+    """The optimizer's part of a checkpoint, as this run's optimizer takes it.
 
-    Mcore has one more where trained experts lie on other processes than the rest. States are found
-    by name; parameter groups are kept for each optimizer, and differ in nothing but that.
+    Parameter groups keep learning rates, which become this run's: mcore 0.19 finds a group by them.
+    And this grid may have another number of optimizers. Mcore has one more where trained experts
+    lie on other processes than the rest; states are found by name, parameter groups are kept for
+    each optimizer and differ in nothing but that.
 
     Args:
         loaded: Numbered parts, where several optimizers have written or want one.
@@ -167,6 +170,10 @@ def fitted(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, An
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     numbered = {key: part for key, part in loaded.items() if isinstance(key, int)}
     whole = {key: part for key, part in loaded.items() if not isinstance(key, int)}
+    rates = {"max_lr": optimizer.config.lr, "min_lr": optimizer.config.min_lr}
+    for part in (whole, *numbered.values()):
+        for group in part.get("optimizer", part).get("param_groups", ()):
+            group.update(rates)
     if not (numbered and whole):  # written by as many
         return loaded
     if not all(isinstance(part, DistributedOptimizer) for part in parts):
@@ -185,10 +192,9 @@ def fitted(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, An
 
 def _groups_of(part: Any, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of saved parameter groups those that an optimizer has, as its own."""
-    same = [key for key in param_group_identifier_keys if key != "is_expert_parallel"]
     return [
         {
-            **next(group for group in groups if all(group[key] == now[key] for key in same)),
+            **next(group for group in groups if all(group[key] == now[key] for key in GROUP)),
             "is_expert_parallel": now["is_expert_parallel"],
         }
         for now in part.optimizer.param_groups

@@ -60,8 +60,6 @@ def _load(run: Run) -> None:
     loaded = sharded_state.load(found, run.sharded_state(is_loading=True))
     if trains_anything(run.stage.models):
         run.optimizer.load_state_dict(fitted(loaded["optimizer"], run.optimizer))
-        for group in run.optimizer.param_groups:  # mcore keeps them there, too
-            group["max_lr"], group["min_lr"] = run.recipe.lr, run.recipe.min_lr
     run.schedule.load_state_dict(loaded["schedule"])
     run.health.load(loaded["health"])
     run.iteration = loaded["iteration"]
