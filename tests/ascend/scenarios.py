@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.core_attention.backends import ATTENTION_BACKENDS
 from megatron_attnedit.device import bootstrap, kernels
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
+from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.training.edit import EditConfig, edit
 from megatron_attnedit.training.loop import train as training_loop
@@ -290,6 +292,20 @@ def _gradients(modules: list[Any]) -> list[Tensor]:
     return found
 
 
+def settings(config: Any) -> dict[str, str]:
+    """Every field of a configuration, functions by name."""
+    return {
+        name: getattr(value, "__qualname__", None) or repr(value)
+        for name, value in vars(config).items()
+    }
+
+
+def config_of(folder: Path) -> dict[str, str]:
+    """The teacher's, on this device."""
+    hf = read_hf_config(folder / "hf")
+    return settings(transformer_config(hf, ParallelConfig(), torch.float32))
+
+
 def under_mindspeed(jobs: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
     """What the adaptor leaves of the layers' classes, then runs."""
     adaptor = bootstrap().adaptor
@@ -311,6 +327,7 @@ def under_mindspeed(jobs: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
     }
     found = {
         "adaptor": adaptor.name,
+        "config": settings(teacher.model.config),
         "repatches": adaptor.repatch is not None,
         "classes": {
             name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in parts.items()

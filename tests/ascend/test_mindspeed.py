@@ -2,7 +2,8 @@
 
     MEGATRON_ATTNEDIT_MINDSPEED=/path/to/MindSpeed python -m pytest tests/ascend/test_mindspeed.py
 
-The checkout is of branch core_r0.16.0, and what it requires is installed. triton-ascend, if it is
+The checkout is of the branch for the installed megatron-core, core_r0.16.0 for the tested one, and
+what it requires is installed. triton-ascend, if it is
 not, is stood in for.
 """
 
@@ -13,7 +14,7 @@ from tests.support import processes
 from tests.support.inputs import make_inputs
 
 RUNS = {"stage 1": (1, "mla"), "stage 2": (2, "gate_swa")}
-OURS = "megatron_attnedit.attention."
+OURS = "megatron_attnedit."
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,7 @@ def both(environment, tmp_path_factory):
         }
 
     expected = {name: processes.run(1, scenarios.train, *job)[0] for name, job in jobs().items()}
+    expected["config"] = processes.run(1, scenarios.config_of, folder)[0]
     return dry_run.run(environment, "under_mindspeed", jobs()), expected
 
 
@@ -46,14 +48,22 @@ def test_the_adaptor_is_applied(both):
 
 def test_layers_are_made_of_our_classes(both):
     assert both[0]["classes"] == {
-        "input_layernorm": f"{OURS}norm.RMSNorm",
-        "self_attention": f"{OURS}self_attention.CausalSelfAttention",
-        "core_attention": f"{OURS}core.CoreAttention",
-        "student": f"{OURS}mla.module.MLASelfAttention",
-        "student core_attention": f"{OURS}core.CoreAttention",
-        "final_layernorm": f"{OURS}norm.RMSNorm",
+        "input_layernorm": f"{OURS}attention.norm.RMSNorm",
+        "self_attention": f"{OURS}attention.self_attention.CausalSelfAttention",
+        "core_attention": f"{OURS}core_attention.module.CoreAttention",
+        "student": f"{OURS}attention.mla.module.MLASelfAttention",
+        "student core_attention": f"{OURS}core_attention.module.CoreAttention",
+        "final_layernorm": f"{OURS}attention.norm.RMSNorm",
     }
     assert both[0]["backends"] == {"npu_fusion_attention"}
+
+
+def test_no_setting_of_the_model_is_another(both):
+    """But for one, which this program sets otherwise on an NPU itself."""
+    ours, theirs = both[0]["config"], both[1]["config"]
+    assert len(theirs) > 150 and theirs.keys() <= ours.keys()
+    differing = {name: ours[name] for name, value in theirs.items() if ours[name] != value}
+    assert differing == {"batch_p2p_sync": "True"}
 
 
 @pytest.mark.parametrize("name", RUNS)
