@@ -18,11 +18,11 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_attnedit", "megatron_attnedit.*"]),
     package_data={"megatron_attnedit": ["py.typed"]},
     install_requires=[
-        "megatron-core>=0.16.0,<0.17",
+        "megatron-core>=0.16,<0.20",
         "torch>=2.6",
         "transformers>=5.0",
         "datasets",
@@ -55,6 +55,7 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )
