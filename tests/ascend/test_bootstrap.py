@@ -159,6 +159,7 @@ def test_what_is_missing(installed, change, words):
     [
         ("raise ModuleNotFoundError('x', name='megatron.training')", "core_r0.16.0"),
         ("raise ModuleNotFoundError('x', name='triton')", "install triton-ascend"),
+        ("import megatron_adaptor", "MegatronAdaptor and TransformerEngineNPU"),
         ("import absent_package", "absent_package.*MEGATRON_ATTNEDIT_ADAPTOR=none"),
     ],
 )

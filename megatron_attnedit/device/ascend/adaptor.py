@@ -29,6 +29,8 @@ MISSING = {
     "megatron": "it wants Megatron-LM's source; use MindSpeed's branch core_r0.16.0, which goes "
     "with the megatron-core package",
     "triton": "install triton-ascend",
+    "megatron_adaptor": "MindSpeed's branches core_r0.17.0 and later build upon the packages "
+    "MegatronAdaptor and TransformerEngineNPU; install those of the same branch",
 }
 
 # Said to MindSpeed whatever the run. What this package does itself stays off there: its own core
