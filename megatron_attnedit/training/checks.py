@@ -22,6 +22,7 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.lineage import FILE, Lineage, read_lineage
+from megatron_attnedit.training.judging import check_judging
 from megatron_attnedit.training.optimizer import check_offload
 from megatron_attnedit.training.recipe import Recipe
 from megatron_attnedit.training.setup import teacher_hf_dir
@@ -139,6 +140,7 @@ def check_device(recipe: Recipe, student: StudentAttention) -> None:
         sinks = int(getattr(student, "sink_tokens", 0))
         attention_backend(recipe.attention_backend, sink_tokens=sinks)
     check_offload(recipe)
+    check_judging(recipe)
     if recipe.wandb_project:
         check_installed(recipe.wandb_project)
 

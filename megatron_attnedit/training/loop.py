@@ -1,6 +1,7 @@
 """The training loop: the same for both stages."""
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_attnedit.training.run_state import Run
 
 logger = logging.getLogger(__name__)
 
+POLL_S = 0.2
 AT_ONCE = "received SIGINT twice: ended at once; the last good checkpoint is kept"
 
 
@@ -41,12 +43,17 @@ def train(run: Run) -> str:
             reason = "" if last else run.stopping.reason(run.stop_code, run.iteration)
             if last or run.iteration % recipe.eval_interval == 0:
                 validate(run)
-            if last or reason or run.iteration % recipe.save_interval == 0:
+            judged = run.judging.is_due(run.iteration)
+            if last or reason or judged or run.iteration % recipe.save_interval == 0:
                 save(run)
+            run.judging.ask(run.iteration)
             run.writer.poll()
+            run.log.tasks(run.iteration, run.judging.poll())
             run.check_owner()
             run.heartbeat.beat(run.iteration)
         run.writer.finish()
+        if recipe.eval_tasks_interval and not reason:
+            wait_for_tasks(run)
         run.log.close()
         run.heartbeat.beat(run.iteration, STOPPED if reason else FINISHED, reason)
     if reason:
@@ -89,6 +96,17 @@ def skip(run: Run, verdict: int, loss: float) -> None:
     run.health.reject(what, run.iteration + 1)
     run.iteration += 1
     run.log.skipped(run.iteration, run.health.skipped, what)
+
+
+def wait_for_tasks(run: Run) -> None:
+    """Until the last judgement has ended, or a signal comes; ranks wait together."""
+    started, busy, code = time.monotonic(), 1, 0
+    while busy and not code:
+        if figures := run.judging.poll():
+            waited = round(time.monotonic() - started, 3)
+            run.log.tasks(run.iteration, {**figures, "tasks_waited_seconds": waited})
+        busy, code = agree(int(run.judging.is_busy), run.stopping.code())
+        time.sleep(busy * POLL_S)
 
 
 def validate(run: Run) -> None:

@@ -126,8 +126,9 @@ class JsonLines:
 
 
 def _kind(entry: Values) -> str:
-    """An iteration has one line, of its training or why it was skipped, and one of a validation."""
-    return "validation" if any(key.startswith("validation_") for key in entry) else "training"
+    """A line is of a training, or why it was skipped, of a validation, or of a judgement."""
+    kinds = ("validation", "tasks")
+    return next((k for k in kinds if any(key.startswith(f"{k}_") for key in entry)), "training")
 
 
 class MetricsLog:
@@ -228,6 +229,22 @@ class MetricsLog:
             if isinstance(value, float)
         )
         self._say(f"stage {self.stage} iteration {iteration} | validation: {numbers}")
+
+    def tasks(self, iteration: int, values: Values) -> None:
+        """Log a judgement by tasks, of this iteration or one before; nothing without figures."""
+        if not self.enabled or not values:
+            return
+        self._write(iteration, values)
+        names = [name.removesuffix("_stderr") for name in values if name.endswith("_stderr")]
+        shown = ", ".join(
+            f"{name.removeprefix('tasks_')} {values[name]:.4f} +- {values[f'{name}_stderr']:.4f}"
+            for name in names
+            if not name.endswith("_difference")
+        )
+        self._say(
+            f"stage {self.stage} iteration {values['tasks_iteration']} judged in "
+            f"{values['tasks_seconds']:.0f} s: {shown}"
+        )
 
     def skipped(self, iteration: int, count: int, why: str) -> None:
         """Log an iteration that was skipped, and how many were."""

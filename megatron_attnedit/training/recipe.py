@@ -12,6 +12,7 @@ from megatron_attnedit.files import check_output_folder
 from megatron_attnedit.models.grid import ParallelConfig, num_microbatches
 from megatron_attnedit.training.options import check_options, flag_name, option
 from megatron_attnedit.training.random_state import LARGEST_SEED
+from megatron_attnedit.training.task_options import TaskOptions
 
 POLICIES = ("stop", "skip")  # for bad iterations
 # Megatron keeps the order of a run's samples in memory, 16 bytes and more for each.
@@ -19,7 +20,7 @@ MOST_SAMPLES = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(TaskOptions):
     """What both stages have in common. Flags are the field names with dashes."""
 
     number = 0  # of the stage
@@ -81,9 +82,7 @@ class Recipe:
     context_parallel_size: int = option(1, "processes that share each sequence", minimum=1)
     expert_model_parallel_size: int = option(1, "processes that share the experts", minimum=1)
     expert_tensor_parallel_size: int = option(1, "processes that share each expert", minimum=1)
-    gradient_accumulation_fusion: bool = option(
-        True, "weight gradients straight into main gradients"
-    )
+    gradient_accumulation_fusion: bool = option(True, "weight gradients right into main gradients")
     moe_grouped_gemm: bool = option(False, "all experts in one grouped matmul; needs --bf16")
     use_distributed_optimizer: bool = option(
         False, "cut optimizer state over data-parallel processes"
@@ -156,6 +155,7 @@ class Recipe:
                 raise UserError(f"--{name.replace('_', '-')} is required")
         check_options(self)
         self._check_samples()
+        self.check_tasks()
         if self.keep_every and not self.keep_last:
             raise UserError(f"--keep-every {self.keep_every}: all stay without --keep-last")
         if 0 < self.loss_spike_factor <= 1:

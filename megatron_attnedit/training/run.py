@@ -25,6 +25,7 @@ from megatron_attnedit.training.checks import (
 )
 from megatron_attnedit.training.health import Health
 from megatron_attnedit.training.heartbeat import FAILED, FINISHED, Heartbeat
+from megatron_attnedit.training.judging import Judging
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.optimizer import wrap
 from megatron_attnedit.training.recipe import Recipe
@@ -66,6 +67,7 @@ def run(recipe: Recipe) -> int:
                 prepared.heartbeat.beat(prepared.iteration, FAILED, str(error))
             raise
         finally:
+            prepared.judging.abort()
             prepared.writer.abort()
     finally:
         stop_processes()
@@ -181,4 +183,5 @@ def _parts(
         "heartbeat": Heartbeat(
             directory, enabled=dist.get_rank() == 0, train_iters=recipe.train_iters
         ),
+        "judging": Judging(recipe, enabled=dist.get_rank() == 0),
     }

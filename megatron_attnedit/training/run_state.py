@@ -17,6 +17,7 @@ from megatron_attnedit.locks import Lock
 from megatron_attnedit.models.lineage import Lineage
 from megatron_attnedit.training.health import Health
 from megatron_attnedit.training.heartbeat import Heartbeat
+from megatron_attnedit.training.judging import Judging
 from megatron_attnedit.training.metrics import MetricsLog
 from megatron_attnedit.training.optimizer import optimizer_state
 from megatron_attnedit.training.overlap import wait_for_weights
@@ -42,6 +43,7 @@ class Run:
     health: Health
     stopping: Stopping
     heartbeat: Heartbeat
+    judging: Judging
     lock: Lock | None = None  # of the folder, held by rank 0
     iteration: int = 0
     stop_code: int = 0  # of the last iteration, agreed

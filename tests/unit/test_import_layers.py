@@ -25,8 +25,8 @@ LAYERS = [
     "distill",
     "export",
     "checkpoint",
-    "training",
     "evaluate",
+    "training",
     "tools",
 ]
 # Plain helpers that import nothing of the package but errors.

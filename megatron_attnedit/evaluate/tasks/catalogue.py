@@ -8,7 +8,7 @@ NAMES = (*LONG_TASKS, "choice", *SHORT_TASKS)
 SHORTEST = 1024
 
 
-def parse_names(text: str) -> list[str]:
+def parse_names(text: str, flag: str = "--generated-tasks") -> list[str]:
     """Names of tasks between commas; ``all`` for every one.
 
     Raises:
@@ -17,7 +17,7 @@ def parse_names(text: str) -> list[str]:
     names = list(NAMES) if text == "all" else list(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in NAMES:
-            raise UserError(f"--generated-tasks {name}: expected all or some of {', '.join(NAMES)}")
+            raise UserError(f"{flag} {name}: expected all or some of {', '.join(NAMES)}")
     return names
 
 
