@@ -1,19 +1,44 @@
 """What is done to heads before they meet: norm and rotary position embedding.
 
 d head size, f = d/2 frequencies; a rotary table holds angles ``[s, 1, 1, d]``, both halves alike.
+Where positions start anew in a sample, rows are taken in an order of its own: ``[s, b, 1, d]``.
 """
 
 import functools
 
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.device import fused
 from megatron_attnedit.device.kernels import rms_norm, rotate
 
 
+def rotary_table(
+    embedding: RotaryEmbedding, seq_length: int, documents: Documents | None
+) -> Tensor:
+    """Angles of this rank's tokens, or of all positions where documents say which is whose.
+
+    Args:
+        embedding: Megatron's.
+        seq_length: Of the whole sample.
+        documents: Of the micro-batch.
+    """
+    if documents is None or documents.position_ids is None:
+        return embedding(seq_length)
+    return embedding(seq_length, packed_seq=True)  # not cut by context parallelism
+
+
+def cos_sin(rotary_pos_emb: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor]:
+    """Both of this rank's tokens; tables as from ``rotary_table``."""
+    return _cos_sin(rotary_pos_emb, None if documents is None else documents.position_ids)
+
+
 @functools.lru_cache(maxsize=8)
-def cos_sin(rotary_pos_emb: Tensor) -> tuple[Tensor, Tensor]:
-    """Both of a table, once for all layers: Megatron hands out the same tensor again and again."""
+def _cos_sin(rotary_pos_emb: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Once for all layers: they are handed the same tensors again and again."""
+    if position_ids is not None:
+        rotary_pos_emb = rotary_pos_emb[:, 0][position_ids.t()]
     return rotary_pos_emb.cos(), rotary_pos_emb.sin()
 
 
@@ -37,8 +62,8 @@ def normed_and_rotated(
         key: ``[s, b, g, d]``.
         query_weight: ``[d]``, or None.
         key_weight: ``[d]``, or None.
-        cos: ``[s, 1, 1, d]``.
-        sin: ``[s, 1, 1, d]``.
+        cos: ``[s, 1, 1, d]`` or ``[s, b, 1, d]``.
+        sin: The same.
         eps: Of the norm.
 
     Returns:

@@ -13,7 +13,9 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+from megatron_attnedit.core_attention.documents import Documents
+
+Attend = Callable[..., Tensor]
 
 
 def pieces_of_rank(x: Tensor, *, dim: int, rank: int, size: int) -> Tensor:
@@ -44,17 +46,20 @@ def attend_in_parts(
     window_size: tuple[int, int] | None,
     group: ProcessGroup,
     sink_tokens: int = 0,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Attention of this rank's queries to all keys before them.
 
     Args:
-        attend: Attention in which the last query is at the last key.
+        attend: Attention in which the last query is at the last key; with documents it gets their
+            ``Span`` as a fourth argument.
         query: ``[s/cp, b, n, d]``.
         key: ``[s/cp, b, g, d]``.
         value: ``[s/cp, b, g, dv]``.
         window_size: Megatron's ``(left, 0)`` or None: keys further back are not handed over.
         group: Context-parallel group.
         sink_tokens: First keys of the sequence, which are handed over all the same.
+        documents: Of the whole sequences; sink tokens are then the first of each.
 
     Returns:
         ``[s/cp, b, n, dv]``.
@@ -75,6 +80,11 @@ def attend_in_parts(
     for part, piece in ((early, rank), (late, 2 * size - 1 - rank)):
         end = (piece + 1) * length
         start = 0 if window_size is None else max(0, piece * length - window_size[0])
+        if documents is not None:
+            start = 0 if sink_tokens else start
+            span = documents.span(start, piece * length, end)
+            parts.append(attend(part, key[start:end], value[start:end], span))
+            continue
         visible = [t[start:end] for t in (key, value)]
         if sinks := min(sink_tokens, start):
             visible = [

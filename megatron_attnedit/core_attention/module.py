@@ -4,6 +4,7 @@ Replaces mcore's ``DotProductAttention``, which is unfused, wants equal head siz
 values, and builds its masks on a CUDA device.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_attnedit.core_attention.backends import attention_backend
+from megatron_attnedit.core_attention.backends import AttentionBackend, attention_backend
 from megatron_attnedit.core_attention.context import attend_in_parts
+from megatron_attnedit.core_attention.documents import Documents, Span
 
 
 class CoreAttention(MegatronModule):
@@ -45,9 +47,11 @@ class CoreAttention(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self.backend = attention_backend(
-            backend, window_size, config.params_dtype, sink_tokens, sink_logits
+        self._choose = functools.partial(
+            attention_backend, backend, window_size, config.params_dtype, sink_tokens, sink_logits
         )
+        self.backend = self._choose()
+        self._with_documents: dict[tuple[int, int], AttentionBackend] = {}
         self.softmax_offset = _logits_of_heads(config) if sink_logits else None
         self.window_size = window_size
         self.sink_tokens = sink_tokens
@@ -60,6 +64,8 @@ class CoreAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Documents | None,
         **unused: Any,
     ) -> Tensor:
         """Attend.
@@ -69,6 +75,8 @@ class CoreAttention(MegatronModule):
             key: ``[s, b, g, d]``.
             value: ``[s, b, g, dv]``.
             attention_mask: Must be None: causality and window are this module's own.
+            packed_seq_params: Whose documents do not see each other; without a default, so that no
+                attention forgets to hand it on.
             unused: The rest of what mcore hands over.
 
         Returns:
@@ -77,26 +85,49 @@ class CoreAttention(MegatronModule):
         assert attention_mask is None, "the attention mask is implied: causal, sliding or full"
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(
-                self._attend, query, key, value, use_reentrant=False, preserve_rng_state=False
+                self._attend,
+                *(query, key, value, packed_seq_params),
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
-        return self._attend(query, key, value)
+        return self._attend(query, key, value, packed_seq_params)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
+    ) -> Tensor:
         scale = self.softmax_scale or query.shape[-1] ** -0.5
-        sink = {} if self.softmax_offset is None else {"sink": self.softmax_offset}
+        given: dict[str, Any] = {}
+        if self.softmax_offset is not None:
+            given["sink"] = self.softmax_offset
+        if documents is not None and documents.document_ids is None:  # positions alone
+            documents = None
+        backend = self._backend_for(documents, query.shape[-1], value.shape[-1])
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attend(query: Tensor, key: Tensor, value: Tensor, span: Span | None = None) -> Tensor:
             q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-            return self.backend(q, k, v, self.window_size, scale, **sink).permute(2, 0, 1, 3)
+            seen = {} if span is None else {"documents": span}
+            return backend(q, k, v, self.window_size, scale, **given, **seen).permute(2, 0, 1, 3)
 
         if self.config.context_parallel_size > 1:
             group = parallel_state.get_context_parallel_group()
             out = attend_in_parts(
-                attend, query, key, value, self.window_size, group, self.sink_tokens
+                attend, query, key, value, self.window_size, group, self.sink_tokens, documents
             )
+        elif documents is not None:
+            out = attend(query, key, value, documents.span(0, 0, key.shape[0]))
         else:
             out = attend(query, key, value)
         return out.flatten(2)
+
+    def _backend_for(
+        self, documents: Documents | None, head_dim: int, value_dim: int
+    ) -> AttentionBackend:
+        if documents is None:
+            return self.backend
+        sizes = (head_dim, value_dim)
+        if sizes not in self._with_documents:
+            self._with_documents[sizes] = self._choose(documents_with=sizes)
+        return self._with_documents[sizes]
 
     def sharded_state_dict(
         self,

@@ -66,8 +66,11 @@ def causal_window_mask(
     window_size: tuple[int, int] | None,
     device: torch.device,
     sink_tokens: int = 0,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
     """``[num_queries, num_keys]``, True where a query may look; the last query is at the last key.
+
+    With documents ``[b, num_queries, num_keys]``.
 
     Args:
         num_queries: Number of queries.
@@ -75,11 +78,31 @@ def causal_window_mask(
         window_size: Megatron's ``(left, right)``; None for plain causal attention.
         device: Where to build it.
         sink_tokens: First keys that stay visible outside the window.
+        document_ids: ``[b, num_keys]``: a query sees keys of its own document, whose first keys
+            are its sink tokens.
     """
     query_positions = torch.arange(num_keys - num_queries, num_keys, device=device)
     key_positions = torch.arange(num_keys, device=device)
     distance = query_positions[:, None] - key_positions[None, :]
     allowed = distance >= 0
+    if document_ids is not None:
+        own = document_ids[:, num_keys - num_queries :, None] == document_ids[:, None, :]
+        allowed = allowed & own
+        key_positions = (
+            positions_in_documents(document_ids)[:, None, :] if sink_tokens else key_positions
+        )
     if window_size is None:
         return allowed
     return allowed & ((distance <= window_size[0]) | (key_positions < sink_tokens))
+
+
+def positions_in_documents(document_ids: Tensor) -> Tensor:
+    """``[b, t]``: how many tokens of its document, as far as it is here, are before each."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    begins = begins_of_documents(document_ids)
+    return index - torch.where(begins, index, 0).cummax(1).values
+
+
+def begins_of_documents(document_ids: Tensor) -> Tensor:
+    """``[b, t]``, True at the first token of each document."""
+    return document_ids.diff(dim=1, prepend=document_ids[:, :1] - 1) != 0

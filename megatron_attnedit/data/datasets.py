@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_attnedit.convert.output import barrier, is_first
+from megatron_attnedit.core_attention.documents import Documents
+from megatron_attnedit.data.packing import PackedSamples, documents_of
 from megatron_attnedit.data.token_files import (
     CheckedDataset,
     check_amount,
@@ -41,6 +43,8 @@ class DataConfig:
         seed: Of the order of samples.
         vocab_size: The model's, padding included.
         eod_mask_loss: Leave out the loss of predicting past the end of a document.
+        reset_attention_mask: Tokens of a sample see those of their own document only.
+        reset_position_ids: Positions start anew in each document of a sample.
         data_cache_path: Folder for sample indices, shared by all ranks.
         max_epochs: How often training data may be read; 0: any number of times.
         train_flag: Whose value ``train_data_path`` is, for messages.
@@ -53,6 +57,8 @@ class DataConfig:
     data_cache_path: str
     valid_data_path: list[str] = field(default_factory=list)
     eod_mask_loss: bool = False
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
     max_epochs: float = 0.0
     train_flag: str = "--train-data-path"
 
@@ -63,6 +69,7 @@ class Batch:
 
     Attributes:
         sample_ids: ``[b]``, the samples' numbers in the order of the run.
+        documents: Of the samples; None: all tokens of a sample see each other.
     """
 
     tokens: Tensor
@@ -70,14 +77,16 @@ class Batch:
     loss_mask: Tensor
     position_ids: Tensor
     sample_ids: Sequence[int] = ()
+    documents: Documents | None = None
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """The batch of what a function makes of every tensor."""
+        """The batch of what a function makes of every tensor ``[b, s]``."""
         return replace(self, **{name: function(getattr(self, name)) for name in TENSORS})
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, documents=self.documents and self.documents.to(device))
 
 
 @dataclass(frozen=True)
@@ -128,8 +137,7 @@ def _checked_blend(
                 f"{flag} {prefix}: {description['tokens']} tokens are too few for one sample of "
                 f"--seq-length {config.seq_length}"
             )
-        if config.eod_mask_loss and description["eod"] is None:
-            raise UserError(f"--eod-mask-loss: {prefix}.json names no end-of-document token")
+        _check_ends(config, prefix, description)
     if weights is None and len(prefixes) > 1:
         # Megatron's own default stops after one epoch; with weights it repeats.
         weights = [float(found[prefix]["tokens"]) for prefix in prefixes]
@@ -138,6 +146,25 @@ def _checked_blend(
     eod = -2 if first["eod"] is None else first["eod"]
     identifiers = {"content": content, "tokenizer_sha256": first["tokenizer_sha256"]}
     return (prefixes, weights), _Tokenizer(eod, first["vocab_size"], identifiers)
+
+
+def _check_ends(config: DataConfig, prefix: str, description: dict[str, Any]) -> None:
+    """What looks at the ends of documents finds them.
+
+    Raises:
+        UserError: no token ends them, or it was not written.
+    """
+    for name in ("eod_mask_loss", "reset_attention_mask", "reset_position_ids"):
+        flag = f"--{name.replace('_', '-')}"
+        if getattr(config, name) and description["eod"] is None:
+            raise UserError(f"{flag}: {prefix}.json names no end-of-document token")
+        # Masks of the loss only leave out what is there.
+        if (
+            name != "eod_mask_loss"
+            and getattr(config, name)
+            and not description.get("append_eod", True)
+        ):
+            raise UserError(f"{flag}: {prefix} was written without --append-eod")
 
 
 def check_train_data(config: DataConfig) -> None:
@@ -162,7 +189,8 @@ def _build(
         blend_per_split=[blend if index == split else None for index in range(3)],
         path_to_cache=config.data_cache_path,
         tokenizer=tokenizer,  # type: ignore[arg-type]
-        reset_position_ids=False,
+        # By them documents are found; the mask is never made.
+        reset_position_ids=config.reset_position_ids or config.reset_attention_mask,
         reset_attention_mask=False,
         eod_mask_loss=config.eod_mask_loss,
         create_attention_mask=False,
@@ -171,7 +199,12 @@ def _build(
     builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, gpt_config)
     flag = "--valid-data-path" if split else config.train_flag
     where = f"{flag} {' '.join(blend[0])[:200]}"
-    return CheckedDataset(builder.build()[split], config.vocab_size, where)
+    samples = PackedSamples(
+        builder.build()[split],
+        reset_attention_mask=config.reset_attention_mask,
+        reset_position_ids=config.reset_position_ids,
+    )
+    return CheckedDataset(samples, config.vocab_size, where)
 
 
 def build_datasets(
@@ -230,7 +263,8 @@ def check_datasets(
 
 
 def _stack(samples: list[dict[str, Tensor]]) -> Batch:
-    return Batch(*(torch.stack([torch.as_tensor(s[name]) for s in samples]) for name in TENSORS))
+    tensors = {n: torch.stack([torch.as_tensor(s[n]) for s in samples]) for n in TENSORS}
+    return Batch(**tensors, documents=documents_of(samples))
 
 
 def batches(

@@ -96,8 +96,11 @@ def fusion_attention(
     sparse_mode: int,
     pre_tokens: int,
     next_tokens: int,
+    ends: tuple[list[int], list[int]] | None = None,
 ) -> Tensor:
     """The NPU's attention on ``q [s, b, n * d]``, ``k [s, b, g * d]``, ``v [s, b, g * dv]``.
+
+    With sequences laid end to end on ``q [t, n, d]``, ``k [t, g, d]``, ``v [t, g, dv]``.
 
     Args:
         q: Queries.
@@ -109,17 +112,29 @@ def fusion_attention(
         sparse_mode: 3: causal, last query at last key; 4: a band, counted from there.
         pre_tokens: Mode 4: keys before the query's own that it sees.
         next_tokens: Mode 4: keys after it.
+        ends: Where the queries and the keys of each sequence end, if they are laid end to end; both
+            modes then hold in each sequence by itself.
 
     Returns:
-        ``[s, b, n * dv]``.
+        ``[s, b, n * dv]``, or ``[t, n, dv]``.
     """
-    told = _told(mask, sparse_mode, pre_tokens, next_tokens)
-    return torch.ops.npu.npu_fusion_attention(q, k, v, heads, "SBH", scale=scale, **told)[0]
+    layout, told = _told(mask, sparse_mode, pre_tokens, next_tokens, ends)
+    return torch.ops.npu.npu_fusion_attention(q, k, v, heads, layout, scale=scale, **told)[0]
 
 
-def _told(mask: Tensor, sparse_mode: int, pre_tokens: int, next_tokens: int) -> dict[str, Any]:
+def _told(
+    mask: Tensor,
+    sparse_mode: int,
+    pre_tokens: int,
+    next_tokens: int,
+    ends: tuple[list[int], list[int]] | None = None,
+) -> tuple[str, dict[str, Any]]:
+    """Layout, and the arguments that say what may be seen."""
     band = {"pre_tockens": pre_tokens, "next_tockens": next_tokens} if sparse_mode == 4 else {}
-    return {"atten_mask": mask, "sparse_mode": sparse_mode, **band}
+    told = {"atten_mask": mask, "sparse_mode": sparse_mode, **band}
+    if ends is None:
+        return "SBH", told
+    return "TND", {**told, "actual_seq_qlen": ends[0], "actual_seq_kvlen": ends[1]}
 
 
 def fusion_attention_with_lse(
@@ -133,16 +148,18 @@ def fusion_attention_with_lse(
         v: Values.
         heads: n.
         scale: Of the scores.
-        seen: Mask, mode and tokens, as there.
+        seen: Mask, mode, tokens and ends, as there.
 
     Returns:
-        ``[s, b, n * dv]`` and ``[s, b, n]``.
+        ``[s, b, n * dv]`` and ``[s, b, n]``, or ``[t, n, dv]`` and ``[t, n]``.
     """
+    layout, told = _told(**seen)
     out, largest, total, *_ = torch.ops.npu.npu_fusion_attention(
-        q, k, v, heads, "SBH", scale=scale, **_told(**seen)
+        q, k, v, heads, layout, scale=scale, **told
     )
-    lse = largest[..., 0] + total[..., 0].log()  # [b, n, s]; the kernel repeats them eight times
-    return out, lse.permute(2, 0, 1)
+    # [b, n, s] or [t, n]; the kernel repeats them eight times
+    lse = largest[..., 0] + total[..., 0].log()
+    return out, lse.permute(2, 0, 1) if layout == "SBH" else lse
 
 
 def fusion_attention_gradient(
@@ -160,30 +177,32 @@ def fusion_attention_gradient(
     """Gradients of ``fusion_attention`` by q, k and v.
 
     Args:
-        grad: Of the output, ``[s, b, n * dv]``.
+        grad: Of the output, in its shape.
         q: As there, so are k, v, heads and scale.
         k: Keys.
         v: Values.
         out: The output.
-        lse: ``[s, b, n]``, what probabilities are divided by, as a logarithm.
+        lse: ``[s, b, n]`` or ``[t, n]``, what probabilities are divided by, as a logarithm.
         heads: n.
         scale: Of the scores.
-        seen: Mask, mode and tokens, as there.
+        seen: Mask, mode, tokens and ends, as there.
     """
+    layout, told = _told(**seen)
     # The kernel computes exp(score - largest) / total.
-    largest = lse.permute(1, 2, 0).unsqueeze(-1).repeat(1, 1, 1, 8)
+    largest = (lse.permute(1, 2, 0) if layout == "SBH" else lse).unsqueeze(-1)
+    largest = largest.repeat(*[1] * (largest.ndim - 1), 8)
     gradients = torch.ops.npu.npu_fusion_attention_grad(
         q,
         k,
         v,
         grad,
         heads,
-        "SBH",
+        layout,
         softmax_max=largest,
         softmax_sum=torch.ones_like(largest),
         softmax_in=q.new_empty(0),
         attention_in=out,
         scale_value=scale,
-        **_told(**seen),
+        **told,
     )
     return gradients[:3]

@@ -1,6 +1,7 @@
 """Work recorded once and replayed with a single launch, where the device can."""
 
 import contextlib
+import dataclasses
 import functools
 import weakref
 from collections import Counter
@@ -61,14 +62,36 @@ def forget_recordings() -> None:
 
 @dataclass(frozen=True)
 class _Recording:
-    inputs: list[Tensor]
+    inputs: list[Any]
     graph: Any
     output: Tensor
     scratch: list[Tensor]  # kept: mcore drops its scratch memory when it wants more of it
 
 
+def _shape(given: Any) -> Any:
+    if isinstance(given, Tensor):
+        return given.shape, given.dtype
+    return None if given is None else (type(given), *map(_shape, vars(given).values()))
+
+
+def _clone(given: Any) -> Any:
+    if given is None or isinstance(given, Tensor):
+        return None if given is None else given.clone()
+    return dataclasses.replace(given, **{n: _clone(value) for n, value in vars(given).items()})
+
+
+def _copy(fixed: Any, given: Any) -> None:
+    if isinstance(given, Tensor):
+        fixed.copy_(given)
+    elif given is not None:
+        for name, value in vars(given).items():
+            _copy(getattr(fixed, name), value)
+
+
 class Recorded:
     """A function of tensors that is recorded for each combination of their shapes.
+
+    An argument is a tensor, None, or a dataclass of these.
 
     After some calls it is not run any more: its kernels are, in one launch and on the same memory.
     So it must not wait for the device, and nothing outside it may depend on what its Python does
@@ -85,9 +108,9 @@ class Recorded:
         self._recordings: dict[Any, _Recording] = {}
         _all.add(self)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Run or replay."""
-        key = tuple((t.shape, t.dtype) for t in inputs)
+    def __call__(self, *inputs: Any) -> Tensor:
+        """Run or replay; the first argument is a tensor."""
+        key = tuple(map(_shape, inputs))
         if key not in self._recordings:
             self._calls[key] += 1
             if self._calls[key] <= WARMUP:
@@ -96,7 +119,7 @@ class Recorded:
             self._recordings[key] = self._record(inputs)
         recording = self._recordings[key]
         for fixed, given in zip(recording.inputs, inputs, strict=True):
-            fixed.copy_(given)
+            _copy(fixed, given)
         recording.graph.replay()
         return recording.output
 
@@ -104,10 +127,10 @@ class Recorded:
         """Free what is recorded; further calls record anew."""
         self._recordings.clear()
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> _Recording:
+    def _record(self, inputs: tuple[Any, ...]) -> _Recording:
         from megatron.core.parallel_state import get_global_memory_buffer
 
-        fixed = [t.clone() for t in inputs]
+        fixed = [_clone(given) for given in inputs]
         device = fixed[0].device
         module = torch.get_device_module(device)
         graph = module.CUDAGraph()

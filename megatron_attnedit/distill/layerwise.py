@@ -24,6 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.device import Recorded, fused
 from megatron_attnedit.distill.masks import local_token_mask
 from megatron_attnedit.distill.student_stream import StudentStream
@@ -171,7 +172,12 @@ class LayerwiseDistillation(MegatronModule):
         return attn_output.detach()
 
     def forward(
-        self, tokens: Tensor, position_ids: Tensor, loss_mask: Tensor, *own: Tensor
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        loss_mask: Tensor,
+        *own: Tensor,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Run the teacher; each edited layer does its work on the way.
 
@@ -180,6 +186,7 @@ class LayerwiseDistillation(MegatronModule):
             position_ids: ``[b, s]``.
             loss_mask: ``[b, s]``, 1 where a token counts.
             own: With a student, one tensor: see ``StudentStream.start``.
+            documents: Of the samples; None: all tokens of a sample see each other.
 
         Returns:
             The teacher's hidden states for the next pipeline stage, ``[s, b, h]``; with a student
@@ -188,19 +195,21 @@ class LayerwiseDistillation(MegatronModule):
         with torch.no_grad():
             hidden = first_hidden(self.teacher, tokens, position_ids)
         if not self.training:
-            return self._run(hidden, loss_mask, *own)
-        hidden = self._training_run(hidden, loss_mask, *own)
+            return self._run(hidden, loss_mask, documents, *own)
+        hidden = self._training_run(hidden, loss_mask, documents, *own)
         # What a replay returned is overwritten by the next one, and may be on its way.
         return hidden.clone() if self._recorded and not self.teacher.post_process else hidden
 
-    def _run(self, hidden: Tensor, loss_mask: Tensor, *own: Tensor) -> Tensor:
+    def _run(
+        self, hidden: Tensor, loss_mask: Tensor, documents: Documents | None, *own: Tensor
+    ) -> Tensor:
         """Everything behind the embedding: what every pipeline stage has."""
         self._mask = local_token_mask(loss_mask, self.config)
         if self._stream:
             hidden = self._stream.start(hidden, *own)
         try:
             with torch.no_grad():
-                hidden = through_layers(self.teacher, hidden)
+                hidden = through_layers(self.teacher, hidden, documents)
                 return self._stream.stop(hidden) if self._stream else hidden
         except _Through:
             return self.sums

@@ -21,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.device import Recorded
 from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.feature_matching import FeatureMatching
@@ -134,13 +135,20 @@ class ModelLevelDistillation(MegatronModule):
         self.student.set_input_tensor(halves[0])
         self.teacher.set_input_tensor(halves[1])
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, loss_mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        loss_mask: Tensor,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Run both models.
 
         Args:
             tokens: ``[b, s]``.
             position_ids: ``[b, s]``.
             loss_mask: ``[b, s]``, 1 where a token counts.
+            documents: Of the samples; None: all tokens of a sample see each other.
 
         Returns:
             ``[s, 2b, h]``: student, then teacher (``[s/tp, 2b, h]`` under sequence parallelism).
@@ -148,8 +156,9 @@ class ModelLevelDistillation(MegatronModule):
         if self.features:
             self.features.start(local_token_mask(loss_mask, self.config))
         with torch.no_grad():
-            teacher_hidden = self._teacher_run(first_hidden(self.teacher, tokens, position_ids))
-        student_hidden = backbone(self.student, tokens, position_ids)
+            entering = first_hidden(self.teacher, tokens, position_ids)
+            teacher_hidden = self._teacher_run(entering, documents)
+        student_hidden = backbone(self.student, tokens, position_ids, documents)
         if self.features:
             self.features.stop()
         return torch.cat([student_hidden, teacher_hidden.detach()], dim=1)

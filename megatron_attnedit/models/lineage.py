@@ -18,6 +18,8 @@ TRAINABLE = ("attention", "all")
 # What a run that goes on keeps; of its recipe, what says which samples an iteration has.
 SAME_RUN = ("stage", "teacher_fingerprint", "student_attention", "trainable")
 SAME_PLACE = ("global_batch_size", "seq_length", "seed")
+# And what a token sees of a sample; older checkpoints say nothing of it.
+SAME_SIGHT = ("reset_attention_mask", "reset_position_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,10 @@ class Lineage:
         """
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in SAME_RUN]
         pairs += [(name, self.recipe.get(name), other.recipe.get(name)) for name in SAME_PLACE]
+        pairs += [
+            (name, self.recipe.get(name, False), other.recipe.get(name, False))
+            for name in SAME_SIGHT
+        ]
         for name, mine, theirs in pairs:
             if mine != theirs:
                 raise UserError(

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_attnedit.attention.norm import RMSNorm
+from megatron_attnedit.attention.rotary import rotary_table
 from megatron_attnedit.attention.self_attention import CausalSelfAttention
 from megatron_attnedit.convert.converter import hf_to_megatron
 from megatron_attnedit.convert.families import ignored_names
@@ -23,6 +24,7 @@ from megatron_attnedit.convert.grouped_experts import expert_by_expert
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.module import CoreAttention
 from megatron_attnedit.models.experts import reduce_apart, send_nothing
 from megatron_attnedit.models.grid import place_of_this_process
@@ -201,12 +203,13 @@ def first_hidden(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tenso
     return model.decoder.input_tensor
 
 
-def through_layers(model: GPTModel, hidden: Tensor) -> Tensor:
+def through_layers(model: GPTModel, hidden: Tensor, documents: Documents | None = None) -> Tensor:
     """Hidden states after this pipeline stage's last layer, without the output head.
 
     Args:
         model: Teacher or student.
         hidden: As from ``first_hidden``; it says how long a sequence is.
+        documents: Of the samples; None: all tokens of a sample see each other.
 
     Returns:
         As hidden; normed on the last stage.
@@ -223,13 +226,16 @@ def through_layers(model: GPTModel, hidden: Tensor) -> Tensor:
     return model.decoder(
         hidden_states=hidden,
         attention_mask=None,
-        rotary_pos_emb=model.rotary_pos_emb(seq_length),
+        rotary_pos_emb=rotary_table(model.rotary_pos_emb, seq_length, documents),
+        packed_seq_params=documents,
     )
 
 
-def backbone(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:
-    """Hidden states after this pipeline stage's last layer; arguments as of ``first_hidden``."""
-    return through_layers(model, first_hidden(model, tokens, position_ids))
+def backbone(
+    model: GPTModel, tokens: Tensor, position_ids: Tensor, documents: Documents | None = None
+) -> Tensor:
+    """Hidden states after this pipeline stage's last layer; arguments as of both before it."""
+    return through_layers(model, first_hidden(model, tokens, position_ids), documents)
 
 
 def output_weight(model: GPTModel) -> Tensor:

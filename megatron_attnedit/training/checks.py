@@ -138,7 +138,8 @@ def check_device(recipe: Recipe, student: StudentAttention) -> None:
     """
     if recipe.attention_backend != "auto":
         sinks = int(getattr(student, "sink_tokens", 0))
-        attention_backend(recipe.attention_backend, sink_tokens=sinks)
+        sizes = (0, 0) if recipe.reset_attention_mask else None  # any: the backend is named
+        attention_backend(recipe.attention_backend, sink_tokens=sinks, documents_with=sizes)
     check_offload(recipe)
     check_judging(recipe)
     if recipe.wandb_project:
@@ -154,6 +155,8 @@ def data_config(recipe: Recipe, hf: HFConfig) -> DataConfig:
         seed=recipe.seed,
         vocab_size=hf.vocab_size,
         eod_mask_loss=recipe.eod_mask_loss,
+        reset_attention_mask=recipe.reset_attention_mask,
+        reset_position_ids=recipe.reset_position_ids,
         data_cache_path=recipe.data_cache_path or str(Path(recipe.save) / "data-cache"),
         max_epochs=recipe.max_epochs,
     )

@@ -10,6 +10,7 @@ from megatron_attnedit.distill.layerwise import NORMALISATIONS
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_output_folder
 from megatron_attnedit.models.grid import ParallelConfig, num_microbatches
+from megatron_attnedit.training.data_options import DataOptions
 from megatron_attnedit.training.options import check_options, flag_name, option
 from megatron_attnedit.training.random_state import LARGEST_SEED
 from megatron_attnedit.training.task_options import TaskOptions
@@ -20,7 +21,7 @@ MOST_SAMPLES = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(TaskOptions):
+class Recipe(TaskOptions, DataOptions):
     """What both stages have in common. Flags are the field names with dashes."""
 
     number = 0  # of the stage
@@ -34,17 +35,6 @@ class Recipe(TaskOptions):
     save: str = option(
         "", "folder for checkpoints, metrics.jsonl and TensorBoard; resumed from", is_path=True
     )
-    train_data_path: list[str] = option(
-        [], "prefix of .bin/.idx files, or weight prefix weight prefix ...", is_path=True
-    )
-    valid_data_path: list[str] = option(
-        [], "the same for validation; empty: no validation", is_path=True
-    )
-    data_cache_path: str = option(
-        "", "folder for data indices; default: data-cache inside --save", is_path=True
-    )
-    eod_mask_loss: bool = option(False, "leave end-of-document tokens out of the loss")
-
     seq_length: int = option(4096, "tokens of a sample", minimum=1)
     micro_batch_size: int = option(1, "samples that one process computes at a time", minimum=1)
     global_batch_size: int = option(32, "samples of an iteration, over all processes", minimum=1)
@@ -144,9 +134,6 @@ class Recipe(TaskOptions):
     )
     loss_spike_factor: float = option(
         0.0, "a loss above so many times its running mean is bad; 0: none is", minimum=0
-    )
-    max_epochs: float = option(
-        0.0, "times that the training data may be read; 0: any number", minimum=0
     )
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ def check_teacher(teacher: Teacher, dataset: Any) -> None:
 
     def step(iterator: Iterator[Batch], model: GPTModel) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        hidden = backbone(model, batch.tokens, batch.position_ids)
+        hidden = backbone(model, batch.tokens, batch.position_ids, batch.documents)
 
         def loss_func(out: Tensor) -> tuple[Tensor, Tensor]:
             group = parallel_state.get_tensor_model_parallel_group()

@@ -1,5 +1,7 @@
 """Megatron's schedules (none, 1F1B, interleaved) over the pieces of a model on this rank."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -56,7 +58,9 @@ def _share(batch: Batch) -> Batch:
     if size == 1:
         return batch
     rank = parallel_state.get_context_parallel_rank()
-    return batch.each(lambda tensor: pieces_of_rank(tensor, dim=1, rank=rank, size=size))
+    piece = functools.partial(pieces_of_rank, dim=1, rank=rank, size=size)
+    documents = batch.documents and batch.documents.each_position(piece)
+    return dataclasses.replace(batch.each(piece), documents=documents)
 
 
 def sum_of_reports(reports: list[Tensor], like: Tensor) -> Tensor:

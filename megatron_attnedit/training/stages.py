@@ -50,7 +50,9 @@ def _forward(iterator: Iterator[Batch], model: Any, draw: Draw | None = None) ->
     batch = next(iterator)
     device = batch.tokens.device
     own = [draw(batch.sample_ids).to(device, non_blocking=True)] if draw else []
-    hidden = model(batch.tokens, batch.position_ids, batch.loss_mask, *own)
+    hidden = model(
+        batch.tokens, batch.position_ids, batch.loss_mask, *own, documents=batch.documents
+    )
     return hidden, lambda out: (out.new_zeros(()), {})
 
 
@@ -178,7 +180,9 @@ class Stage2:
 
         def step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
             batch = next(iterator)
-            hidden = model(batch.tokens, batch.position_ids, batch.loss_mask)
+            hidden = model(
+                batch.tokens, batch.position_ids, batch.loss_mask, documents=batch.documents
+            )
 
             def loss_func(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 loss, sums = self.modules[-1].loss(

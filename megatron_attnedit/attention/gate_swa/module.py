@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_attnedit.attention.self_attention import CausalSelfAttention
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.device import fused
 
 
@@ -72,6 +73,7 @@ class GateSWASelfAttention(CausalSelfAttention):
         attention_mask: Tensor | None = None,
         *,
         rotary_pos_emb: Tensor,
+        packed_seq_params: Documents | None = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
@@ -80,13 +82,16 @@ class GateSWASelfAttention(CausalSelfAttention):
             hidden_states: ``[s, b, h]``, or ``[s/tp, b, h]`` under sequence parallelism.
             attention_mask: None; the core attention is causal and slides.
             rotary_pos_emb: ``[s, 1, 1, d]``, the model's rotary table.
+            packed_seq_params: Documents of the samples.
             unused: The rest of what a layer hands over.
 
         Returns:
             Output in the shape of ``hidden_states``, and no bias.
         """
-        heads = self.rotated_heads(hidden_states, rotary_pos_emb)
-        core_attn_out = self.core_attention(*heads, attention_mask)  # [s, b, n * d]
+        heads = self.rotated_heads(hidden_states, rotary_pos_emb, packed_seq_params)
+        core_attn_out = self.core_attention(
+            *heads, attention_mask, packed_seq_params=packed_seq_params
+        )  # [s, b, n * d]
         if self.linear_gate is None:
             return self.linear_proj(core_attn_out)
         output_gate, _ = self.linear_gate(hidden_states)  # [s, b, n * d] or [s, b, n]

@@ -22,7 +22,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_attnedit.attention.input_linear import input_linear
 from megatron_attnedit.attention.mla.dims import MLADims
-from megatron_attnedit.attention.rotary import cos_sin
+from megatron_attnedit.attention.rotary import cos_sin, rotary_table
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.device import fused
 from megatron_attnedit.device.kernels import rotate
 
@@ -148,13 +149,19 @@ class MLASelfAttention(MegatronModule):
         return copy_to_tensor_model_parallel_region(shared, group=self.tp_group)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Documents | None = None,
+        **unused: Any,
     ) -> tuple[Tensor, None]:
         """Attend.
 
         Args:
             hidden_states: ``[s, b, h]``, or ``[s/tp, b, h]`` under sequence parallelism.
             attention_mask: None; the core attention is causal.
+            packed_seq_params: Documents of the samples.
             unused: The rest, among it the rotary table of the teacher's head size.
 
         Returns:
@@ -167,9 +174,13 @@ class MLASelfAttention(MegatronModule):
         kv, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))  # [s, b, n * (d + v)]
         k_pos_emb = self._to_all_heads(k_pos_emb)  # [s, b, r]
 
-        cos, sin = cos_sin(self.rotary_pos_emb(query.shape[0] * self.cp_group.size()))
+        seq_length = query.shape[0] * self.cp_group.size()
+        table = rotary_table(self.rotary_pos_emb, seq_length, packed_seq_params)
+        cos, sin = cos_sin(table, packed_seq_params)
         heads = assemble_heads(query, kv, k_pos_emb, cos, sin, dims.qk_head_dim, dims.v_head_dim)
-        core_attn_out = self.core_attention(*heads, attention_mask)
+        core_attn_out = self.core_attention(
+            *heads, attention_mask, packed_seq_params=packed_seq_params
+        )
         attn_output, _ = self.linear_proj(core_attn_out)
         return attn_output, None
 
@@ -184,8 +195,8 @@ def assemble_heads(
         query: ``[s, b, n * (d + r)]``.
         kv: ``[s, b, n * (d + v)]``.
         k_pos_emb: ``[s, b, r]``.
-        cos: ``[s, 1, 1, r]``.
-        sin: ``[s, 1, 1, r]``.
+        cos: ``[s, 1, 1, r]`` or ``[s, b, 1, r]``.
+        sin: The same.
         d: Non-rotary part of a head.
         v: Value head.
 

@@ -4,8 +4,9 @@ Shapes: ``q [b, n, s, d]``, ``k [b, g, s, d]``, ``v [b, g, s, dv]``, output ``[b
 n query heads are shared out over g key heads, n a multiple of g. Attention is causal, the last
 query at the last key (there may be fewer queries than keys);
 ``window_size`` is Megatron's ``(left, 0)`` or None. A backend may also take ``sink_tokens``, how
-many of the first keys stay visible outside the window, and ``sink``, a logit ``[n]`` per query
-head: one more entry of the softmax, without a value. Which of them it takes, its signature says.
+many of the first keys stay visible outside the window, ``sink``, a logit ``[n]`` per query head:
+one more entry of the softmax, without a value, and ``documents``, a ``Span``: no query sees a key
+of another document, and sink tokens are a document's first. Which it takes, its signature says.
 A file may have ``problem()``: why this machine cannot run its backend, None where it can.
 
 To add a backend, write its file and name its function in ``ATTENTION_BACKENDS``.
@@ -52,6 +53,7 @@ def attention_backend(
     dtype: torch.dtype = torch.float32,
     sink_tokens: int = 0,
     sink_logits: bool = False,
+    documents_with: tuple[int, int] | None = None,
 ) -> AttentionBackend:
     """The backend of that name; ``auto`` takes the fastest that this machine has.
 
@@ -61,12 +63,17 @@ def attention_backend(
         dtype: Of queries, keys and values.
         sink_tokens: First tokens that stay visible outside the window; told to the backend.
         sink_logits: Will the backend be called with a ``sink``?
+        documents_with: Will it be called with ``documents``? Sizes of a head of keys and of values.
 
     Raises:
         UserError: unknown name, a backend that is not installed, or one without such sinks.
     """
     if name == "auto":
-        name = _fastest(window_size and window_size[0] + 1, dtype, with_sinks=sink_tokens > 0)
+        window, with_sinks = window_size and window_size[0] + 1, sink_tokens > 0
+        if documents_with is None:
+            name = _fastest(window, dtype, with_sinks=with_sinks)
+        else:
+            name = _fastest_with_documents(window, dtype, documents_with, with_sinks=with_sinks)
     if name not in ATTENTION_BACKENDS:
         raise UserError(
             f"--attention-backend {name}: expected auto or one of {', '.join(ATTENTION_BACKENDS)}"
@@ -78,6 +85,11 @@ def attention_backend(
     if sink_logits and name not in (others := _that_take("sink")):
         raise UserError(
             f"--attention-backend {name}: its softmax has no room for --sink logit; "
+            f"expected auto or one of {', '.join(others)}"
+        )
+    if documents_with is not None and name not in (others := _that_take("documents")):
+        raise UserError(
+            f"--attention-backend {name}: has no room for --reset-attention-mask; "
             f"expected auto or one of {', '.join(others)}"
         )
     if not sink_tokens:
@@ -110,7 +122,33 @@ def _fastest(window: int | None, dtype: torch.dtype, *, with_sinks: bool) -> str
         name, reason = "flash", "skips what is outside the window"
     else:
         name, reason = "flex", "skips blocks outside the window"
-    kind = "full layers" if window is None else f"layers with a window of {window}"
-    kind += " and sink tokens" if with_sinks else ""
-    logger.info("attention backend of %s: %s (%s)", kind, name, reason)
+    _say(_kind(window, with_sinks=with_sinks), name, reason)
     return name
+
+
+@functools.cache
+def _fastest_with_documents(
+    window: int | None, dtype: torch.dtype, head_sizes: tuple[int, int], *, with_sinks: bool
+) -> str:
+    """The same for packed documents that do not see each other."""
+    flash_fits = head_sizes[0] == head_sizes[1] <= flash.LARGEST_HEAD and not with_sinks
+    if bootstrap().has_fusion_attention and not with_sinks:
+        name, reason = "npu_fusion", "the NPU's own, which takes where documents end"
+    elif not bootstrap().compiles or dtype not in flash.HALF:
+        name, reason = "sdpa", "torch's fused kernels and a mask"
+    elif flash_fits and flash.has_windows() and (window is None or window < FLEX_PAYS):
+        name, reason = "flash", "takes where documents end"
+    else:
+        name, reason = "flex", "skips blocks of other documents"
+    kind = f"{_kind(window, with_sinks=with_sinks)} and documents, heads of {head_sizes[0]}"
+    _say(kind, name, reason)
+    return name
+
+
+def _kind(window: int | None, *, with_sinks: bool) -> str:
+    kind = "full layers" if window is None else f"layers with a window of {window}"
+    return kind + (" and sink tokens" if with_sinks else "")
+
+
+def _say(kind: str, name: str, reason: str) -> None:
+    logger.info("attention backend of %s: %s (%s)", kind, name, reason)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_attnedit.core_attention.backends.sink import Kernel, sink_attention
+from megatron_attnedit.core_attention.documents import Span
 
 HALF = (torch.bfloat16, torch.float16)
+LARGEST_HEAD = 256
 # What ``varlen_attn`` calls in every torch that has it.
 _flash_forward = torch.ops.aten._flash_attention_forward
 _flash_backward = torch.ops.aten._flash_attention_backward
@@ -50,15 +52,17 @@ def flash_attention(
     window_size: tuple[int, int] | None,
     scale: float,
     sink: Tensor | None = None,
+    documents: Span | None = None,
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
     from torch.nn.attention.varlen import varlen_attn
 
     batch, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
-    lengths = (
-        *(_ends(batch, length, q.device) for length in (num_queries, num_keys)),
-        *(num_queries, num_keys),
-    )
+    if documents is None:
+        ends = [_ends(batch, length, q.device) for length in (num_queries, num_keys)]
+    else:
+        ends = [documents.cu_seqlens_q, documents.cu_seqlens_k]
+    lengths = (*ends, num_queries, num_keys)  # none is longer, and the host need not ask
     heads = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # sequences behind each other
     if sink is None:
         # torch 2.11 takes fewer key heads without being told.

@@ -5,8 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from megatron_attnedit.core_attention.documents import Span
+from megatron_attnedit.core_attention.windows import positions_in_documents
 
 try:
     from torch.nn.attention.flex_attention import AuxRequest
@@ -58,9 +62,56 @@ def _block_mask(
     some = (last_key >= first_query - reach) | (first_key < sink_tokens)
     every = (first_key >= last_query - reach) | (last_key < sink_tokens)
     some, every = some & (first_key <= last_query), every & (last_key <= first_query)
+    return _of_blocks(some[None], every[None], visible, (num_queries, num_keys))
+
+
+@functools.lru_cache(maxsize=8)
+def _document_mask(documents: Span, left: int | None, sink_tokens: int) -> BlockMask:
+    """The same with documents: blocks see each other where they have one in common."""
+    ids = documents.document_ids
+    num_queries, num_keys = documents.num_queries, ids.shape[1]
+    offset, reach = num_keys - num_queries, num_keys if left is None else left
+    # A document's first keys are its sink tokens.
+    inside = positions_in_documents(ids) if sink_tokens else ids
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = query + offset - key
+        near = distance <= reach
+        if sink_tokens:
+            near = near | (inside[batch, key] < sink_tokens)
+        return (distance >= 0) & near & (ids[batch, query + offset] == ids[batch, key])
+
+    first_query, last_query = (t.unsqueeze(2) for t in _ends_of_blocks(ids[:, offset:]))
+    first_key, last_key = (t.unsqueeze(1) for t in _ends_of_blocks(ids))
+    common = (first_query <= last_key) & (first_key <= last_query)
+    one = (first_query == last_query) & (first_key == last_key)
+
+    begin_query = torch.arange(0, num_queries, BLOCK, device=ids.device)[:, None] + offset
+    begin_key = torch.arange(0, num_keys, BLOCK, device=ids.device)[None, :]
+    end_query, end_key = begin_query + BLOCK - 1, begin_key + BLOCK - 1
+    some, every = end_key >= begin_query - reach, begin_key >= end_query - reach
+    if sink_tokens:
+        depths = F.pad(inside, (0, -num_keys % BLOCK), value=num_keys).unflatten(1, (-1, BLOCK))
+        some = some | (depths.amin(2) < sink_tokens).unsqueeze(1)
+        every = every | (depths.amax(2) < sink_tokens).unsqueeze(1)
+    some = some & (begin_key <= end_query) & common
+    every = every & (end_key <= begin_query) & common & one
+    return _of_blocks(some, every, visible, (num_queries, num_keys))
+
+
+def _ends_of_blocks(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last document ``[b, blocks]`` of each block; they rise along a sample."""
+    index = torch.arange(0, ids.shape[1], BLOCK, device=ids.device)
+    return ids[:, index], ids[:, (index + BLOCK - 1).clamp_max(ids.shape[1] - 1)]
+
+
+def _of_blocks(
+    some: Tensor, every: Tensor, visible: Callable[..., Tensor], lengths: tuple[int, int]
+) -> BlockMask:
+    """From which blocks see each other in part, or in part or whole: ``[b, queries, keys]``."""
 
     def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        blocks = blocks[None, None].int()  # [batch, head, query blocks, key blocks]
+        blocks = blocks[:, None].int()  # [batch, head, query blocks, key blocks]
         indices = blocks.argsort(dim=-1, descending=True, stable=True)
         return blocks.sum(-1, dtype=torch.int32), indices.int()
 
@@ -69,7 +120,7 @@ def _block_mask(
         *ordered(every),
         BLOCK_SIZE=BLOCK,
         mask_mod=visible,
-        seq_lengths=(num_queries, num_keys),
+        seq_lengths=lengths,
     )
 
 
@@ -81,11 +132,16 @@ def flex_attention_backend(
     scale: float,
     sink_tokens: int = 0,
     sink: Tensor | None = None,
+    documents: Span | None = None,
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
     left = None if window_size is None else window_size[0]
+    if documents is None:
+        block_mask = _block_mask(q.shape[2], k.shape[2], left, q.device, sink_tokens)
+    else:
+        block_mask = _document_mask(documents, left, sink_tokens)
     options: dict[str, Any] = {
-        "block_mask": _block_mask(q.shape[2], k.shape[2], left, q.device, sink_tokens),
+        "block_mask": block_mask,
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],
     }

@@ -1,6 +1,7 @@
 """The fused attention of Ascend NPUs, which knows windows and MLA's head sizes.
 
-It takes ``[s, b, n * d]``, which is how Megatron lays heads out, so nothing is copied.
+It takes ``[s, b, n * d]``, which is how Megatron lays heads out, so nothing is copied; documents
+laid end to end as ``[t, n, d]``.
 """
 
 import functools
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_attnedit.core_attention.backends.sink import Kernel, sink_attention
+from megatron_attnedit.core_attention.documents import Span
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.device.kernels import (
     fusion_attention,
@@ -39,11 +41,15 @@ def npu_fusion_attention(
     window_size: tuple[int, int] | None,
     scale: float,
     sink: Tensor | None = None,
+    documents: Span | None = None,
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
     slides = window_size is not None and window_size[0] + 1 < k.shape[2]
     left, right = window_size if window_size is not None and slides else (0, 0)
-    heads = [t.permute(2, 0, 1, 3).flatten(2) for t in (q, k, v)]
+    if documents is None:
+        heads = [t.permute(2, 0, 1, 3).flatten(2) for t in (q, k, v)]
+    else:
+        heads = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
     options: dict[str, Any] = {
         "heads": q.shape[1],
         "scale": scale,
@@ -51,22 +57,27 @@ def npu_fusion_attention(
         "sparse_mode": BAND if slides else CAUSAL,
         "pre_tokens": left,
         "next_tokens": right,
+        "ends": documents and documents.ends,
     }
-    if sink is None:
-        out = fusion_attention(*heads, **options).unflatten(-1, (q.shape[1], -1))
-    else:
+    if sink is not None:
         out = sink_attention(heads, sink, _kernel(options))
+    else:
+        out = fusion_attention(*heads, **options)
+    if documents is not None:
+        return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+    out = out if sink is not None else out.unflatten(-1, (q.shape[1], -1))
     return out.permute(1, 2, 0, 3)
 
 
 def _kernel(options: dict[str, Any]) -> Kernel:
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         out, lse = fusion_attention_with_lse(q, k, v, **options)
-        return out.unflatten(-1, (options["heads"], -1)), lse
+        return out if options["ends"] else out.unflatten(-1, (options["heads"], -1)), lse
 
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, ...]:
-        return fusion_attention_gradient(grad.flatten(2), q, k, v, out.flatten(2), lse, **options)
+        grad, out = (t if options["ends"] else t.flatten(2) for t in (grad, out))
+        return fusion_attention_gradient(grad, q, k, v, out, lse, **options)
 
     return Kernel(forward, backward)

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_attnedit.core_attention.backends.sink import sink_as_key
+from megatron_attnedit.core_attention.documents import Span
 from megatron_attnedit.core_attention.windows import causal_window_mask
 
 # cuDNN first: on Hopper it is the fastest, and the only fused kernel that takes MLA's head sizes
@@ -26,21 +27,28 @@ def sdpa_attention(
     scale: float,
     sink_tokens: int = 0,
     sink: Tensor | None = None,
+    documents: Span | None = None,
 ) -> Tensor:
     """Softmax attention; shapes as in the package docstring."""
     num_queries, num_keys = q.shape[2], k.shape[2]
     slides = window_size is not None and window_size[0] + 1 + sink_tokens < num_keys
-    windowed = slides and num_queries == num_keys
+    # Queries of a block may have the sink tokens of several documents.
+    one_sink = documents is None or not sink_tokens
+    windowed = slides and num_queries == num_keys and one_sink
     if sink is not None:
         # Other devices' kernels read eight numbers at a time.
         q, k, v = sink_as_key(q, k, v, sink, scale, multiple=1 if q.is_cpu else 8)
     if windowed:
         assert window_size is not None
         always = 0 if sink is None else 1
-        return _windowed(q, k, v, window_size[0] + 1, scale, sink_tokens, always)
-    if num_queries == num_keys and sink is None:
+        ids = None if documents is None else documents.document_ids
+        return _windowed(q, k, v, window_size[0] + 1, scale, sink_tokens, always, ids)
+    if documents is not None:
+        mask = documents.mask(window_size, sink_tokens)
+    elif num_queries == num_keys and sink is None:
         return _fused(q, k, v, scale, mask=None)
-    mask = causal_window_mask(num_queries, num_keys, window_size, q.device, sink_tokens)
+    else:
+        mask = causal_window_mask(num_queries, num_keys, window_size, q.device, sink_tokens)
     return _fused(q, k, v, scale, mask if sink is None else F.pad(mask, (1, 0), value=True))
 
 
@@ -72,11 +80,13 @@ def _windowed(
     scale: float,
     sink_tokens: int,
     always: int,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
     """Sliding window in blocks of ``window`` queries, each of which sees two blocks of keys.
 
     In front of each two blocks go the sink tokens, for queries whose window does not reach them,
-    and the ``always`` first keys, which every query sees and which are no tokens.
+    and the ``always`` first keys, which every query sees and which are no tokens. Documents
+    ``[b, s]`` go with no sink tokens.
     Costs ``s (2 window + sink_tokens)`` scores instead of ``s^2``.
     """
     b, n, s, _ = q.shape
@@ -94,8 +104,13 @@ def _windowed(
         x = x.permute(0, 2, 1, 4, 3)
         return (torch.cat([repeated, x], 3) if first else x).flatten(0, 1)
 
-    mask = F.pad(_block_mask(blocks, window, q.device, sink_tokens), (always, 0), value=True)
-    out = _fused(query_blocks(q), key_blocks(k), key_blocks(v), scale, mask.repeat(b, 1, 1, 1))
+    mask = _block_mask(blocks, window, q.device, sink_tokens).repeat(b, 1, 1, 1)
+    if document_ids is not None:
+        padded = F.pad(document_ids, (window, tail), value=-1)
+        keys = padded.unfold(1, 2 * window, window).flatten(0, 1)
+        mask = mask & (keys[:, None, window:, None] == keys[:, None, None, :])
+    mask = F.pad(mask, (always, 0), value=True)
+    out = _fused(query_blocks(q), key_blocks(k), key_blocks(v), scale, mask)
     return out.unflatten(0, (b, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :s]
 
 
