@@ -106,6 +106,26 @@ def _attention_of(
     return q, k, v, (q @ k.transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
 
 
+def _sequences(
+    ends: tuple[list[int] | None, list[int] | None], query: Tensor, *others: Tensor
+) -> list[list[Tensor]]:
+    """Each sequence's part of ``[t, n, d]``: of the query and of what else has queries; and keys.
+
+    Ends are counted from the first sequence on; the last ones are the lengths of the tensors.
+    """
+    assert ends[0] is not None and ends[1] is not None
+    key, value, *rest = others
+    assert ends[0][-1] == len(query) and ends[1][-1] == len(key) == len(value)
+    sizes = [[e - b for b, e in zip([0, *each], each, strict=False)] for each in ends if each]
+    assert len(sizes[0]) == len(sizes[1])
+    tensors = [(query, 0), (key, 1), (value, 1), *((t, 0) for t in rest)]
+    return [list(part) for part in zip(*(t.split(sizes[i]) for t, i in tensors), strict=True)]
+
+
+def _as_sbh(part: list[Tensor]) -> list[Tensor]:
+    return [t.flatten(1).unsqueeze(1) for t in part]
+
+
 def npu_fusion_attention(
     query: Tensor,
     key: Tensor,
@@ -119,9 +139,22 @@ def npu_fusion_attention(
     pre_tockens: int = 2147483647,
     next_tockens: int = 2147483647,
     sparse_mode: int = 0,
+    actual_seq_qlen: list[int] | None = None,
+    actual_seq_kvlen: list[int] | None = None,
     **unused: Any,
 ) -> tuple[Any, ...]:
     """Attention, then ``softmax_max``, ``softmax_sum``, ``softmax_in``, seed, offset, numels."""
+    if input_layout == "TND":
+        told = {"atten_mask": atten_mask, "scale": scale, "sparse_mode": sparse_mode}
+        told |= {"pre_tockens": pre_tockens, "next_tockens": next_tockens}
+        ends = actual_seq_qlen, actual_seq_kvlen
+        parts = [
+            npu_fusion_attention(*_as_sbh(part), head_num, "SBH", **told)
+            for part in _sequences(ends, query, key, value)
+        ]
+        out = torch.cat([part[0].squeeze(1) for part in parts]).unflatten(-1, (head_num, -1))
+        sizes = (torch.cat([p[i][0].transpose(0, 1) for p in parts]) for i in (1, 2))
+        return out, *sizes, query.new_empty(0), 0, 0, 0
     assert input_layout == "SBH" and keep_prob == 1.0
     *_, v, scores = _attention_of(
         query, key, value, head_num, atten_mask, scale, sparse_mode, pre_tockens, next_tockens
@@ -180,14 +213,36 @@ def npu_fusion_attention_grad(
     pre_tockens: int = 2147483647,
     next_tockens: int = 2147483647,
     sparse_mode: int = 0,
+    actual_seq_qlen: list[int] | None = None,
+    actual_seq_kvlen: list[int] | None = None,
     **unused: Any,
 ) -> tuple[Tensor | None, ...]:
     """By query, key, value; none by the positional shift and the sink.
 
     From the output and from the softmax's largest score and sum, as they are given.
     """
-    assert input_layout == "SBH" and softmax_max is not None and softmax_sum is not None
+    assert softmax_max is not None and softmax_sum is not None
     assert attention_in is not None
+    if input_layout == "TND":
+        told = {"atten_mask": atten_mask, "scale_value": scale_value, "sparse_mode": sparse_mode}
+        told |= {"pre_tockens": pre_tockens, "next_tockens": next_tockens}
+        ends = actual_seq_qlen, actual_seq_kvlen
+        found: list[tuple[Tensor, ...]] = []
+        parts = _sequences(ends, query, key, value, dy, attention_in, softmax_max, softmax_sum)
+        for *heads, largest, total in parts:
+            q, k, v, grad, out = _as_sbh(heads)
+            sizes = {
+                n: t.transpose(0, 1).unsqueeze(0)
+                for n, t in (("softmax_max", largest), ("softmax_sum", total))
+            }
+            answer = npu_fusion_attention_grad(
+                q, k, v, grad, head_num, "SBH", attention_in=out, **sizes, **told
+            )
+            found.append(tuple(g.squeeze(1) for g in answer[:3] if g is not None))
+        gradients = (torch.cat(rows) for rows in zip(*found, strict=True))
+        shaped = (g.view_as(t) for g, t in zip(gradients, (query, key, value), strict=True))
+        return (*shaped, None, None)
+    assert input_layout == "SBH"
     q, k, v, scores = _attention_of(
         query,
         key,

@@ -165,6 +165,8 @@ def meta_shapes() -> dict[str, Any]:
 
 def operators() -> dict[str, Any]:
     """All that needs no model, in one process."""
+    from tests.ascend.packed import document_results
+
     return {
         "accelerator": (str(bootstrap().device), bootstrap().dist_backend),
         "schemas": schemas(),
@@ -173,6 +175,7 @@ def operators() -> dict[str, Any]:
         torch.bfloat16: kernel_results(torch.bfloat16),
         "attention": attention_results("npu_fusion"),
         "sink": sink_results("npu_fusion"),
+        "documents": document_results("npu_fusion"),
     }
 
 

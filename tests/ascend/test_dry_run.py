@@ -9,10 +9,11 @@ import re
 import pytest
 import torch
 
-from tests.ascend import dry_run, operators, scenarios
+from tests.ascend import dry_run, operators, packed, scenarios
 from tests.support import processes
 from tests.support.inputs import make_inputs, make_student
 
+DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
 BF16 = {"bf16": True, "use_distributed_optimizer": True}
 
 
@@ -87,6 +88,25 @@ def test_sink_logits(found, name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sinks", ["", " and sinks"])
+@pytest.mark.parametrize("name", packed.WITH_DOCUMENTS)
+def test_documents(found, name, sinks):
+    """Laid end to end, with where each ends: both modes hold in each by itself."""
+    results, calls = found["documents"]
+    expected, _ = packed.document_results("reference")
+    for ours, theirs in zip(results[name + sinks], expected[name + sinks], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    keys = [1, 10, 40, 80]
+    queries = [0, 0, 16, 32] if "fewer" in name else keys
+    forward, gradient = (
+        next(told for call, told in calls[name + sinks] if call == operator)
+        for operator in ("npu_fusion_attention", "npu_fusion_attention_grad")
+    )
+    for told in (forward, gradient):
+        assert told["input_layout"] == "TND" and told["sparse_mode"] == TOLD[name]["sparse_mode"]
+        assert told["actual_seq_qlen"] == queries and told["actual_seq_kvlen"] == keys
+
+
 CAUSAL = {"sparse_mode": 3}
 WINDOW_OF_8 = {"sparse_mode": 4, "pre_tockens": 7, "next_tockens": 0}
 TOLD = {
@@ -127,6 +147,7 @@ def runs(stand_in, tmp_path_factory):
         "stage 2, sink_logits": (2, folder, "sink_logits", {"recompute": "selective"}),
         "stage 2, mla, all": (2, folder, "mla", {"trainable": "all", "recompute": "full"}),
         "stage 2, experts": (2, experts, "mla", {**BF16, "moe_grouped_gemm": True}),
+        "stage 2, documents": (2, folder, "sink_logits", DOCUMENTS),
     }
     on_npu, on_cpu = (
         {
@@ -148,6 +169,7 @@ RUNS = (
     "stage 2, sink_logits",
     "stage 2, mla, all",
     "stage 2, experts",
+    "stage 2, documents",
 )
 
 
@@ -183,6 +205,16 @@ def test_a_window_reaches_the_kernel(runs):
     }
     assert modes == {(4, 7)}
     assert any(told["sparse_mode"] == 3 for told in calls)
+
+
+def test_documents_reach_the_kernel(runs):
+    calls = [t for c, t in runs[0]["stage 2, documents"][1] if c == "npu_fusion_attention"]
+    assert {(told["input_layout"], told["sparse_mode"]) for told in calls} == {
+        ("TND", 3),
+        ("TND", 4),
+    }
+    # A look at the teacher takes one sample, the training two.
+    assert {told["actual_seq_qlen"][-1] for told in calls} == {64, 128}
 
 
 def test_an_edit_fits_the_same_weights(runs):

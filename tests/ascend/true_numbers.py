@@ -98,9 +98,13 @@ class TrueNumbers(TorchDispatchMode):
             return getattr(operators, name, func)
         names = [a.name for a in func._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
-        plain = (bool, int, float, str)
-        self.calls.append((name, {k: v for k, v in given.items() if isinstance(v, plain)}))
+        self.calls.append((name, {k: v for k, v in given.items() if _is_plain(v)}))
         return operators.by_name(func._schema)
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(each, bool | int | float | str) for each in values)
 
 
 def gather_object(

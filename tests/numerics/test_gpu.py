@@ -257,7 +257,7 @@ def test_experts_equal_the_cpu_s(expert_inputs, tmp_path, flags, bar):
     compare_runs(expert_inputs, tmp_path, "mla", 2, flags, bar)
 
 
-def compare_runs(inputs, tmp_path, student, stage, flags, bar):
+def compare_runs(inputs, tmp_path, student, stage, flags, bar, of_both=()):
     """Five iterations with these flags on the accelerator, in float32 on the CPU."""
     losses = {}
     for device in ("cpu", "cuda"):
@@ -266,7 +266,7 @@ def compare_runs(inputs, tmp_path, student, stage, flags, bar):
             *("--teacher", inputs / "hf", "--load", inputs / student, "--save", save),
             *("--train-data-path", inputs / "data", "--seq-length", "64"),
             *("--micro-batch-size", "2", "--global-batch-size", "8"),
-            *("--train-iters", "5", "--log-interval", "1"),
+            *("--train-iters", "5", "--log-interval", "1", *of_both),
             *(flags if device == "cuda" else ["--no-bf16"]),
         ]
         call(
