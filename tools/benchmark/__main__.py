@@ -58,6 +58,13 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="stage1: every layer receives the student's own hidden states; no baseline",
     )
+    speed.add_argument(
+        "--document-length",
+        type=int,
+        default=0,
+        help="attention, stage1, stage2: tokens of packed documents with masks and positions of "
+        "their own; the baseline is the same without (default: samples of one document)",
+    )
     speed.add_argument("--moe-grouped-gemm", action="store_true", help="experts in one product")
     speed.add_argument(
         "--optimizer-cpu-offload", action="store_true", help="optimizer states on the host"
@@ -176,6 +183,11 @@ def workload(args: argparse.Namespace, config: dict[str, Any]) -> Any:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         hf = read_hf_config(Path(folder))
     stage = {"stage2": 2, "scaling": args.stage}.get(args.suite, 1)
+    if not 0 <= args.document_length <= args.seq_length:
+        raise UserError(
+            f"--document-length {args.document_length}: expected from 1 to --seq-length "
+            f"{args.seq_length}, or 0 for samples of one document"
+        )
     if args.student_inputs and stage == 2:
         raise UserError("--student-inputs: of stage 1; in stage 2 there are no others")
     return Workload(
@@ -189,6 +201,7 @@ def workload(args: argparse.Namespace, config: dict[str, Any]) -> Any:
         recompute=args.recompute,
         optimizer_cpu_offload=args.optimizer_cpu_offload,
         runs_student=args.student_inputs,
+        document_length=args.document_length,
         **scaling_fields(args),
     )
 
@@ -253,7 +266,7 @@ def kernels(args: argparse.Namespace, config: dict[str, Any]) -> Any:
     from tools.benchmark.kernels import attention_suite, kl_suite
 
     if args.suite == "attention":
-        return attention_suite(args.seq_length, tuple(args.windows))
+        return attention_suite(args.seq_length, tuple(args.windows), args.document_length)
     return kl_suite(args.seq_length, config["vocab_size"], config["hidden_size"])
 
 

@@ -15,14 +15,22 @@ from megatron_attnedit.distill.kl import chunked_divergence
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.training.setup import start_processes
 from tools.benchmark.timing import matmul_rate, measure, row, side
+from tools.benchmark.workload import packed_documents
 
 # Query heads, key-value groups, head sizes of keys and of values.
 HEADS = {"GQA 32/8 of 128": (32, 8, 128, 128), "MLA 32 of 192/128": (32, 32, 192, 128)}
 
 
-def attention_suite(seq_length: int, windows: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Forward and backward of every kernel; the baseline of a window is full attention."""
+def attention_suite(
+    seq_length: int, windows: tuple[int, ...], document_length: int = 0
+) -> list[dict[str, Any]]:
+    """Forward and backward of every kernel; the baseline of a window is full attention.
+
+    With documents of that many tokens, their kernels against the same without.
+    """
     rate = matmul_rate()
+    if document_length:
+        return _document_rows(seq_length, windows, document_length, rate)
     rows = []
     for name, heads in HEADS.items():
         full = _attention("auto", heads, seq_length, None, rate)
@@ -39,6 +47,24 @@ def attention_suite(seq_length: int, windows: tuple[int, ...]) -> list[dict[str,
     return rows
 
 
+def _document_rows(
+    seq_length: int, windows: tuple[int, ...], document_length: int, rate: float
+) -> list[dict[str, Any]]:
+    rows = []
+    for name, heads in HEADS.items():
+        grouped = heads[0] != heads[1]
+        for window in (None, *(windows if grouped else ())):
+            whole = _attention("auto", heads, seq_length, window, rate)
+            for backend in ("flash", "flex", "sdpa") if grouped else ("flex", "sdpa"):
+                packed = _attention(
+                    backend, heads, seq_length, window, rate, document_length=document_length
+                )
+                seen = "full" if window is None else f"window {window}"
+                case = f"{name}, {seen}, documents of {document_length}, {backend}, forward and "
+                rows.append(row("attention", case + "backward", packed, whole))
+    return rows
+
+
 def _attention(
     backend: str,
     heads: tuple[int, int, int, int],
@@ -47,11 +73,18 @@ def _attention(
     rate: float,
     *,
     forward_only: bool = False,
+    document_length: int = 0,
 ) -> dict[str, Any]:
     n, g, d, dv = heads
     device = bootstrap().device
     size = None if window is None else to_window_size(window)
-    attend = attention_backend(backend, size, torch.bfloat16)
+    attend = attention_backend(
+        backend, size, torch.bfloat16, documents_with=(d, dv) if document_length else None
+    )
+    given = {}
+    if document_length:
+        documents = packed_documents(seq_length, document_length, 0).to(device)
+        given["documents"] = documents.span(0, 0, seq_length)
     # As the modules hold them: [s, b, n, d], seen as [b, n, s, d].
     shapes = [(seq_length, 1, n, d), (seq_length, 1, g, d), (seq_length, 1, g, dv)]
     qkv = [
@@ -62,11 +95,12 @@ def _attention(
 
     def work() -> None:
         q, k, v = (t.permute(1, 2, 0, 3) for t in qkv)
-        out = attend(q, k, v, size, d**-0.5).permute(2, 0, 1, 3)
+        out = attend(q, k, v, size, d**-0.5, **given).permute(2, 0, 1, 3)
         if not forward_only:
             torch.autograd.grad(out, qkv, grad)
 
-    forward = 2 * n * (d + dv) * mean_visible_keys(seq_length, window) * seq_length
+    visible = mean_visible_keys(min(document_length or seq_length, seq_length), window)
+    forward = 2 * n * (d + dv) * visible * seq_length
     # Backward counted 2.5 times forward, as the kernels' authors do: scores are computed again.
     flops = forward if forward_only else 3.5 * forward
     return side(measure(work), flops=flops, rate=rate)

@@ -1,5 +1,6 @@
 """Both stages beside their baseline."""
 
+import dataclasses
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.planning import memory
+from megatron_attnedit.training.setup import stop_processes
 from tools.benchmark import baseline, workload
 from tools.benchmark.floor import stage_floor
 from tools.benchmark.timing import matmul_rate, measure, row, side
@@ -35,7 +37,7 @@ def floor_of(work: Workload) -> float:
     return stage_floor(
         work.hf,
         work.student,
-        seq_length=work.seq_length,
+        seq_length=min(work.document_length or work.seq_length, work.seq_length),
         stage=work.stage,
         runs_student=work.runs_student,
         trainable=work.trainable,
@@ -43,12 +45,18 @@ def floor_of(work: Workload) -> float:
 
 
 def compare(work: Workload, *, with_baseline: bool = True) -> dict[str, Any]:
-    """One row."""
+    """One row; the baseline of packed documents is this program on samples of one document."""
     rate = matmul_rate()
     floor = floor_of(work)
     our_figures = _measured(lambda: workload.build_training(work).step, work.tokens, floor, rate)
     their_figures = None
-    if with_baseline and not work.runs_student:
+    if with_baseline and work.document_length:
+        stop_processes()  # each side joins its own groups
+        whole = dataclasses.replace(work, document_length=0)
+        their_figures = _measured(
+            lambda: workload.build_training(whole).step, work.tokens, floor_of(whole), rate
+        )
+    elif with_baseline and not work.runs_student:
         their_figures = _measured(lambda: baseline.training_step(work), work.tokens, floor, rate)
     found = row(f"stage{work.stage}", describe(work), our_figures, their_figures)
     found["matmul_tflops"] = round(rate / 1e12, 1)
@@ -97,6 +105,8 @@ def describe(work: Workload) -> str:
         parts.append("everything trained")
     if work.runs_student:
         parts.append("on the student's own hidden states")
+    if work.document_length:
+        parts.append(f"documents of {work.document_length} tokens against one a sample")
     if work.recompute != "none":
         parts.append(f"recompute {work.recompute}")
     if work.optimizer_cpu_offload:

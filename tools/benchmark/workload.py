@@ -13,6 +13,7 @@ from torch import nn
 
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.data.datasets import Batch
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.models.config import transformer_config
@@ -45,6 +46,8 @@ class Workload:
         overlap_param_gather: See the recipe.
         optimizer_cpu_offload: See the recipe.
         runs_student: All layers receive the student's own hidden states (stage 1).
+        document_length: Tokens of the documents that samples are packed of, with masks and
+            positions of their own; 0: a sample is one document.
     """
 
     hf: HFConfig
@@ -61,6 +64,7 @@ class Workload:
     overlap_param_gather: bool = False
     optimizer_cpu_offload: bool = False
     runs_student: bool = False
+    document_length: int = 0
 
     @property
     def tokens(self) -> int:
@@ -78,7 +82,17 @@ def fill_with_noise(module: nn.Module) -> None:
             param.normal_(std=0.02)
 
 
-def random_batches(hf: HFConfig, seq_length: int, count: int) -> list[Batch]:
+def packed_documents(seq_length: int, document_length: int, sample: int) -> Documents:
+    """Of one sample, whose first document is cut somewhere else in each; on the CPU."""
+    index = torch.arange(seq_length) + sample * 211 % document_length
+    ids = (index // document_length).int()
+    first = index[0] * (ids == 0)  # the rest of a document counts from nought
+    return Documents.of_samples([ids], [index % document_length - first])
+
+
+def random_batches(
+    hf: HFConfig, seq_length: int, count: int, document_length: int = 0
+) -> list[Batch]:
     """Micro-batches of one sample each, the same on all processes of a copy of the model."""
     device = bootstrap().device
     generator = torch.Generator(device).manual_seed(parallel_state.get_data_parallel_rank())
@@ -87,7 +101,11 @@ def random_batches(hf: HFConfig, seq_length: int, count: int) -> list[Batch]:
         ids = torch.randint(hf.vocab_size, (1, seq_length + 1), device=device, generator=generator)
         mask = torch.ones(1, seq_length, device=device)
         positions = torch.arange(seq_length, device=device)[None]
-        batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, positions, [len(batches)]))
+        number = len(batches)
+        documents = (
+            packed_documents(seq_length, document_length, number) if document_length else None
+        )
+        batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, positions, [number], documents))
     return batches
 
 
@@ -179,7 +197,7 @@ def _models(work: Workload, config: TransformerConfig, attention_backend: str) -
 
 
 def _step(work: Workload, stage: Stage, optimizer: MegatronOptimizer) -> Callable[[], float]:
-    batches = random_batches(work.hf, work.seq_length, work.micro_batches)
+    batches = random_batches(work.hf, work.seq_length, work.micro_batches, work.document_length)
 
     def step() -> float:
         optimizer.zero_grad()
