@@ -68,7 +68,7 @@ def compare(
                 log_probs = _log_probs(model, states[chunk])
                 measured.perplexity.add(log_probs, labels[chunk])
                 if measured.distance:
-                    measured.distance.add(teacher_log_probs, log_probs)
+                    measured.distance.add(teacher_log_probs, log_probs, labels[chunk])
     return perplexity
 
 

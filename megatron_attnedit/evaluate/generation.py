@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_attnedit.evaluate.tasks.scores import mean_and_error
+
 PROMPT_TOKENS = 48
 NEW_TOKENS = 64
 NGRAM = 4
@@ -64,13 +66,29 @@ def agreement(teacher: Tensor, student: Tensor) -> dict[str, float]:
         number of tokens before the first that differs, at most t; ``identical``: fraction of
         continuations without a difference.
     """
+    means = {name: mean_and_error(v) for name, v in agreement_by_prompt(teacher, student).items()}
+    return {name: mean for name, (mean, _) in means.items()}
+
+
+def agreement_by_prompt(teacher: Tensor, student: Tensor) -> dict[str, list[float]]:
+    """What ``agreement`` is the mean of."""
     equal = teacher == student
     before = equal.long().cumprod(dim=1).sum(dim=1)
     return {
-        "equal_tokens": equal.float().mean().item(),
-        "first_divergence": before.float().mean().item(),
-        "identical": equal.all(dim=1).float().mean().item(),
+        "equal_tokens": equal.double().mean(dim=1).tolist(),
+        "first_divergence": before.double().tolist(),
+        "identical": equal.all(dim=1).double().tolist(),
     }
+
+
+def described(teacher: Tensor, student: Tensor) -> dict[str, Any]:
+    """``agreement``, ``repetition_rate``, the standard errors of both, and ``prompts``."""
+    values = agreement_by_prompt(teacher, student)
+    values["repetition_rate"] = [repetition_rate(row[None]) for row in student]
+    found: dict[str, Any] = {"prompts": len(student)}
+    for name, of_prompts in values.items():
+        found[name], found[f"{name}_stderr"] = mean_and_error(of_prompts)
+    return found
 
 
 def repetition_rate(generated: Tensor) -> float:

@@ -82,15 +82,16 @@ def _behaviour(report: dict[str, Any]) -> str:
     if not rows:
         return ""
     count = report["teacher"].get("generation", {}).get("prompts", 0)
+    probes = report["teacher"].get("recall", {}).get("probes", 0)
     return (
         f"<h2>Generation and long-range recall</h2>\n{_table(table.BEHAVIOUR_HEADER, rows)}"
         f'<p class="small">Greedy continuations of {count} held-out prompts by {NEW_TOKENS} '
         "tokens: share of positions with the teacher's token, tokens before the first "
         "difference, share of equal continuations, and 4-grams that their continuation had "
         "before. Recall: "
-        f"{KEY_TOKENS} random tokens and {VALUE_TOKENS} after them in the text, the first ones "
-        "again at its end: share of the others predicted, and their negative log-likelihood in "
-        "nats.</p>"
+        f"in {probes} texts, {KEY_TOKENS} random tokens and {VALUE_TOKENS} after them, the first "
+        "ones again at the end: share of the others predicted, and their negative log-likelihood "
+        "in nats. Standard errors are over prompts and texts.</p>"
     )
 
 
@@ -129,7 +130,8 @@ def _summary(report: dict[str, Any]) -> str:
         '<p class="small">Perplexity on held-out text (the teacher has one state only). Ratio: '
         "student's last perplexity over the teacher's. KL(teacher || student) and agreement of "
         "the likeliest token in the last state. KV: cache bytes per token, counted on a cache "
-        f"filled with {context:,} tokens, and their share of the teacher's.</p>"
+        f"filled with {context:,} tokens, and their share of the teacher's. Standard errors are "
+        f"those of {report['data']['tokens']:,} independent tokens.</p>"
     )
 
 

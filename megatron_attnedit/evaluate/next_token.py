@@ -1,51 +1,93 @@
-"""What a model predicts for the next token: its perplexity, and its distance to the teacher."""
+"""What a model predicts for the next token: its perplexity, and its distance to the teacher.
+
+Standard errors are those of independent tokens.
+"""
 
 import math
 
 from torch import Tensor
 
 
+class Mean:
+    """Of numbers as they come, with its standard error."""
+
+    def __init__(self) -> None:
+        self._sum = self._squares = 0.0
+        self._count = 0
+
+    def add(self, numbers: Tensor) -> None:
+        """Count numbers in, of any shape."""
+        exact = numbers.cpu().double()
+        self._sum += exact.sum().item()
+        self._squares += exact.square().sum().item()
+        self._count += exact.numel()
+
+    def value(self) -> float:
+        """The mean."""
+        return self._sum / self._count
+
+    def stderr(self) -> float | None:
+        """``s / sqrt(n)`` with the sample's deviation; None for one number."""
+        if self._count < 2:
+            return None
+        variance = (self._squares - self._sum**2 / self._count) / (self._count - 1)
+        return math.sqrt(max(0.0, variance) / self._count)
+
+
 class Perplexity:
     """Cross entropy, summed over tokens as they come."""
 
     def __init__(self) -> None:
-        self.nats = 0.0
-        self.tokens = 0
+        self._nats = Mean()
 
     def add(self, log_probs: Tensor, labels: Tensor) -> None:
         """Count tokens in: ``log_probs`` [t, v] in float32, ``labels`` [t]."""
-        picked = log_probs.gather(-1, labels[:, None])
-        self.nats -= picked.cpu().double().sum().item()
-        self.tokens += labels.numel()
+        self._nats.add(-log_probs.gather(-1, labels[:, None]))
 
     def value(self) -> float:
         """The exponential of the mean cross entropy; infinite where that is beyond a float."""
-        try:
-            return math.exp(self.nats / self.tokens)
-        except OverflowError:
-            return math.inf
+        return _exp(self._nats.value())
+
+    def stderr(self) -> float | None:
+        """Of the value, to first order."""
+        return _scaled(self.value(), self._nats.stderr())
 
 
 class Distance:
     """KL(teacher || student) and agreement of the likeliest token, summed as they come."""
 
     def __init__(self) -> None:
-        self.nats = 0.0
-        self.agreeing = 0
-        self.tokens = 0
+        self._kl, self._agreeing, self._excess = Mean(), Mean(), Mean()
 
-    def add(self, teacher_log_probs: Tensor, log_probs: Tensor) -> None:
-        """Count tokens in; both [t, v] in float32."""
-        per_token = (teacher_log_probs.exp() * (teacher_log_probs - log_probs)).sum(-1)
-        self.nats += per_token.cpu().double().sum().item()
-        same = teacher_log_probs.argmax(-1) == log_probs.argmax(-1)
-        self.agreeing += int(same.sum())
-        self.tokens += same.numel()
+    def add(self, teacher_log_probs: Tensor, log_probs: Tensor, labels: Tensor) -> None:
+        """Count tokens in; log-probabilities [t, v] in float32, ``labels`` [t]."""
+        self._kl.add((teacher_log_probs.exp() * (teacher_log_probs - log_probs)).sum(-1))
+        self._agreeing.add(teacher_log_probs.argmax(-1) == log_probs.argmax(-1))
+        self._excess.add((teacher_log_probs - log_probs).gather(-1, labels[:, None]))
 
     def kl(self) -> float:
         """Mean over tokens, in nats."""
-        return self.nats / self.tokens
+        return self._kl.value()
 
     def top1_agreement(self) -> float:
         """Fraction of tokens for which both prefer the same next token."""
-        return self.agreeing / self.tokens
+        return self._agreeing.value()
+
+    def stderrs(self) -> dict[str, float | None]:
+        """Of ``kl``, of ``top1_agreement``, and of the ratio of perplexities on the same tokens."""
+        return {
+            "kl": self._kl.stderr(),
+            "top1_agreement": self._agreeing.stderr(),
+            "perplexity_ratio": _scaled(_exp(self._excess.value()), self._excess.stderr()),
+        }
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+def _scaled(value: float, stderr: float | None) -> float | None:
+    return None if stderr is None else value * stderr

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_attnedit.evaluate.tasks.scores import mean_and_error
+
 KEY_TOKENS = 4
 VALUE_TOKENS = 8
 SHORTEST_PROBE = 4 * (KEY_TOKENS + VALUE_TOKENS)
@@ -52,7 +54,7 @@ def probes(windows: Tensor, count: int, end: int | None, seed: int = 0) -> Tenso
 
 
 @torch.no_grad()
-def recall(model: Any, sequences: Tensor, batch_size: int) -> dict[str, float]:
+def recall(model: Any, sequences: Tensor, batch_size: int) -> dict[str, Any]:
     """How well a model finds the values.
 
     Args:
@@ -62,16 +64,20 @@ def recall(model: Any, sequences: Tensor, batch_size: int) -> dict[str, float]:
 
     Returns:
         ``accuracy``: fraction of value tokens that are the likeliest, those before them given;
-        ``nll``: their mean negative log-likelihood in nats.
+        ``nll``: their mean negative log-likelihood in nats; the standard errors of both over
+        sequences (``_stderr``), of which there are ``probes``.
     """
-    nll, right, tokens = 0.0, 0, 0
+    nll: list[float] = []
+    right: list[float] = []
     for batch in sequences.split(batch_size):
         batch = batch.to(model.device)
         hidden = model.model(batch[:, :-1], use_cache=False).last_hidden_state
         logits = model.get_output_embeddings()(hidden[:, -VALUE_TOKENS:]).float()
         values = batch[:, -VALUE_TOKENS:]
         picked = logits.log_softmax(-1).gather(-1, values.unsqueeze(-1))
-        nll -= picked.sum().item()
-        right += int((logits.argmax(-1) == values).sum())
-        tokens += values.numel()
-    return {"accuracy": right / tokens, "nll": nll / tokens}
+        nll += (-picked.squeeze(-1).double().mean(-1)).tolist()
+        right += (logits.argmax(-1) == values).double().mean(-1).tolist()
+    found: dict[str, Any] = {"probes": len(nll)}
+    for name, of_probes in (("accuracy", right), ("nll", nll)):
+        found[name], found[f"{name}_stderr"] = mean_and_error(of_probes)
+    return found

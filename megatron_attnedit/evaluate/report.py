@@ -17,10 +17,9 @@ from megatron_attnedit.data.tokenizer import end_of_document
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.compare import Measured, compare, compared
 from megatron_attnedit.evaluate.generation import (
-    agreement,
+    described,
     greedy,
     prompts_from,
-    repetition_rate,
     texts,
 )
 from megatron_attnedit.evaluate.kv_cache import measure
@@ -104,10 +103,12 @@ def evaluate(
         for state in student.directories
     }
     pairs = [(models[name][state], measured) for (name, state), measured in sums.items()]
-    perplexity = compare(teacher, pairs, windows, batch_size).value()
+    of_teacher = compare(teacher, pairs, windows, batch_size)
+    perplexity, error = of_teacher.value(), of_teacher.stderr()
     seq_length = windows.shape[1] - 1
     cache = measure(teacher, seq_length)
     report: dict[str, Any] = {"teacher": {"perplexity": perplexity, **cache}, "students": {}}
+    report["teacher"]["perplexity_stderr"] = error
     for student in students:
         entry = _distances(student, {s: sums[student.name, s] for s in student.directories})
         entry["perplexity_ratio"] = entry["perplexity"][student.last] / perplexity
@@ -123,11 +124,7 @@ def evaluate(
         starts = prompts_from(windows, generations)
         written = {name: greedy(model, starts) for name, model in last.items()}
         for name, generated in written.items():
-            entries[name]["generation"] = {
-                "prompts": len(starts),
-                **agreement(written["teacher"], generated),
-                "repetition_rate": repetition_rate(generated),
-            }
+            entries[name]["generation"] = described(written["teacher"], generated)
     if recall_probes:
         sequences = probes(windows, recall_probes, end_of_document(tokenizer))
         for name, model in last.items():
@@ -152,6 +149,7 @@ def _distances(student: StudentStates, sums: dict[str, Measured]) -> dict[str, A
     entry: dict[str, Any] = {
         "last_state": student.last,
         "perplexity": {state: measured.perplexity.value() for state, measured in sums.items()},
+        "perplexity_stderr": {s: measured.perplexity.stderr() for s, measured in sums.items()},
     }
     for state in student.compared:
         for suffix in _suffixes(state, student.last):
@@ -159,6 +157,8 @@ def _distances(student: StudentStates, sums: dict[str, Measured]) -> dict[str, A
             assert distance is not None and layers is not None
             entry[f"kl{suffix}"] = distance.kl()
             entry[f"top1_agreement{suffix}"] = distance.top1_agreement()
+            for name, error in distance.stderrs().items():
+                entry[f"{name}_stderr{suffix}"] = error
             entry[f"relative_error{suffix}"] = layers.values()
     return entry
 

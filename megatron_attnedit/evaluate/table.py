@@ -1,5 +1,6 @@
 """The summary: the same rows for the terminal and for the page."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_attnedit.evaluate.tasks import tables
@@ -32,7 +33,7 @@ MISSING = "-"
 def rows(report: dict[str, Any]) -> list[list[str]]:
     """Cells of the teacher and of each student, as ``HEADER`` names them."""
     teacher = report["teacher"]
-    first = ["teacher", MISSING, MISSING, _number(teacher["perplexity"], ".3f"), "1.000"]
+    first = ["teacher", MISSING, MISSING, _measured(teacher, "perplexity", ".3f"), "1.000"]
     first += ["0", "100.0 %", _number(teacher["kv_bytes_per_token"], ",.0f"), "100.0 %"]
     return [[*first, MISSING, MISSING]] + [
         _student(name, entry) for name, entry in report["students"].items()
@@ -40,17 +41,29 @@ def rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def _student(name: str, entry: dict[str, Any]) -> list[str]:
-    perplexity = [entry["perplexity"].get(f"after_{s}") for s in ("edit", "stage1", "stage2")]
+    errors = entry.get("perplexity_stderr", {})
+    states = {s: f"after_{s}" for s in ("edit", "stage1", "stage2")}
+    perplexities = {s: entry["perplexity"].get(state) for s, state in states.items()}
+    perplexities |= {f"{s}_stderr": errors.get(state) for s, state in states.items()}
     return [
         name,
-        *(_number(value, ".3f") for value in perplexity),
-        _number(entry["perplexity_ratio"], ".3f"),
-        _number(entry["kl"], ".4f"),
-        _number(entry["top1_agreement"], ".1%"),
+        *(_measured(perplexities, state, ".3f") for state in states),
+        _measured(entry, "perplexity_ratio", ".3f"),
+        _measured(entry, "kl", ".4f"),
+        _measured(entry, "top1_agreement", ".1%"),
         _number(entry["kv_bytes_per_token"], ",.0f"),
         _number(entry["kv_fraction"], ".1%"),
         *(_number(entry["seconds"].get(stage), ",.0f") for stage in ("stage1", "stage2")),
     ]
+
+
+def _measured(entry: Mapping[str, Any], name: str, form: str) -> str:
+    """A number with its standard error, where the entry has one."""
+    value, error = entry.get(name), entry.get(f"{name}_stderr")
+    text = _number(value, form)
+    if value is None or error is None:
+        return text
+    return f"{text.removesuffix(' %')} \u00b1 {_number(error, form)}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -73,12 +86,12 @@ def _behaviour(name: str, entry: dict[str, Any]) -> list[str]:
     generation, recall = entry.get("generation", {}), entry.get("recall", {})
     return [
         name,
-        _number(generation.get("equal_tokens"), ".1%"),
-        _number(generation.get("first_divergence"), ".1f"),
-        _number(generation.get("identical"), ".1%"),
-        _number(generation.get("repetition_rate"), ".1%"),
-        _number(recall.get("accuracy"), ".1%"),
-        _number(recall.get("nll"), ".3f"),
+        _measured(generation, "equal_tokens", ".1%"),
+        _measured(generation, "first_divergence", ".1f"),
+        _measured(generation, "identical", ".1%"),
+        _measured(generation, "repetition_rate", ".1%"),
+        _measured(recall, "accuracy", ".1%"),
+        _measured(recall, "nll", ".3f"),
     ]
 
 

@@ -56,6 +56,17 @@ def test_perplexity_kl_and_agreement(load, teacher_dir, student, windows, monkey
     same = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     assert measured.distance.top1_agreement() == pytest.approx(same)
     assert kl > 0.1 and 0 < same < 1
+    nats = [F.cross_entropy(logits, labels, reduction="none") for logits in (p, q)]
+    kl_of_tokens = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
+    root, found = len(labels) ** 0.5, measured.distance.stderrs()
+    ratio = (nats[1] - nats[0]).mean().exp()
+    assert measured.perplexity.stderr() == pytest.approx(expected * nats[1].std().item() / root)
+    assert found["kl"] == pytest.approx(kl_of_tokens.std().item() / root, rel=1e-4)
+    assert found["perplexity_ratio"] == pytest.approx(
+        (ratio * (nats[1] - nats[0]).std() / root).item(), rel=1e-4
+    )
+    top1 = (same * (1 - same) / (len(labels) - 1)) ** 0.5
+    assert found["top1_agreement"] == pytest.approx(top1)
 
 
 def test_layer_errors(load, teacher_dir, student, windows):
@@ -173,6 +184,15 @@ def test_agreement_of_continuations():
     }
 
 
+def test_errors_are_over_prompts():
+    teacher = torch.tensor([[1, 2, 3, 4, 5], [5, 6, 7, 8, 9], [1, 1, 1, 1, 1]])
+    found = generation.described(teacher, torch.stack([teacher[0], teacher[1] + 1, teacher[2]]))
+    assert found["prompts"] == 3 and found["identical"] == pytest.approx(2 / 3)
+    assert found["identical_stderr"] == pytest.approx((2 / 9 / 2) ** 0.5)
+    assert found["repetition_rate"] == pytest.approx(1 / 6)
+    assert found["repetition_rate_stderr"] == pytest.approx(1 / 6)
+
+
 def test_repetition_rate():
     fresh, loop = torch.arange(10), torch.tensor([1, 2] * 5)
     assert repetition_rate(fresh[None]) == 0
@@ -248,7 +268,10 @@ def test_recall_of_a_real_model(load, teacher_dir, windows):
     values = sequences[:, -recall.VALUE_TOKENS :]
     expected = F.cross_entropy(logits.flatten(0, 1), values.flatten())
     assert found["nll"] == pytest.approx(expected.item(), rel=1e-5)
-    assert found["accuracy"] == pytest.approx((logits.argmax(-1) == values).double().mean().item())
+    right = (logits.argmax(-1) == values).double().mean(-1)
+    assert found["accuracy"] == pytest.approx(right.mean().item())
+    assert found["accuracy_stderr"] == pytest.approx((right.std() / 3**0.5).item())
+    assert found["probes"] == 3
 
 
 def test_windows_hold_the_documents_in_order(teacher_dir, tmp_path):

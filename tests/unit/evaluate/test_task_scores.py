@@ -1,11 +1,13 @@
 """Errors of scores, items against the teacher's, and the values of answers."""
 
+import copy
 import math
 import random
 import statistics
 
 import pytest
 
+from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.tasks.generated import run
 from megatron_attnedit.evaluate.tasks.long_tasks import LONG_TASKS, share_of
 from megatron_attnedit.evaluate.tasks.scores import Score, against, mean_and_error, scored
@@ -162,3 +164,25 @@ def test_values_of_answers(source):
     assert form.value(right.replace('"number"', "number")) == form.value("") == 0
     assert form.value("[" * 10_000) == 0
     assert share_of(["Ab", "c"])("AB d") == 0.5
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if enable_thinking is false %}<no-thoughts>"
+    "{% endif %}{% endif %}"
+)
+
+
+def test_a_chat_template_stands_around_the_question(embedded_tokens):
+    tokenizer, tokens = copy.deepcopy(embedded_tokens[0]), embedded_tokens[1]
+    with pytest.raises(UserError, match="--apply-chat-template: .* has no chat template"):
+        Source(tokenizer, tokens, chat_template=True)
+    tokenizer.chat_template = TEMPLATE
+    chat = Source(tokenizer, tokens, chat_template=True)
+    prompt = LONG_TASKS["needle"][0](chat, random.Random(1), LENGTH).prompt
+    text = tokenizer.decode(prompt)
+    assert len(prompt) == LENGTH and text.startswith("<user>Some secret numbers")
+    middle = "in the text above?</user><assistant><no-thoughts> The secret number of "
+    assert middle in text and text.endswith(" is")
+    asked = [tokenizer.decode(p) for p in choice(chat, random.Random(1))]
+    assert all(text.endswith("</user><assistant><no-thoughts>\nAnswer:") for text in asked)
