@@ -34,11 +34,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 try:
     from .configuration_gate_swa import GateSWAConfig
     from .sink_logits_gate_swa import check_engine, with_sink_key
-    from .sinks_gate_swa import masks
+    from .sinks_gate_swa import CACHE, masks
 except ImportError:  # loaded as a single file beside the weights
     from configuration_gate_swa import GateSWAConfig  # type: ignore[no-redef]
     from sink_logits_gate_swa import check_engine, with_sink_key  # type: ignore[no-redef]
-    from sinks_gate_swa import masks  # type: ignore[no-redef]
+    from sinks_gate_swa import CACHE, masks  # type: ignore[no-redef]
 
 # Checkpoints hold one tensor per expert, as Qwen3-MoE's do; loading stacks them.
 register_checkpoint_conversion_mapping(
@@ -70,6 +70,7 @@ class GateSWAAttention(Qwen3Attention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend; ``hidden_states`` ``[b, s, h]``, the layer's normed input."""
@@ -78,8 +79,9 @@ class GateSWAAttention(Qwen3Attention):
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         if self.sinks is not None:
             query, key, value, attention_mask = with_sink_key(
                 self.config._attn_implementation,
@@ -155,30 +157,30 @@ class GateSWAModel(GateSWAPreTrainedModel, Qwen3Model):
         past_key_values: Any = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """As Qwen3's; with sink tokens, masks and a cache that have them.
 
         Without sink tokens a mask that the caller has made (not ``[b, s]``) is taken as it is.
         """
+        cache = past_key_values if cache is None else cache
         if self.config.sink == "logit":
             check_engine(kwargs.get("attention_instances"))
         if self.config.sink_tokens and self.has_sliding_layers:
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.embed_tokens(input_ids), None
             caching = self.config.use_cache if use_cache is None else use_cache
-            if caching and past_key_values is None:
-                past_key_values = DynamicCache(config=self.config)
-            attention_mask = masks(
-                self.config, inputs_embeds, attention_mask, position_ids, past_key_values
-            )
+            if caching and cache is None:
+                cache = DynamicCache(config=self.config)
+            attention_mask = masks(self.config, inputs_embeds, attention_mask, position_ids, cache)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
 

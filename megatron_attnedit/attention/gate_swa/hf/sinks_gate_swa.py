@@ -4,6 +4,7 @@ transformers' sliding cache and masks know a window only. Letters: b sequences, 
 call, k keys that attention gets, the cached ones first.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from transformers.masking_utils import (
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
+# The name of the cache among arguments: transformers has the second one from 5.24 on.
+TAKEN = inspect.signature(create_causal_mask).parameters
+CACHE = "past_key_values" if "past_key_values" in TAKEN else "cache"
 
 
 class SinkLayer(DynamicLayer):
@@ -97,7 +101,7 @@ def masks(
     inputs_embeds: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    past_key_values: Any,
+    cache: Any,
 ) -> dict[str, Any]:
     """A mask for each kind of layer; puts ``SinkLayer`` into a new cache.
 
@@ -108,18 +112,18 @@ def masks(
         inputs_embeds: ``[b, q, h]``.
         attention_mask: ``[b, tokens so far and q]``, 0 for padding, or None.
         position_ids: As given by the caller.
-        past_key_values: The cache or None.
+        cache: The cache or None.
 
     Raises:
         ValueError: several sequences in one row, a mask of another kind, or an attention or a
             cache that has no sinks.
     """
-    _check_cache(config, past_key_values)
-    _check_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
+    _check_cache(config, cache)
+    _check_mask(inputs_embeds, attention_mask, position_ids, cache)
     starts = torch.zeros(1, dtype=torch.long, device=inputs_embeds.device)
     if attention_mask is not None:
         starts = (attention_mask.cumsum(-1) == 0).sum(-1)  # [b], tokens of padding on the left
-    layer = _with_sinks(config, past_key_values, int(starts.max()) + config.sink_tokens)
+    layer = _with_sinks(config, cache, int(starts.max()) + config.sink_tokens)
     found = {
         SLIDING: _sliding_mask(config, inputs_embeds, attention_mask, layer, starts),
     }
@@ -128,8 +132,8 @@ def masks(
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
     return found
 

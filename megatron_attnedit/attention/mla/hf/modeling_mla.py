@@ -6,6 +6,7 @@ through the value's (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Letters: b s
 k cached tokens, d the non-rotary part of a head, r the rotary part, v a value head, c the latent.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 # Of versions whose cache holds latents; before, keys and values are cached and nothing is saved.
 CACHES_LATENTS = hasattr(DeepseekV3Attention, "expand_kv")
+# The name of the cache among arguments: transformers has the second one from 5.24 on.
+TAKEN = inspect.signature(DeepseekV3Attention.forward).parameters
+CACHE = "past_key_values" if "past_key_values" in TAKEN else "cache"
 
 
 class LatentAttention(DeepseekV3Attention):
@@ -30,18 +34,20 @@ class LatentAttention(DeepseekV3Attention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; ``hidden_states`` ``[b, s, h]``, the layer's normed input."""
-        one_token = hidden_states.shape[1] == 1 and past_key_values is not None
+        cache = past_key_values if cache is None else cache
+        one_token = hidden_states.shape[1] == 1 and cache is not None
         known_mask = attention_mask is None or getattr(attention_mask, "ndim", 0) == 4
         plain_weights = type(self.kv_b_proj) is nn.Linear  # not quantised
         if not (one_token and known_mask and plain_weights and CACHES_LATENTS):
             return super().forward(
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+                hidden_states, position_embeddings, attention_mask, **{CACHE: cache}, **kwargs
             )
         query, latent, key = self._one_token(hidden_states, position_embeddings)
-        latent, key = past_key_values.update(latent, key, self.layer_idx)  # [b, 1, k, c], [.., r]
+        latent, key = cache.update(latent, key, self.layer_idx)  # [b, 1, k, c], [.., r]
         return self._attend(query, latent, key, attention_mask), None
 
     def _one_token(
