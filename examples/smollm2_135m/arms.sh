@@ -2,8 +2,8 @@
 # Comparison arms on SmolLM2-135M, all with the same tokens: both attentions, started from the teacher
 # and at random, through both stages and through stage 2 alone, each at three learning rates; besides,
 # full layers by measurement, sink tokens or logits beside, no gate, everything trained in stage 2, layers on the
-# student's own hidden states between the stages, MLA with other numbers in its cache, and its other fits
-# without training.
+# student's own hidden states between the stages, MLA with other numbers in its cache and with a chosen
+# rotary part, and its other fits without training.
 #
 #   bash examples/smollm2_135m/arms.sh [options]
 #
@@ -152,8 +152,20 @@ for numbers in 118_16 70_64 230_32 352_32; do
     first "$name" mla 1e-3
     both "$name" mla 6e-4 _all '--trainable all'
 done
+# Which components turn with position, and other cuts of the same cache with that choice.
+for kind in chosen chosen-once chosen_86_48 chosen_70_64 chosen_230_32 chosen_144_48; do
+    flags="--mla-rotary ${kind%%_*}"
+    if [[ $kind = *_* ]]; then
+        numbers=${kind#*_}
+        flags+=" --kv-lora-rank ${numbers%_*} --qk-pos-emb-head-dim ${numbers#*_}"
+    fi
+    name=mla_rotary_$kind
+    start "$name" mla "$flags"
+    first "$name" mla 1e-3
+    both "$name" mla 6e-4 _all '--trainable all'
+done
 for name in "${starts[@]/%/_both}" "${starts[@]/%/_alone}" {mla,gate_swa}_teacher_own \
-    gate_swa_{auto,sinks,logits,ungated}_both mla_cache edits; do
+    gate_swa_{auto,sinks,logits,ungated}_both mla_cache mla_rotary edits; do
     step "report_$name" report - bash $this/arms.sh --work "$work" --report "$name" \
         --iterations "$iterations" --evaluate "$evaluate"
 done

@@ -43,6 +43,11 @@ def teacher_angles(teacher: HFConfig, like: Tensor) -> Tensor:
     return rotary_angles(teacher.head_dim, teacher.rope_theta, factor, like)
 
 
+def teacher_frequencies(teacher: HFConfig) -> Tensor:
+    """Radians per position of each of its pairs, ``[d/2]`` float32, fastest first."""
+    return teacher_angles(teacher, torch.empty(2))[1, 0, 0, : teacher.head_dim // 2]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention of ``[s, c, n, d]`` to ``[s, c, g, d]``; output ``[s, c, n * dv]``."""
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))

@@ -32,9 +32,9 @@ def student_attention_class(name: str) -> "type[StudentAttention]":
 
 def student_attention_from_dict(fields: dict[str, Any]) -> "StudentAttention":
     """Inverse of ``StudentAttention.to_dict``."""
-    rest = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in fields.items()
-        if key != "name"
-    }
+    rest = {key: _as_tuples(value) for key, value in fields.items() if key != "name"}
     return student_attention_class(fields["name"])(**rest)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

@@ -1,7 +1,7 @@
 """What a student attention provides to the rest of the package."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,6 +56,26 @@ class StudentAttention(ABC):
         """The flag whose value an edit has to measure on the teacher first; None for none."""
         return None
 
+    def without_calibration(self, flags: Mapping[str, Any]) -> Self:
+        """What a random start makes of it, without text on which anything could be measured.
+
+        Raises:
+            UserError: a flag asks for what is measured.
+        """
+        return self
+
+    def measured_on(
+        self, teacher: HFConfig, layers: Iterable[tuple[Mapping[str, Tensor], Tensor]]
+    ) -> Self:
+        """Completed by what is measured on the teacher before first weights are made.
+
+        Args:
+            teacher: Its configuration.
+            layers: Of each layer its attention's weights and what enters it, ``[s, c, h]``; not
+                begun where nothing is measured.
+        """
+        return self
+
     @abstractmethod
     def edits(self, layer_idx: int) -> bool:
         """Does layer ``layer_idx`` (0-based) get the new attention, or keep the teacher's?"""
@@ -76,7 +96,11 @@ class StudentAttention(ABC):
 
     @abstractmethod
     def init_from_teacher(
-        self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, inputs: Tensor
+        self,
+        teacher_weights: Mapping[str, Tensor],
+        teacher: HFConfig,
+        inputs: Tensor,
+        layer_idx: int,
     ) -> dict[str, Tensor]:
         """Weights with which the layer starts close to the teacher's.
 
@@ -84,6 +108,7 @@ class StudentAttention(ABC):
             teacher_weights: The teacher's attention of this layer.
             teacher: Its configuration.
             inputs: ``[s, c, h]``, what enters this attention for c samples of s tokens.
+            layer_idx: 0-based.
         """
 
     @abstractmethod

@@ -68,7 +68,7 @@ def padded(opened: Opened, cached: int) -> Opened:
             ", ".join(
                 f"{name} {was} -> {now}"
                 for name, was in before.to_dict().items()
-                if was != (now := after.to_dict()[name])
+                if not isinstance(was, tuple) and was != (now := after.to_dict()[name])
             ),
         )
     rows = student_rows(opened.hf, after)

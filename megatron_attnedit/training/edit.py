@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,18 +138,19 @@ def edit(config: EditConfig) -> Path:
     accelerator = start_processes(parallel, config.seed)
     try:
         teacher = load_teacher(config.teacher, parallel, DTYPES[hf.dtype], accelerator)
+        device = accelerator.device if accelerator.solves else torch.device("cpu")
+        if data_config:
+            inputs = _calibration_inputs(config, data_config, teacher)
+            layers = _layers(teacher, inputs, device)
+            student_attention = student_attention.measured_on(hf, layers)
+        else:
+            inputs = None
+            student_attention = student_attention.without_calibration(config.flags)
         student = build_student(teacher.model, student_attention)
         attentions = edited_attentions(student, student_attention)
         fill_attentions(
             attentions,
-            _weights(
-                config,
-                data_config,
-                student_attention,
-                teacher,
-                sorted(attentions),
-                accelerator.device if accelerator.solves else torch.device("cpu"),
-            ),
+            _weights(config, inputs, student_attention, teacher, sorted(attentions), device),
             {row.megatron_param: row for row in student_rows(hf, student_attention)},
             tp_rank=0,
             tp_size=1,
@@ -168,7 +169,7 @@ def edit(config: EditConfig) -> Path:
 
 def _weights(
     config: EditConfig,
-    data_config: DataConfig | None,
+    inputs: dict[int, Tensor] | None,
     student_attention: StudentAttention,
     teacher: Teacher,
     layers: list[int],
@@ -176,15 +177,25 @@ def _weights(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Layer index and initial weights, one layer at a time; what is fitted is so on ``device``."""
     generator = torch.Generator().manual_seed(config.seed)
-    inputs = _calibration_inputs(config, data_config, teacher) if data_config else {}
     for layer_idx in tqdm(layers, "edit", unit="layer"):
-        if data_config is None:
+        if inputs is None:
             weights = _teacher_attention(teacher, layer_idx, generator.device)
             yield layer_idx, student_attention.init_random(weights, teacher.hf, generator)
         else:
             weights = _teacher_attention(teacher, layer_idx, device)
             sample = inputs.pop(layer_idx).to(device)
-            yield layer_idx, student_attention.init_from_teacher(weights, teacher.hf, sample)
+            yield (
+                layer_idx,
+                student_attention.init_from_teacher(weights, teacher.hf, sample, layer_idx),
+            )
+
+
+def _layers(
+    teacher: Teacher, inputs: Mapping[int, Tensor], device: torch.device
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Of each layer its attention's weights and what enters it, on ``device``."""
+    for layer_idx in tqdm(sorted(inputs), "measure", unit="layer"):
+        yield _teacher_attention(teacher, layer_idx, device), inputs[layer_idx].to(device)
 
 
 def _teacher_attention(teacher: Teacher, layer_idx: int, device: torch.device) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """Student attentions: values and all gradients against plain PyTorch, at awkward sizes."""
 
+import dataclasses
+
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -23,6 +25,7 @@ BATCH = 2
 STUDENTS = {
     "mla": ("mla", {}),
     "mla, value head not the query's size": ("mla", {"qk_head_dim": 16, "qk_pos_emb_head_dim": 8}),
+    "mla, chosen frequencies": ("mla", {"qk_pos_emb_head_dim": 12, "mla_rotary": "chosen"}),
     "gate_swa": ("gate_swa", {"sliding_window": 8, "full_layers": "none"}),
     "gate_swa headwise": (
         "gate_swa",
@@ -52,9 +55,16 @@ TEACHERS = {
 }
 
 
+# Of each layer; one pair with three components.
+PAIRS = ((9, 1, 4, 4, 0, 4), (3, 2, 1, 0, 15, 7), (5, 5, 5, 5, 5, 5))
+
+
 def make_student(case, hf):
     name, flags = STUDENTS[case]
-    return {"mla": MLA, "gate_swa": GateSWA}[name].from_flags(flags, hf)
+    student = {"mla": MLA, "gate_swa": GateSWA}[name].from_flags(flags, hf)
+    if flags.get("mla_rotary"):
+        student = dataclasses.replace(student, rotary_pairs=PAIRS)
+    return student
 
 
 def random_weights(student, hf):
@@ -75,7 +85,11 @@ def reference(case, hf, length):
     x = torch.randn(length, BATCH, hf.hidden_size, generator=torch.Generator().manual_seed(5))
     x.requires_grad_()
     if isinstance(student, MLA):
-        out = mla_reference(weights, x, student)
+        frequencies = None
+        if student.rotary_pairs:
+            pairs = torch.tensor(student.rotary_pairs[0])
+            frequencies = hf.rope_theta ** (-2.0 * pairs / hf.head_dim)
+        out = mla_reference(weights, x, student, frequencies)
     else:
         out = gate_swa_reference(
             weights,

@@ -21,7 +21,7 @@ from megatron_attnedit.models.lineage import read_lineage
 from megatron_attnedit.planning.serving import ServingSize, serve_student
 from tests.support.conversions import make
 from tests.support.inputs import make_student
-from tests.support.models import VOCAB, tiny_hf_dir
+from tests.support.models import VOCAB, tiny_data, tiny_hf_dir
 
 ROOT = Path(__file__).parents[2]
 VLLM = Path(os.environ.get("ATTNEDIT_VLLM", ROOT / ".venv-serve" / "bin" / "vllm"))
@@ -44,12 +44,16 @@ WIDE = {"hidden_size": 128, "head_dim": 128}
 NARROW = {"hidden_size": 128, "num_hidden_layers": 4}
 MLA = {"kv_lora_rank": 512, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64}
 SMALL_MLA = {"kv_lora_rank": 48, "qk_head_dim": 32, "qk_pos_emb_head_dim": 16}
+CHOSEN = {"mla_rotary": "chosen"}
 SWA = {"sliding_window": 64, "full_layers": "1,3"}
 CELLS = {
     "mla": ("qwen3", WIDE, "mla", MLA, {}),
     "mla tied": ("llama", WIDE | TIED, "mla", MLA, {}),
     "mla padded": ("llama", NARROW | TIED, "mla", SMALL_MLA, {"pad_for_serving": 576}),
     "moe mla": ("qwen3_moe", WIDE, "mla", MLA, {}),
+    "mla chosen": ("qwen3", WIDE | TIED, "mla", MLA | CHOSEN, {}),
+    "mla chosen padded": ("llama", NARROW, "mla", SMALL_MLA | CHOSEN, {"pad_for_serving": 576}),
+    "moe mla chosen": ("qwen3_moe", WIDE, "mla", MLA | CHOSEN, {}),
     "gate_swa elementwise": ("qwen3", NARROW | TIED, "gate_swa", SWA, {}),
     "gate_swa headwise": ("llama", NARROW, "gate_swa", SWA | {"output_gate": "headwise"}, {}),
     "gate_swa biases": ("qwen2", NARROW, "gate_swa", SWA, {}),
@@ -65,14 +69,18 @@ CELLS = {
 }
 OWN_CLASS = {
     "mla": "DeepseekV3ForCausalLM", "moe mla": "DeepseekV2ForCausalLM",
+    "mla chosen": "MLAForCausalLM", "mla chosen padded": "MLAForCausalLM",
+    "moe mla chosen": "MoEMLAForCausalLM",
     "gate_swa": "GateSWAForCausalLM", "moe gate_swa": "GateSWAMoeForCausalLM",
 }  # fmt: skip
 
 
 PATHS = ("own class", "transformers backend")
-RUNS = [(cell, path) for cell in CELLS for path in PATHS] + [
+RUNS = [
+    (cell, path) for cell in CELLS for path in PATHS if path == PATHS[0] or "chosen" not in cell
+] + [
     (cell, "two ranks")
-    for cell in ("gate_swa headwise", "gate_swa sink logits", "moe gate_swa", "mla")
+    for cell in ("gate_swa headwise", "gate_swa sink logits", "moe gate_swa", "mla", "mla chosen")
 ]
 
 
@@ -82,7 +90,10 @@ def served(request, tmp_path_factory):
     family, fields, name, flags, export = CELLS[request.param]
     folder = tmp_path_factory.mktemp("served")
     tiny_hf_dir(folder / "hf", family, max_position_embeddings=1024, **fields)
-    make_student(folder, "student", name, flags)
+    chosen = flags.get("mla_rotary") is not None
+    if chosen:
+        tiny_data(folder / "data", folder / "hf", documents=8)
+    make_student(folder, "student", name, flags, calibration=folder / "data" if chosen else None)
     out = make(folder / "student", folder / "out", "hf", dtype="float32", **export)
     generator = torch.Generator().manual_seed(5)
     prompt = torch.randint(0, VOCAB, (1, PROMPT), generator=generator)

@@ -21,19 +21,27 @@ def make_inputs(folder: Path, family: str = "qwen3", **overrides: int) -> Path:
 
 
 def make_student(
-    folder: Path, name: str, student_attention: str, flags: dict, teacher: str | Path = "hf"
+    folder: Path,
+    name: str,
+    student_attention: str,
+    flags: dict,
+    teacher: str | Path = "hf",
+    calibration: Path | None = None,
 ) -> None:
-    """A randomly started student of the teacher in ``folder``, or of an absolute path."""
+    """A student of the teacher in ``folder``, or of an absolute path.
+
+    Randomly started, or fitted to the teacher on the token files ``calibration``.
+    """
     edit(
         EditConfig(
             teacher=str(folder / teacher),
             save=str(folder / name),
             student_attention=student_attention,
             flags=flags,
-            init="random",
+            init="teacher" if calibration else "random",
             seed=3,
-            calibration_data_path=[],
-            calibration_tokens=0,
+            calibration_data_path=[str(calibration)] if calibration else [],
+            calibration_tokens=512 if calibration else 0,
             seq_length=64,
         )
     )

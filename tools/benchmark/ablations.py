@@ -56,7 +56,8 @@ def arm_of(student: Entry) -> Arm | None:
 def _shape(edit: Entry) -> str:
     attention = edit["student_attention"]
     if attention["name"] == "mla":
-        return f"{attention['kv_lora_rank']} + {attention['qk_pos_emb_head_dim']}"
+        kind = f", {attention['rotary']}" if "rotary" in attention else ""
+        return f"{attention['kv_lora_rank']} + {attention['qk_pos_emb_head_dim']}{kind}"
     chosen = "measured" if edit.get("full_layer_scores") else "uniform"
     sinks = attention.get("sink_tokens")
     if attention.get("sink") == "logit":

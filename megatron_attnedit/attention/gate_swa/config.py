@@ -176,7 +176,11 @@ class GateSWA(StudentAttention):
         return weights
 
     def init_from_teacher(
-        self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, inputs: Tensor
+        self,
+        teacher_weights: Mapping[str, Tensor],
+        teacher: HFConfig,
+        inputs: Tensor,
+        layer_idx: int,
     ) -> dict[str, Tensor]:
         weights = init.copy_of_teacher(self.output_gate, teacher_weights, teacher)
         if self.sink_logits:

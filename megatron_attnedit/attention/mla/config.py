@@ -1,6 +1,7 @@
 """The dimensions of an MLA student, and its side of the student-attention contract."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from megatron_attnedit.attention.cached_layers import CachedLayers
 from megatron_attnedit.attention.engines import Engine
 from megatron_attnedit.attention.kept import KeptNumbers
 from megatron_attnedit.attention.mla import init, padding, rows
+from megatron_attnedit.attention.mla.components import most_worth
 from megatron_attnedit.attention.mla.dims import LATENT_SCALE, MLADims
 from megatron_attnedit.attention.mla.served_sizes import (
     LATENT_AND_ROTARY_OF_ALL,
@@ -25,6 +27,7 @@ from megatron_attnedit.attention.mla.spec import mla_spec
 from megatron_attnedit.attention.student_attention import Padding, StudentAttention
 from megatron_attnedit.attention.traffic import AttentionTraffic
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.core_attention.windows import mean_visible_keys
 from megatron_attnedit.errors import UserError
@@ -32,6 +35,8 @@ from megatron_attnedit.errors import UserError
 HF_CLASSES = Path(__file__).parent / "hf"
 # Size of the cache against the teacher's that the defaults stay below where they can.
 DEFAULT_KV_FRACTION = 0.375
+# The teacher's highest frequencies; chosen in each layer; chosen once, the same in all.
+ROTARY = ("geometric", "chosen", "chosen-once")
 
 
 def _defaults(teacher: HFConfig) -> dict[str, int]:
@@ -64,6 +69,7 @@ class MLA(MLADims, StudentAttention):
 
     Attributes:
         fit: How first weights are fitted to the teacher, a name in ``init.FITS``.
+        rotary: How ``rotary_pairs`` were chosen, one of ``ROTARY``.
     """
 
     name: ClassVar[str] = "mla"
@@ -77,13 +83,27 @@ class MLA(MLADims, StudentAttention):
             "help": "start from the teacher: attention (default), covariance, pca or svd; each "
             "looks at less of the teacher than the one before"
         },
+        "mla_rotary": {
+            "help": "what turns with position: geometric (default), the teacher's highest "
+            "frequencies, which stock engines take; chosen, of each layer the components that are "
+            "worth most, which needs this package's classes; chosen-once, the same frequencies in "
+            "all layers, which transformers takes without them"
+        },
     }
     # Not the value heads: padded for serving, they are larger than the teacher's.
     of_teacher: ClassVar[Mapping[str, str]] = {"num_attention_heads": "num_attention_heads"}
     fit: str = "attention"
+    rotary: str = "geometric"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rotary not in ROTARY:
+            raise UserError(f"--mla-rotary {self.rotary}: expected one of {', '.join(ROTARY)}")
+        if bool(self.rotary_pairs) != (self.rotary != "geometric"):
+            raise UserError(
+                f"rotary_pairs {shown(self.rotary_pairs)}: expected none with the rotary part "
+                f"{self.rotary}, or one list a layer"
+            )
         if self.fit not in init.FITS:
             raise UserError(f"--mla-fit {self.fit}: expected one of {', '.join(init.FITS)}")
 
@@ -114,15 +134,41 @@ class MLA(MLADims, StudentAttention):
                 f"--qk-pos-emb-head-dim {rotary}: expected an even number from 2 to the teacher's "
                 f"head_dim {teacher.head_dim}"
             )
+        kind = flags.get("mla_rotary") or cls.rotary
+        # Until they are measured, the highest.
+        highest = (tuple(range(rotary // 2)),) * teacher.num_hidden_layers
         return cls(
             **given,
             fit=flags.get("mla_fit") or cls.fit,
+            rotary=kind,
+            rotary_pairs=() if kind not in ROTARY[1:] else highest,
             num_attention_heads=teacher.num_attention_heads,
             # With this base the student's frequencies are the teacher's highest ones, exactly:
             # base^(r/d) ^ (-2i/r) = base ^ (-2i/d).
             rotary_base=teacher.rope_theta ** (rotary / teacher.head_dim),
             rope_scaling_factor=(teacher.rope_scaling or {}).get("factor"),
             latent_scale=LATENT_SCALE,
+        )
+
+    def without_calibration(self, flags: Mapping[str, Any]) -> Self:
+        if flags.get("mla_rotary") not in (None, ROTARY[0]):
+            raise UserError(
+                f"--mla-rotary {self.rotary}: chosen on calibration text, which --init random "
+                "does not look at; give --init teacher"
+            )
+        return dataclasses.replace(self, rotary=ROTARY[0], rotary_pairs=())
+
+    def measured_on(
+        self, teacher: HFConfig, layers: Iterable[tuple[Mapping[str, Tensor], Tensor]]
+    ) -> Self:
+        if not self.rotary_pairs:
+            return self
+        worths = [init.component_worths(weights, teacher, inputs) for weights, inputs in layers]
+        if self.rotary == "chosen-once":  # a layer's worths as shares of what it has
+            worths = [sum(worth / worth.sum() for worth in worths)] * len(worths)
+        count = self.qk_pos_emb_head_dim // 2
+        return dataclasses.replace(
+            self, rotary_pairs=tuple(most_worth(worth, count) for worth in worths)
         )
 
     def edits(self, layer_idx: int) -> bool:
@@ -140,9 +186,15 @@ class MLA(MLADims, StudentAttention):
         return init.random_weights(self, teacher_weights, teacher, generator)
 
     def init_from_teacher(
-        self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, inputs: Tensor
+        self,
+        teacher_weights: Mapping[str, Tensor],
+        teacher: HFConfig,
+        inputs: Tensor,
+        layer_idx: int,
     ) -> dict[str, Tensor]:
-        return init.fit_to_teacher(self, teacher_weights, teacher, inputs, init.FITS[self.fit])
+        return init.fit_to_teacher(
+            self, teacher_weights, teacher, inputs, layer_idx, init.FITS[self.fit]
+        )
 
     def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
         if teacher.num_experts:
@@ -173,11 +225,13 @@ class MLA(MLADims, StudentAttention):
                 f"instead of {ours} (the teacher's "
                 f"{2 * teacher.num_key_value_heads * teacher.head_dim})"
             )
-        how = rows.ARCHITECTURES[bool(teacher.num_experts)]
-        return (
-            Engine("transformers", "trust_remote_code=True: decodes from the latent"),
-            Engine("vllm", f"as {how}", problem),
-        )
+        own = "trust_remote_code=True: decodes from the latent"
+        how = f"as {rows.architecture(self, teacher)}"
+        if self.rotary_pairs:
+            how += ", with this package installed beside it, a plug-in"
+            stock = rows.same_in_all_layers(self) and not teacher.num_experts
+            own += "; a stock class loads it, too" if stock else ""
+        return Engine("transformers", own), Engine("vllm", how, problem)
 
     def _sizes(self) -> tuple[int, int, int, int]:
         return (
@@ -219,6 +273,24 @@ class MLA(MLADims, StudentAttention):
             keys=(n * self.query_dim, n * self.v_head_dim),
             groups=n,
         )
+
+    def check_teacher(self, teacher: HFConfig) -> None:
+        super().check_teacher(teacher)
+        pairs = self.rotary_pairs
+        layers, most = teacher.num_hidden_layers, teacher.head_dim // 2
+        if pairs and (len(pairs) != layers or max(map(max, pairs)) >= most):
+            raise UserError(
+                f"the student attention mla has rotary pairs of {len(pairs)} layers up to "
+                f"{max(map(max, pairs))}, its teacher in {teacher.path} has {layers} layers and "
+                f"pairs 0 to {most - 1}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without a choice of frequencies where there is none, as before there could be one."""
+        fields = super().to_dict()
+        if not self.rotary_pairs:
+            del fields["rotary"], fields["rotary_pairs"]
+        return fields
 
     def check(self, *, tp_size: int, seq_length: int, cp_size: int = 1) -> None:
         if self.num_attention_heads % tp_size:

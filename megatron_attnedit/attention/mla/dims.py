@@ -28,6 +28,9 @@ class MLADims:
         rope_scaling_factor: Factor of Llama 3's frequency scaling; None without.
         latent_scale: The latent before its norm is this much larger in Hugging Face tensors; a
             power of two. 1 in students of before there was one.
+        rotary_pairs: Of each layer, the pairs of the teacher (0 turns fastest; one may stand more
+            than once) whose frequencies the rotary part has, in their order; empty: the
+            frequencies follow from ``rotary_base``.
     """
 
     num_attention_heads: int
@@ -38,9 +41,12 @@ class MLADims:
     rotary_base: float
     rope_scaling_factor: float | None = None
     latent_scale: int = 1
+    rotary_pairs: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(MLADims):
+            if field.name == "rotary_pairs":
+                continue
             value = getattr(self, field.name)
             flag = field.name.replace("_", "-")
             if value is not None and not value > 0:
@@ -51,6 +57,13 @@ class MLADims:
         scale = self.latent_scale  # a power of two is exact in every type
         if isinstance(scale, bool) or scale & (scale - 1):
             raise UserError(f"latent_scale {shown(scale)}: expected a power of two")
+        for pairs in self.rotary_pairs:
+            whole = all(type(pair) is int and 0 <= pair < LARGEST_SIZE for pair in pairs)
+            if not whole or 2 * len(pairs) != self.qk_pos_emb_head_dim:
+                raise UserError(
+                    f"rotary_pairs {shown(pairs)}: expected {self.qk_pos_emb_head_dim // 2} pairs "
+                    "of the teacher, half of the rotary part"
+                )
 
     @property
     def latent_norm_eps(self) -> float:

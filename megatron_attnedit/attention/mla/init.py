@@ -10,9 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_attnedit.attention.mla.components import (
+    lost_use,
+    principal_components,
+    shared_keys,
+)
 from megatron_attnedit.attention.mla.dims import MLADims
 from megatron_attnedit.attention.mla.latent import fit_latent, regress
-from megatron_attnedit.attention.mla.plain import mla_heads
+from megatron_attnedit.attention.mla.plain import mla_heads, student_angles
 from megatron_attnedit.attention.mla.positions import (
     as_pairs,
     as_reals,
@@ -77,14 +82,15 @@ def fit_to_teacher(
     teacher_weights: Mapping[str, Tensor],
     teacher: HFConfig,
     inputs: Tensor,
+    layer_idx: int,
     fit: Fit,
 ) -> dict[str, Tensor]:
     """Weights that imitate the teacher on a sample of its own inputs.
 
-    1. The student's rotary frequencies are the teacher's r/2 highest; ``shared_rotary_key`` finds
-       the key that serves all groups.
-    2. What that key misses, and the pairs of lower frequencies, become the part without position:
-       queries carry each pair's mean rotation where the teacher looks.
+    1. The rotary part has chosen components (``shared_keys``), or the teacher's r/2 highest
+       frequencies, for each of which ``shared_rotary_key`` finds the key that serves all groups.
+    2. What these keys miss, and the other pairs, become the part without position: queries carry
+       each pair's mean rotation where the teacher looks.
     3. That part and the values come from one latent, weighted by what queries and the output
        projection make of an error; the layer's own output chooses how keys weigh against values.
     4. The output projection takes over what is still missing from the teacher's output.
@@ -97,17 +103,14 @@ def fit_to_teacher(
         teacher_weights: The teacher's attention of this layer.
         teacher: Its configuration.
         inputs: ``[s, c, h]``, s * c well above h; on the device of the weights.
+        layer_idx: 0-based.
         fit: What to look at.
     """
     inputs = inputs.float() if fit.text else _noise_like(inputs)
     flat = inputs.flatten(0, 1)
     q, k, v = project(flat, teacher_weights, teacher)
-    down_rotary, q_rotary, k_missed = _rotary_part(dims, flat, q, k)
-    if fit.attention:
-        rotation = _measured_rotation(q, k, teacher, len(inputs))
-    else:  # the student's rotary pairs turn, the others stand still
-        rotation = q.new_ones(q.shape[1], q.shape[2] // 2)
-        rotation[:, : dims.qk_pos_emb_head_dim // 2] = 0
+    rotation = _rotation(dims, q, k, teacher, len(inputs), layer_idx, fit)
+    down_rotary, q_rotary, k_missed = _rotary_part(dims, flat, q, k, rotation, layer_idx)
     q_content, k_content = _content(dims, as_pairs(q) * rotation, k_missed)
     # Where there is room for more, keys start at zero; queries do not, so that keys get a gradient.
     q_no_pe = torch.cat([q_content, q[..., : dims.qk_head_dim - q_content.shape[-1]]], dim=-1)
@@ -137,28 +140,90 @@ def fit_to_teacher(
     if not fit.attention:
         return candidates[0]
     target = teacher_output(inputs, teacher_weights, teacher)
-    nearest = _nearest(candidates, inputs[:, :FEW], target[:, :FEW], dims)
-    return _corrected(nearest, mla_heads(nearest, inputs, dims), target)
+    angles = student_angles(dims, teacher, layer_idx, inputs)
+    nearest = _nearest(candidates, inputs[:, :FEW], target[:, :FEW], dims, angles)
+    return _corrected(nearest, mla_heads(nearest, inputs, dims, angles), target)
+
+
+def rotary_keys(
+    dims: MLADims, q: Tensor, k: Tensor, rotation: Tensor, layer_idx: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of the rotary part ``[r/2]``; how their keys are read, and what keys they give.
+
+    Args:
+        dims: The student's sizes.
+        q: ``[t, n, d/2]`` complex.
+        k: ``[t, g, d/2]`` complex.
+        rotation: ``[n, d/2]`` complex, of each pair in the part without position.
+        layer_idx: 0-based.
+
+    Returns:
+        Pairs, factor and reader as ``shared_keys`` has them.
+    """
+    if dims.rotary_pairs:
+        pairs = dims.rotary_pairs[layer_idx]
+        factor, reader = shared_keys(q, k, rotation, pairs)
+        return torch.tensor(pairs, device=q.device), factor, reader
+    count = dims.qk_pos_emb_head_dim // 2
+    factor, reader = shared_rotary_key(q[..., :count], k[..., :count])
+    return torch.arange(count, device=q.device), factor, reader
+
+
+def component_worths(
+    teacher_weights: Mapping[str, Tensor], teacher: HFConfig, inputs: Tensor
+) -> Tensor:
+    """What each rotary component of a layer is worth: ``[d/2, g]``, of each pair largest first.
+
+    Args:
+        teacher_weights: The teacher's attention of this layer.
+        teacher: Its configuration.
+        inputs: ``[s, c, h]``, what enters it.
+    """
+    q, k, _ = project(inputs.float().flatten(0, 1), teacher_weights, teacher)
+    rotation = measured_rotation(q, k, teacher, len(inputs))
+    use = lost_use(as_pairs(q), rotation, k.shape[1])
+    return principal_components(as_pairs(k), use)[0]
+
+
+def _rotation(
+    dims: MLADims,
+    q: Tensor,
+    k: Tensor,
+    teacher: HFConfig,
+    length: int,
+    layer_idx: int,
+    fit: Fit,
+) -> Tensor:
+    """The rotation ``[n, d/2]`` that each pair has in the part without position."""
+    if fit.attention:
+        return measured_rotation(q, k, teacher, length)
+    # The student's rotary pairs turn, the others stand still.
+    rotation = q.new_ones(q.shape[1], q.shape[2] // 2)
+    turning = range(dims.qk_pos_emb_head_dim // 2)
+    rotation[:, list(dims.rotary_pairs[layer_idx] if dims.rotary_pairs else turning)] = 0
+    return rotation
 
 
 def _rotary_part(
-    dims: MLADims, inputs: Tensor, q: Tensor, k: Tensor
+    dims: MLADims, inputs: Tensor, q: Tensor, k: Tensor, rotation: Tensor, layer_idx: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rotary key's map ``[r, h]``, queries for it ``[t, n, r]``, and all pairs that it misses.
 
     The last is ``[t, g, d/2]`` complex.
     """
-    pairs = dims.qk_pos_emb_head_dim // 2
     q_pairs, k_pairs = as_pairs(q), as_pairs(k)
-    factor, key = shared_rotary_key(q_pairs[..., :pairs], k_pairs[..., :pairs])
+    at, factor, reader = rotary_keys(dims, q_pairs, k_pairs, rotation, layer_idx)
+    key = torch.einsum("gp,tgp->tp", reader, k_pairs[..., at])
     down = regress(inputs, as_reals(key))
     per_group = q.shape[1] // k.shape[1]
-    q_rotary = q_pairs[..., :pairs] * factor.conj().repeat_interleave(per_group, dim=0)
-    k_pairs[..., :pairs] -= factor * as_pairs(inputs @ down.t())[:, None]
+    q_rotary = q_pairs[..., at] * factor.conj().repeat_interleave(per_group, dim=0)
+    kept = factor * as_pairs(inputs @ down.t())[:, None]  # [t, g, r/2]
+    k_pairs.index_add_(-1, at, kept, alpha=-1)  # a pair may stand there more than once
     return down, as_reals(q_rotary), k_pairs
 
 
-def _measured_rotation(q: Tensor, k: Tensor, teacher: HFConfig, length: int) -> Tensor:
+def measured_rotation(q: Tensor, k: Tensor, teacher: HFConfig, length: int) -> Tensor:
+    """``mean_rotation`` ``[n, d/2]`` of ``[t, n, d]`` and ``[t, g, d]``, samples of ``length``."""
     q, k = (t.unflatten(0, (length, -1))[:, :FEW] for t in (q, k))
     return mean_rotation(q, k, teacher_angles(teacher, q)[:, 0, 0, : teacher.head_dim // 2])
 
@@ -216,12 +281,16 @@ def _root(matrices: Tensor) -> Tensor:
 
 
 def _nearest(
-    candidates: list[dict[str, Tensor]], inputs: Tensor, target: Tensor, dims: MLADims
+    candidates: list[dict[str, Tensor]],
+    inputs: Tensor,
+    target: Tensor,
+    dims: MLADims,
+    angles: Tensor,
 ) -> dict[str, Tensor]:
     """The candidate whose output is nearest to ``target`` ``[s, c, h]``."""
 
     def error(weights: dict[str, Tensor]) -> float:
-        output = mla_heads(weights, inputs, dims) @ weights["linear_proj.weight"].t()
+        output = mla_heads(weights, inputs, dims, angles) @ weights["linear_proj.weight"].t()
         return (output - target).square().sum().item()
 
     return min(candidates, key=error)

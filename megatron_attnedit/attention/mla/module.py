@@ -136,6 +136,11 @@ class MLASelfAttention(MegatronModule):
             row, n * dims.v_head_dim, config.hidden_size, input_is_parallel=True
         )
         self.rotary_pos_emb = rotary_embedding(dims, self.cp_group)
+        if dims.rotary_pairs:
+            # Where the teacher's table has this layer's angles; it has both halves, too.
+            pairs = torch.tensor(dims.rotary_pairs[layer_number - 1])
+            at = torch.cat([pairs, pairs + config.kv_channels // 2])
+            self.register_buffer("rotary_at", at.to(self.linear_q_proj.weight.device), False)
 
     def _to_all_heads(self, shared: Tensor) -> Tensor:
         """Hand the rotary key ``[s or s/tp, b, r]`` to this rank's heads: ``[s, b, r]``.
@@ -148,11 +153,23 @@ class MLASelfAttention(MegatronModule):
             )
         return copy_to_tensor_model_parallel_region(shared, group=self.tp_group)
 
+    def _rotation(
+        self, length: int, teacher_table: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Cosines and sines, and where in their last dimension this layer's are; None: as is."""
+        if not self.dims.rotary_pairs:
+            seq_length = length * self.cp_group.size()
+            table = rotary_table(self.rotary_pos_emb, seq_length, documents)
+            return *cos_sin(table, documents), None
+        assert teacher_table is not None, "chosen frequencies are read from the teacher's table"
+        return *cos_sin(teacher_table, documents), self.rotary_at
+
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        rotary_pos_emb: Tensor | None = None,
         packed_seq_params: Documents | None = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
@@ -161,8 +178,10 @@ class MLASelfAttention(MegatronModule):
         Args:
             hidden_states: ``[s, b, h]``, or ``[s/tp, b, h]`` under sequence parallelism.
             attention_mask: None; the core attention is causal.
+            rotary_pos_emb: ``[s, 1, 1, teacher's head size]``, the teacher's rotary table; read
+                where the rotary part has frequencies chosen among the teacher's.
             packed_seq_params: Documents of the samples.
-            unused: The rest, among it the rotary table of the teacher's head size.
+            unused: The rest.
 
         Returns:
             Output in the shape of ``hidden_states``, and no bias.
@@ -174,10 +193,9 @@ class MLASelfAttention(MegatronModule):
         kv, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))  # [s, b, n * (d + v)]
         k_pos_emb = self._to_all_heads(k_pos_emb)  # [s, b, r]
 
-        seq_length = query.shape[0] * self.cp_group.size()
-        table = rotary_table(self.rotary_pos_emb, seq_length, packed_seq_params)
-        cos, sin = cos_sin(table, packed_seq_params)
-        heads = assemble_heads(query, kv, k_pos_emb, cos, sin, dims.qk_head_dim, dims.v_head_dim)
+        cos, sin, at = self._rotation(query.shape[0], rotary_pos_emb, packed_seq_params)
+        sizes = dims.qk_head_dim, dims.v_head_dim
+        heads = assemble_heads(query, kv, k_pos_emb, cos, sin, *sizes, at)
         core_attn_out = self.core_attention(
             *heads, attention_mask, packed_seq_params=packed_seq_params
         )
@@ -187,7 +205,14 @@ class MLASelfAttention(MegatronModule):
 
 @fused
 def assemble_heads(
-    query: Tensor, kv: Tensor, k_pos_emb: Tensor, cos: Tensor, sin: Tensor, d: int, v: int
+    query: Tensor,
+    kv: Tensor,
+    k_pos_emb: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    d: int,
+    v: int,
+    at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate the rotary parts and hand the rotary key to every head.
 
@@ -199,12 +224,15 @@ def assemble_heads(
         sin: The same.
         d: Non-rotary part of a head.
         v: Value head.
+        at: ``[r]``, where cosines and sines are in a wider table; None: it is theirs.
 
     Returns:
         ``[s, b, n, d + r]``, the same, and ``[s, b, n, v]``.
     """
     query = query.unflatten(-1, (-1, d + k_pos_emb.shape[-1]))
     kv = kv.unflatten(-1, (-1, d + v))
+    if at is not None:
+        cos, sin = cos.index_select(-1, at), sin.index_select(-1, at)
     q_pos_emb = rotate(query[..., d:], cos, sin).to(query.dtype)
     k_pos_emb = rotate(k_pos_emb.unsqueeze(2), cos, sin).to(kv.dtype)
     key = torch.cat([kv[..., :d], k_pos_emb.expand(-1, -1, kv.shape[2], -1)], dim=-1)

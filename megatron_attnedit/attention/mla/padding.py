@@ -53,7 +53,10 @@ def padded(dims: Dims, cached: int = 0) -> tuple[Dims, Padding]:
             f"{' or '.join(str(tuple(heads)) for heads in PADDED_TO)}, the largest that are served"
         )
     base = dims.rotary_base ** (sizes.qk_pos_emb_head_dim / dims.qk_pos_emb_head_dim)
-    larger = dataclasses.replace(dims, **sizes._asdict(), rotary_base=base)
+    # What multiplies zeros may turn as it likes.
+    more = (0,) * ((sizes.qk_pos_emb_head_dim - dims.qk_pos_emb_head_dim) // 2)
+    pairs = tuple(pairs + more for pairs in dims.rotary_pairs)
+    larger = dataclasses.replace(dims, **sizes._asdict(), rotary_base=base, rotary_pairs=pairs)
     return larger, lambda name, tensor: pad_tensor(name, tensor, dims, larger)
 
 

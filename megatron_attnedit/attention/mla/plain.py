@@ -6,17 +6,30 @@ import torch
 from torch import Tensor
 
 from megatron_attnedit.attention.mla.dims import MLADims
-from megatron_attnedit.attention.plain import attend, rotary_angles
+from megatron_attnedit.attention.plain import attend, rotary_angles, teacher_angles
 from megatron_attnedit.attention.rotary import rotate
+from megatron_attnedit.convert.hf_config import HFConfig
 
 
-def mla_heads(weights: Mapping[str, Tensor], inputs: Tensor, dims: MLADims) -> Tensor:
+def student_angles(dims: MLADims, teacher: HFConfig, layer_idx: int, like: Tensor) -> Tensor:
+    """``[s, 1, 1, r]`` for inputs ``[s, ...]`` of a layer."""
+    if not dims.rotary_pairs:
+        factor = dims.rope_scaling_factor
+        return rotary_angles(dims.qk_pos_emb_head_dim, dims.rotary_base, factor, like)
+    both_halves = torch.tensor(dims.rotary_pairs[layer_idx] * 2, device=like.device)
+    return teacher_angles(teacher, like)[..., both_halves]
+
+
+def mla_heads(
+    weights: Mapping[str, Tensor], inputs: Tensor, dims: MLADims, angles: Tensor
+) -> Tensor:
     """What enters the output projection.
 
     Args:
         weights: Of one layer, whole.
         inputs: ``[s, c, h]``.
         dims: The student's sizes.
+        angles: ``[s, 1, 1, r]``, see ``student_angles``.
 
     Returns:
         ``[s, c, n * v]``.
@@ -29,9 +42,6 @@ def mla_heads(weights: Mapping[str, Tensor], inputs: Tensor, dims: MLADims) -> T
     )
     kv = (latent @ weights["linear_kv_up_proj.weight"].t()).unflatten(
         -1, (-1, dims.qk_head_dim + dims.v_head_dim)
-    )
-    angles = rotary_angles(
-        dims.qk_pos_emb_head_dim, dims.rotary_base, dims.rope_scaling_factor, inputs
     )
     q_pos_emb, k_pos_emb = (
         rotate(t, angles.cos(), angles.sin())

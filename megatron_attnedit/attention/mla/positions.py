@@ -30,8 +30,9 @@ def shared_rotary_key(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         k: ``[t, g, f]`` complex.
 
     Returns:
-        ``factor [g, f]`` and ``key [t, f]`` with ``k ~ factor * key``, best where queries are
-        large, and ``key`` as large as the teacher's keys on average.
+        ``factor`` and ``reader``, both ``[g, f]``: a key is ``reader * k`` summed over the groups,
+        as large as the teacher's keys on average, and ``k ~ factor * key``, best where queries are
+        large.
     """
     groups = k.shape[1]
     use = q.unflatten(1, (groups, -1)).abs().pow(2).mean(0).sum(1).sqrt() + 1e-6  # [g, f]
@@ -40,7 +41,7 @@ def shared_rotary_key(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.linalg.eigh(covariance).eigenvectors[..., -1].t()  # [g, f]
     key = torch.einsum("gf,tgf->tf", first.conj(), weighted)
     size = (key.abs().pow(2).mean(0) / k.abs().pow(2).mean((0, 1))).sqrt().clamp_min(1e-6)
-    return first / use * size, key / size
+    return first / use * size, first.conj() * use / size
 
 
 def mean_rotation(q: Tensor, k: Tensor, angles: Tensor) -> Tensor:

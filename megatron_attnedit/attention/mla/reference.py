@@ -8,10 +8,19 @@ from torch import Tensor
 from megatron_attnedit.attention.mla.dims import MLADims
 
 
+def frequencies_of(base: float, half: int) -> Tensor:
+    """``[r/2]``, radians per position."""
+    return base ** (-torch.arange(half, dtype=torch.float32) / half)
+
+
 def rotate_half(t: Tensor, base: float) -> Tensor:
     """Rotary embedding of ``[s, ..., r]``; dimension i is paired with i + r/2."""
+    return rotate_by(t, frequencies_of(base, t.shape[-1] // 2))
+
+
+def rotate_by(t: Tensor, frequencies: Tensor) -> Tensor:
+    """The same with any frequencies ``[r/2]``."""
     half = t.shape[-1] // 2
-    frequencies = base ** (-torch.arange(half, dtype=torch.float32) / half)
     angles = torch.outer(torch.arange(t.shape[0], dtype=torch.float32), frequencies)
     angles = angles.view(t.shape[0], *[1] * (t.ndim - 2), half)
     cos, sin = angles.cos(), angles.sin()
@@ -19,8 +28,12 @@ def rotate_half(t: Tensor, base: float) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def mla_reference(weights: Mapping[str, Tensor], x: Tensor, dims: MLADims) -> Tensor:
+def mla_reference(
+    weights: Mapping[str, Tensor], x: Tensor, dims: MLADims, frequencies: Tensor | None = None
+) -> Tensor:
     """The attention's output for input ``x`` ``[s, b, h]``, before the residual.
+
+    ``frequencies`` ``[r/2]``, radians per position; default: those of the rotary base.
 
     Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.2, without query compression.
     """
@@ -35,7 +48,9 @@ def mla_reference(weights: Mapping[str, Tensor], x: Tensor, dims: MLADims) -> Te
     )
     k_nope, v = kv[..., : dims.qk_head_dim], kv[..., dims.qk_head_dim :]
     q_nope, q_rot = q[..., : dims.qk_head_dim], q[..., dims.qk_head_dim :]
-    q_rot, k_rot = rotate_half(q_rot, dims.rotary_base), rotate_half(k_rot, dims.rotary_base)
+    if frequencies is None:
+        frequencies = frequencies_of(dims.rotary_base, dims.qk_pos_emb_head_dim // 2)
+    q_rot, k_rot = rotate_by(q_rot, frequencies), rotate_by(k_rot, frequencies)
 
     scores = torch.einsum("sbnd,tbnd->bnst", q_nope, k_nope)
     scores = (scores + torch.einsum("sbnd,tbd->bnst", q_rot, k_rot)) * dims.query_dim**-0.5

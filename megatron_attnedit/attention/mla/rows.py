@@ -6,12 +6,17 @@ rotary parts are permuted, so that both compute the same.
 
 from typing import Any
 
+import torch
+
 from megatron_attnedit.attention.mla.dims import MLADims
+from megatron_attnedit.attention.plain import teacher_frequencies
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.layouts import InterleavedRotary, Layout, Same
 from megatron_attnedit.convert.param_rows import ParamRow
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM")  # dense, with experts
+# With frequencies of their own in each layer, which stock classes cannot have.
+LISTED_ARCHITECTURES = ("MLAForCausalLM", "MoEMLAForCausalLM")
 
 
 def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[ParamRow]:
@@ -41,6 +46,52 @@ def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[Pa
     ]
 
 
+def architecture(dims: MLADims, teacher: HFConfig) -> str:
+    """Name of the class that serves this student."""
+    names = LISTED_ARCHITECTURES if dims.rotary_pairs else ARCHITECTURES
+    return names[bool(teacher.num_experts)]
+
+
+def same_in_all_layers(dims: MLADims) -> bool:
+    """Has every layer the same chosen frequencies?"""
+    return len(set(dims.rotary_pairs)) == 1
+
+
+def rotary_fields(dims: MLADims, teacher: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``rope_parameters``, and the fields that only this package's classes read.
+
+    One list for all layers is also written as a ``longrope`` whose factors are the same for every
+    length, which stock transformers computes. Lists that differ have a ``rope_type`` that stock
+    classes stop at: they would compute something else.
+    """
+    if not dims.rotary_pairs:
+        default = {"rope_type": "default", "rope_theta": dims.rotary_base}
+        return {**(teacher.rope_scaling or default), "rope_theta": dims.rotary_base}, {}
+    frequencies = teacher_frequencies(teacher)
+    lists = [frequencies[list(pairs)].tolist() for pairs in dims.rotary_pairs]
+    rope: dict[str, Any] = {"rope_type": "listed", "rope_theta": teacher.rope_theta}
+    if same_in_all_layers(dims):
+        # A base of 1: the factors alone are the wavelengths.
+        factors = [inverse(frequency) for frequency in lists[0]]
+        rope = {
+            "rope_type": "longrope",
+            "rope_theta": 1.0,
+            "short_factor": factors,
+            "long_factor": factors,
+            "factor": 1.0,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": teacher.max_position_embeddings,
+        }
+    return rope, {"rotary_frequencies": lists}
+
+
+def inverse(frequency: float) -> float:
+    """The float32 whose own inverse in float32 is the given one, or nearest to it."""
+    first = torch.tensor(1 / frequency, dtype=torch.float32)
+    up, down = (torch.nextafter(first, torch.tensor(to)) for to in (float("inf"), 0.0))
+    return min((first, up, down), key=lambda x: abs((1.0 / x).item() - frequency)).item()
+
+
 def deepseek_v2_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
     """``config.json`` of a mixture of experts: DeepSeek-V2's router is a softmax like Qwen3-MoE's.
 
@@ -50,7 +101,6 @@ def deepseek_v2_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
     """
     return {
         **deepseek_v3_config(dims, teacher),
-        "architectures": ["DeepseekV2ForCausalLM"],
         "model_type": "deepseek_v2",
         "auto_map": {
             "AutoModel": "modeling_moe_mla.MoEMLAModel",
@@ -80,12 +130,10 @@ def zero_shared_experts(teacher: HFConfig) -> dict[str, tuple[int, ...]]:
 
 def deepseek_v3_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
     """``config.json``: dense layers only, so no expert exists."""
-    rope = {"rope_type": "default", "rope_theta": dims.rotary_base}
-    if teacher.rope_scaling:
-        rope = {**teacher.rope_scaling, "rope_theta": dims.rotary_base}
+    rope, listed = rotary_fields(dims, teacher)
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
     return {
-        "architectures": ["DeepseekV3ForCausalLM"],
+        "architectures": [architecture(dims, teacher)],
         "model_type": "deepseek_v3",
         "auto_map": {"AutoModelForCausalLM": "modeling_mla.MLAForCausalLM"},
         "vocab_size": teacher.vocab_size,
@@ -110,7 +158,8 @@ def deepseek_v3_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
         "rms_norm_eps": teacher.rms_norm_eps,
         "max_position_embeddings": teacher.max_position_embeddings,
         "rope_parameters": rope,
-        "rope_theta": dims.rotary_base,
+        "rope_theta": rope["rope_theta"],
+        **listed,
         "rope_interleave": True,
         "attention_bias": False,
         "attention_dropout": 0.0,

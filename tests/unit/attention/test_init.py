@@ -14,7 +14,7 @@ from megatron_attnedit.attention.gate_swa.config import GateSWA
 from megatron_attnedit.attention.gate_swa.reference import gate_swa_reference
 from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.attention.mla.init import FITS
-from megatron_attnedit.attention.mla.plain import mla_heads
+from megatron_attnedit.attention.mla.plain import mla_heads, student_angles
 from megatron_attnedit.attention.mla.positions import mean_rotation
 from megatron_attnedit.attention.mla.reference import mla_reference
 from megatron_attnedit.attention.plain import teacher_output as plain_output
@@ -62,7 +62,7 @@ def mla_error(hf, weights, flags, init="teacher"):
     student = MLA.from_flags(flags, hf)
     if init == "teacher":
         sample = normed_inputs(hf, 4096, seed=0).unflatten(0, (256, 16))
-        mine = student.init_from_teacher(weights, hf, sample)
+        mine = student.init_from_teacher(weights, hf, sample, 0)
     else:
         mine = student.init_random(weights, hf, torch.Generator().manual_seed(0))
     assert {name: tuple(t.shape) for name, t in mine.items()} == student.shapes(hf.hidden_size)
@@ -120,8 +120,11 @@ def test_a_fit_that_looks_at_the_attention_is_closer():
     for name in FITS:
         flags = {"qk_pos_emb_head_dim": 48, "kv_lora_rank": 156, "mla_fit": name}
         student = MLA.from_flags(flags, hf)
-        mine = student.init_from_teacher(weights, hf, fitted_to)
-        output = mla_heads(mine, x, student) @ mine["linear_proj.weight"].t()
+        mine = student.init_from_teacher(weights, hf, fitted_to, 1)
+        output = (
+            mla_heads(mine, x, student, student_angles(student, hf, 0, x))
+            @ mine["linear_proj.weight"].t()
+        )
         errors[name] = ((output - target).square().sum() / target.square().sum()).item()
     assert errors["attention"] < 0.8 * errors["covariance"] < 0.8 * errors["svd"]
 
@@ -140,7 +143,7 @@ def test_plain_attention_equals_the_references(tmp_path):
     torch.testing.assert_close(plain_output(x, weights, hf), expected, rtol=1e-4, atol=1e-4)
     student = MLA.from_flags({"qk_pos_emb_head_dim": 16, "kv_lora_rank": 48}, hf)
     mine = student.init_random(weights, hf, torch.Generator().manual_seed(0))
-    heads = mla_heads(mine, x, student)
+    heads = mla_heads(mine, x, student, student_angles(student, hf, 0, x))
     expected = mla_reference(mine, x, student)
     torch.testing.assert_close(heads @ mine["linear_proj.weight"].t(), expected)
 
@@ -178,7 +181,7 @@ def test_gate_swa_starts_as_the_teacher_with_a_window(tmp_path, output_gate):
     hf, weights = teacher_of(tmp_path)
     flags = {"sliding_window": 500, "full_layers": "none", "output_gate": output_gate}
     student = GateSWA.from_flags(flags, hf)
-    mine = student.init_from_teacher(weights, hf, torch.empty(0))
+    mine = student.init_from_teacher(weights, hf, torch.empty(0), 0)
     x = normed_inputs(hf, LENGTH, seed=5).unsqueeze(1)
     out = gate_swa_reference(mine, x, hf, sliding_window=500, output_gate=output_gate)
     opened = 1.0 if output_gate == "none" else 1 / (1 + math.exp(-4))
@@ -216,9 +219,12 @@ def test_a_fit_on_a_gpu_is_as_close(tmp_path, name):
     outputs = []
     for device in ("cpu", "cuda"):
         there = {name: weight.to(device) for name, weight in weights.items()}
-        mine = student.init_from_teacher(there, hf, x.to(device))
+        mine = student.init_from_teacher(there, hf, x.to(device), 0)
         assert {weight.device.type for weight in mine.values()} == {device}
         mine = {name: weight.cpu() for name, weight in mine.items()}
-        outputs.append(mla_heads(mine, x, student) @ mine["linear_proj.weight"].t())
+        outputs.append(
+            mla_heads(mine, x, student, student_angles(student, hf, 0, x))
+            @ mine["linear_proj.weight"].t()
+        )
     difference = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
     assert difference < 1e-3

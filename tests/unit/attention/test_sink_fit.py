@@ -50,7 +50,7 @@ def test_no_other_logit_of_any_head_is_nearer(tmp_path, family):
     hf, weights = teacher_of(tmp_path, family)
     x = normed_inputs(hf, 60 * 3, seed=0).unflatten(0, (60, 3))
     student = GateSWA.from_flags({"sliding_window": WINDOW, "sink": "logit"}, hf)
-    fitted = student.init_from_teacher(weights, hf, x)
+    fitted = student.init_from_teacher(weights, hf, x, 1)
     for head in range(hf.num_attention_heads):
         best = head_error(fitted, weights, hf, x, head)
         for change in (-0.3, 0.3, -1e4):

@@ -12,7 +12,11 @@ import pytest
 from tests.unit.export.test_modeling_gate_swa import gate_swa, tokens
 
 ROOT = Path(__file__).parents[3]
-FOLDER = ROOT / "megatron_attnedit" / "attention" / "gate_swa" / "vllm"
+ATTENTIONS = ROOT / "megatron_attnedit" / "attention"
+CLASSES = {
+    "gate_swa": ("GateSWAForCausalLM", "GateSWAMoeForCausalLM"),
+    "mla": ("MLAForCausalLM", "MoEMLAForCausalLM"),
+}
 
 # Stands in for vLLM, in a process in which this package's own dependencies are missing.
 LONELY = """
@@ -45,17 +49,20 @@ print(sorted(found.items()))
 def test_it_needs_nothing_but_vllm_and_transformers():
     run = subprocess.run([sys.executable, "-c", LONELY], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
-    module = "megatron_attnedit.attention.gate_swa.vllm.models"
-    names = ("GateSWAForCausalLM", "GateSWAMoeForCausalLM")
-    assert run.stdout.strip() == str([(name, f"{module}:{name}") for name in names])
+    expected = [
+        (name, f"megatron_attnedit.attention.{attention}.vllm.models:{name}")
+        for attention, names in CLASSES.items()
+        for name in names
+    ]
+    assert run.stdout.strip() == str(expected)
 
 
 def test_its_files_import_nothing_else_of_this_package():
     allowed = tuple(
-        f"megatron_attnedit.attention.gate_swa.{name}"
-        for name in ("vllm", "hf.configuration_gate_swa")
+        f"megatron_attnedit.attention.{name}"
+        for name in ("gate_swa.vllm", "gate_swa.hf.configuration_gate_swa", "mla.vllm")
     )
-    for file in FOLDER.glob("*.py"):
+    for file in ATTENTIONS.glob("*/vllm/*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module:
                 inside = node.module.startswith("megatron")
@@ -70,7 +77,7 @@ def test_vllm_finds_it():
 def test_only_it_imports_vllm():
     for file in (ROOT / "megatron_attnedit").rglob("*.py"):
         imports = re.search(r"^\s*(?:from|import) vllm\b", file.read_text(), re.MULTILINE)
-        assert not imports or file.parent == FOLDER, file
+        assert not imports or file.parent in ATTENTIONS.glob("*/vllm"), file
 
 
 def test_a_vllm_that_would_leave_sink_logits_out():

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
+    DeepseekV3DecoderLayer,
     DeepseekV3ForCausalLM,
+    DeepseekV3Model,
+    DeepseekV3RMSNorm,
+    DeepseekV3RotaryEmbedding,
     apply_rotary_pos_emb,
     apply_rotary_pos_emb_interleave,
 )
@@ -26,18 +30,41 @@ CACHE = "past_key_values" if "past_key_values" in TAKEN else "cache"
 
 
 class LatentAttention(DeepseekV3Attention):
-    """DeepSeek-V3's attention and cache; a query of one token meets the cached latents."""
+    """DeepSeek-V3's attention and cache; a query of one token meets the cached latents.
+
+    Where the configuration has ``rotary_frequencies``, radians per position by layer, each layer
+    has its own.
+    """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        lists = getattr(config, "rotary_frequencies", None)
+        # A list, not a buffer, which a change of the model's type would round.
+        self.frequencies = None if lists is None else lists[layer_idx]
+        self._frequencies: Tensor | None = None
+
+    def _rotation(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[b, s, r]`` at positions ``[b, s]``."""
+        if self._frequencies is None or self._frequencies.device != like.device:
+            self._frequencies = torch.tensor(
+                self.frequencies, dtype=torch.float32, device=like.device
+            )
+        angles = positions[..., None].float() * self._frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: Any,
         attention_mask: Tensor | None,
         past_key_values: Any = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; ``hidden_states`` ``[b, s, h]``, the layer's normed input."""
+        if self.frequencies is not None:
+            position_embeddings = self._rotation(position_embeddings, hidden_states)
         cache = past_key_values if cache is None else cache
         one_token = hidden_states.shape[1] == 1 and cache is not None
         known_mask = attention_mask is None or getattr(attention_mask, "ndim", 0) == 4
@@ -94,13 +121,48 @@ def decode_from_latents(model: nn.Module) -> None:
         layer.self_attn = LatentAttention(model.config, i)
 
 
-class MLAForCausalLM(DeepseekV3ForCausalLM):
-    """DeepSeek-V3's language model with this file's attention."""
+class Positions(nn.Module):
+    """Stands where a model has one rotation for all layers, of a model whose layers have theirs."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """What each layer makes its rotation of."""
+        return position_ids
+
+
+def rotary_embedding(config: Any) -> nn.Module:
+    """What a decoder hands to its layers."""
+    if getattr(config, "rotary_frequencies", None) is None:
+        return DeepseekV3RotaryEmbedding(config=config)
+    return Positions()
+
+
+class MLAModel(DeepseekV3Model):
+    """DeepSeek-V3's decoder with this file's attention."""
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        decode_from_latents(self.model)
+        super(DeepseekV3Model, self).__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [DeepseekV3DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        )
+        decode_from_latents(self)
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = rotary_embedding(config)
+        self.gradient_checkpointing = False
         self.post_init()
 
 
-__all__ = ["LatentAttention", "MLAForCausalLM"]
+class MLAForCausalLM(DeepseekV3ForCausalLM):
+    """DeepSeek-V3's language model with this file's decoder."""
+
+    def __init__(self, config: Any) -> None:
+        super(DeepseekV3ForCausalLM, self).__init__(config)
+        self.model = MLAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+__all__ = ["LatentAttention", "MLAForCausalLM", "MLAModel", "rotary_embedding"]

@@ -21,7 +21,6 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Model,
     DeepseekV3PreTrainedModel,
     DeepseekV3RMSNorm,
-    DeepseekV3RotaryEmbedding,
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeExperts,
@@ -30,9 +29,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 )
 
 try:
-    from .modeling_mla import decode_from_latents
+    from .modeling_mla import decode_from_latents, rotary_embedding
 except ImportError:  # loaded as a single file beside the weights
-    from modeling_mla import decode_from_latents  # type: ignore[no-redef]
+    from modeling_mla import (  # type: ignore[no-redef]
+        decode_from_latents,
+        rotary_embedding,
+    )
 
 # Checkpoints hold one tensor per expert, as Qwen3-MoE's do; loading stacks them.
 for _name in ("MoEMLAForCausalLM", "MoEMLAModel"):
@@ -86,7 +88,7 @@ class MoEMLAModel(MoEMLAPreTrainedModel, DeepseekV3Model):
             [MoEMLADecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         )
         self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
+        self.rotary_emb = rotary_embedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
