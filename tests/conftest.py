@@ -12,7 +12,7 @@ import torch
 
 from megatron_attnedit.device import bootstrap
 
-pytest_plugins = ["tests.support.tokenizers", "tests.support.hf_students"]
+pytest_plugins = ["tests.support.tokenizers", "tests.support.chat", "tests.support.hf_students"]
 
 torch.set_num_threads(1)
 bootstrap()

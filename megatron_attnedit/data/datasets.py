@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_attnedit.convert.output import barrier, is_first
 from megatron_attnedit.core_attention.documents import Documents
+from megatron_attnedit.data.loss_mask import MaskedGPTDataset
 from megatron_attnedit.data.packing import PackedSamples, documents_of
 from megatron_attnedit.data.token_files import (
     CheckedDataset,
@@ -196,7 +197,7 @@ def _build(
         create_attention_mask=False,
     )
     sizes = [num_samples if index == split else 0 for index in range(3)]
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, gpt_config)
+    builder = BlendedMegatronDatasetBuilder(MaskedGPTDataset, sizes, lambda: True, gpt_config)
     flag = "--valid-data-path" if split else config.train_flag
     where = f"{flag} {' '.join(blend[0])[:200]}"
     samples = PackedSamples(

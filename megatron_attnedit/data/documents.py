@@ -33,8 +33,12 @@ class DatasetOptions:
     streaming: bool = False
 
 
-def expand_inputs(inputs: list[str]) -> list[str]:
+def expand_inputs(inputs: list[str], flag: str = "--input") -> list[str]:
     """Files and ``hf:`` names, globs expanded and sorted, in the given order.
+
+    Args:
+        inputs: As the user gives them.
+        flag: Where, for messages.
 
     Raises:
         UserError: no such file, or a file of an unknown kind.
@@ -46,10 +50,10 @@ def expand_inputs(inputs: list[str]) -> list[str]:
             continue
         paths = [item] if Path(item).exists() else sorted(glob.glob(item, recursive=True))
         if not paths:
-            raise UserError(f"--input {item}: no such file")
+            raise UserError(f"{flag} {item}: no such file")
         for path in paths:
             if not Path(path).is_file():
-                raise UserError(f"--input {path}: not a file; write {path}/* for what is inside")
+                raise UserError(f"{flag} {path}: not a file; write {path}/* for what is inside")
             _kind(path)
         found += paths
     return found

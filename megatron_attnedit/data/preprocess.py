@@ -1,31 +1,41 @@
 """Text to Megatron's indexed token files, in the order of the input whatever the workers do."""
 
+import contextlib
+import functools
 import glob
 import json
-import multiprocessing
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from megatron.core.datasets.indexed_dataset import DType
 from tqdm import tqdm
 
 from megatron_attnedit import stop_signals
-from megatron_attnedit.data.bad_rows import STOP, BadRows, counted
+from megatron_attnedit.data.bad_rows import STOP, BadRow, BadRows, counted
+from megatron_attnedit.data.chat import (
+    COMPLETION,
+    ChatConfig,
+    Sample,
+    describe_chat,
+    encode_conversations,
+    load_template,
+    read_conversations,
+)
+from megatron_attnedit.data.conversations import Conversation
 from megatron_attnedit.data.documents import DatasetOptions, expand_inputs, read_documents
-from megatron_attnedit.data.tokenizer import Tokenizer, load_tokenizer, sha256_of
+from megatron_attnedit.data.token_writer import MASK_SUFFIXES, SUFFIXES, TokenWriter
+from megatron_attnedit.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_attnedit.data.workers import encoded
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.locks import output_lock
 
 # Large enough to hide what a message between processes costs, small enough to stay in step.
 CHUNK_BYTES = 1 << 18
-# What training reads is complete once the last of these is there.
-SUFFIXES = (".bin", ".idx", ".json")
+T = TypeVar("T")
 PARTIAL = ".partial-"  # and a process, until all is written
 
 
@@ -37,34 +47,46 @@ class PreprocessConfig:
         inputs: Files, globs, or ``hf:NAME`` for the ``datasets`` library.
         output: Prefix of the ``.bin``, ``.idx`` and ``.json`` that are written.
         tokenizer: Hugging Face directory or SentencePiece ``.model``.
-        json_key: Key or column that holds the text.
+        json_key: Key or column that holds the text, or the messages; None: ``text``, or
+            ``messages`` or ``conversations``.
         append_eod: End every document with the end-of-document token.
         workers: Processes that tokenize.
         overwrite: Replace an existing output.
         dataset: How ``hf:NAME`` is read.
         on_bad_row: ``stop`` at the first row that is no document, or ``skip`` and count them.
+        chat: Rows hold conversations, and become samples in this way; None: rows hold text.
     """
 
     inputs: list[str]
     output: str
     tokenizer: str
-    json_key: str = "text"
+    json_key: str | None = None
     append_eod: bool = True
     workers: int = 1
     overwrite: bool = False
     dataset: DatasetOptions = DatasetOptions()
     on_bad_row: str = STOP
+    chat: ChatConfig | None = None
+
+    def has_mask(self) -> bool:
+        """Are there tokens that do not count?"""
+        return self.chat is not None and self.chat.loss_on == COMPLETION
 
 
 @dataclass
 class Counts:
-    """Totals of a run; ``bytes`` are of UTF-8 text, ``bad_rows`` those left out, by kind."""
+    """Totals of a run; ``bytes`` are of UTF-8 text, ``bad_rows`` those left out, by kind.
+
+    ``chat_counts`` are of conversations: over-long ones, the tokens cut off them, those left out
+    instead, and what the template does not show of thinking (turns) and tools (conversations).
+    """
 
     documents: int = 0
     empty_documents: int = 0
     tokens: int = 0
     bytes: int = 0
     bad_rows: dict[str, int] = field(default_factory=dict)
+    chat_counts: dict[str, int] = field(default_factory=dict)
 
 
 def preprocess(config: PreprocessConfig) -> dict[str, Any]:
@@ -91,6 +113,8 @@ def _preprocess(config: PreprocessConfig) -> dict[str, Any]:
     _remove_partial_files(config.output)
     sources = expand_inputs(config.inputs)
     tokenizer = load_tokenizer(config.tokenizer)
+    if config.chat:
+        load_template(config.tokenizer, config.chat)
     if config.append_eod and tokenizer.eod is None:
         raise UserError(
             f"--tokenizer {config.tokenizer}: has no end-of-document token; use --no-append-eod"
@@ -109,7 +133,10 @@ def _write_and_rename(
         # The description goes first and comes last: it never stands beside data of another run.
         Path(config.output + ".json").unlink(missing_ok=True)
         for suffix in SUFFIXES:
-            os.replace(partial + suffix, config.output + suffix)
+            if suffix in MASK_SUFFIXES and not config.has_mask():
+                Path(config.output + suffix).unlink(missing_ok=True)
+            else:
+                os.replace(partial + suffix, config.output + suffix)
     except OSError as error:
         raise UserError(f"{error.filename or config.output}: {error.strerror}") from error
     finally:
@@ -129,28 +156,21 @@ def _remove_partial_files(output: str) -> None:
 def _write(
     config: PreprocessConfig, sources: list[str], tokenizer: Tokenizer, partial: str
 ) -> dict[str, Any]:
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    builder = IndexedDatasetBuilder(partial + ".bin", dtype=dtype)
     counts, bad_rows = Counts(), BadRows(config.on_bad_row)
-    end = np.array([tokenizer.eod] if config.append_eod else [], np.int32)
+    writer = TokenWriter(partial, dtype, with_mask=config.has_mask())
     try:
-        for ids in _tokenized(config, sources, counts, bad_rows):
-            if len(ids):
-                document = np.append(ids, end).astype(dtype)
-                builder.add_document(document, [len(document)])
+        for sample in _samples(config, sources, tokenizer, counts, bad_rows):
+            if len(sample.ids):
+                writer.add(sample.ids, sample.mask)
                 counts.documents += 1
-                counts.tokens += len(document)
-            else:
-                counts.empty_documents += 1
+                counts.tokens += len(sample.ids)
     finally:
-        builder.data_file.close()
-    if counts.tokens == 0:
-        why = f"; left out: {counted(bad_rows.counts)}" if bad_rows.counts else ""
-        raise UserError(f"--input {' '.join(config.inputs)}: no text, hence no tokens{why}")
+        writer.close()
     counts.bad_rows = dict(sorted(bad_rows.counts.items()))
-    builder.finalize(partial + ".idx")
+    if counts.tokens == 0:
+        why = f"; left out: {counted(counts.bad_rows)}" if counts.bad_rows else ""
+        raise UserError(f"--input {' '.join(config.inputs)}: no text, hence no tokens{why}")
     description = {
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
@@ -160,17 +180,58 @@ def _write(
         "tokenizer_sha256": tokenizer.fingerprint(),
         "sources": sources,
         **asdict(counts),
-        "bin_sha256": sha256_of([Path(partial + ".bin")]),
+        **(describe_chat(config.tokenizer, config.chat) if config.chat else {}),
+        **writer.finalize(),
     }
     Path(partial + ".json").write_text(json.dumps(description, indent=2) + "\n")
     return description
+
+
+def _samples(
+    config: PreprocessConfig,
+    sources: list[str],
+    tokenizer: Tokenizer,
+    counts: Counts,
+    bad_rows: BadRows,
+) -> Iterator[Sample]:
+    """Every document's tokens, those that end it included, in order."""
+    if config.chat is None:
+        end = np.array([tokenizer.eod] if config.append_eod else [], np.int32)
+        for ids in _tokenized(config, sources, counts, bad_rows):
+            counts.empty_documents += not len(ids)
+            yield Sample(np.append(ids, end) if len(ids) else ids)
+        return
+    for sample in _chats(config, sources, tokenizer, counts, bad_rows):
+        if isinstance(sample, BadRow):
+            bad_rows.reject(sample)
+            continue
+        counts.bytes += sample.text_bytes
+        for name, number in (sample.notes or {}).items():
+            counts.chat_counts[name] = counts.chat_counts.get(name, 0) + number
+        yield sample
+
+
+def _chats(
+    config: PreprocessConfig,
+    sources: list[str],
+    tokenizer: Tokenizer,
+    counts: Counts,
+    bad_rows: BadRows,
+) -> Iterator[Sample | BadRow]:
+    assert config.chat is not None
+    eod = tokenizer.eod if config.append_eod else None
+    rows = read_conversations(sources, config.json_key, config.dataset, bad_rows)
+    encode = functools.partial(encode_conversations, config.tokenizer, config.chat, eod)
+    chunks = _chunked(rows, Conversation.characters)
+    return _with_progress(encoded(chunks, encode, config.workers), counts)
 
 
 def _texts(
     config: PreprocessConfig, sources: list[str], counts: Counts, bad_rows: BadRows
 ) -> Iterator[str]:
     for source in sources:
-        for _, text in read_documents(source, config.json_key, config.dataset, bad_rows):
+        key = config.json_key or "text"
+        for _, text in read_documents(source, key, config.dataset, bad_rows):
             counts.bytes += len(text.encode())
             yield text
 
@@ -179,9 +240,18 @@ def _tokenized(
     config: PreprocessConfig, sources: list[str], counts: Counts, bad_rows: BadRows
 ) -> Iterator[np.ndarray]:
     """Token ids of every document, in order, with a progress bar."""
-    chunks = _chunked(_texts(config, sources, counts, bad_rows))
-    with tqdm(desc="tokenize", unit=" docs", unit_scale=True, mininterval=1.0) as bar:
-        for chunk in _encoded(chunks, config.tokenizer, config.workers):
+    chunks = _chunked(_texts(config, sources, counts, bad_rows), len)
+    encode = functools.partial(_encode, config.tokenizer)
+    return _with_progress(encoded(chunks, encode, config.workers), counts)
+
+
+def _with_progress(chunks: Generator[list[T]], counts: Counts) -> Iterator[T]:
+    # Closed here, not when nobody refers to it any more: a traceback does, and processes wait.
+    with (
+        contextlib.closing(chunks),
+        tqdm(desc="tokenize", unit=" docs", unit_scale=True, mininterval=1.0) as bar,
+    ):
+        for chunk in chunks:
             stop_signals.check()
             bar.update(len(chunk))
             seconds = bar.format_dict["elapsed"] or 1e-9
@@ -189,12 +259,12 @@ def _tokenized(
             yield from chunk
 
 
-def _chunked(texts: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
+def _chunked(rows: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    chunk: list[T] = []
     size = 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
+    for row in rows:
+        chunk.append(row)
+        size += size_of(row)
         if size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
@@ -205,28 +275,3 @@ def _chunked(texts: Iterable[str]) -> Iterator[list[str]]:
 def _encode(tokenizer: str, texts: list[str]) -> list[np.ndarray]:
     # Arrays, because lists of integers take longer to send between processes than to make.
     return [np.array(ids, np.int32) for ids in load_tokenizer(tokenizer).encode_batch(texts)]
-
-
-def _encoded(
-    chunks: Iterable[list[str]], tokenizer: str, workers: int
-) -> Iterator[list[np.ndarray]]:
-    if workers == 1:
-        yield from (_encode(tokenizer, chunk) for chunk in chunks)
-        return
-    # Forked processes inherit the tokenizer; it must not bring threads of its own.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    context = multiprocessing.get_context("fork")
-    try:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            # A bounded queue, so that a corpus larger than memory can be read.
-            pending: deque[Future[list[np.ndarray]]] = deque()
-            for chunk in chunks:
-                pending.append(pool.submit(_encode, tokenizer, chunk))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(
-            f"--workers {workers}: one of them was ended from outside (out of memory?)"
-        ) from None

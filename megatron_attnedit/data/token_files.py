@@ -13,6 +13,8 @@ from megatron.core.datasets.indexed_dataset import _IndexReader
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_attnedit.data.loss_mask import check_loss_mask
+from megatron_attnedit.data.token_writer import LOSS_MASK
 from megatron_attnedit.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ def describe(prefix: str, flag: str) -> dict[str, Any]:
     if not size:
         raise UserError(f"{flag} {prefix}: {prefix}.bin has no tokens")
     _check_index(prefix, size, tokens, flag)
+    check_loss_mask(prefix, found, flag)
     return found
 
 
@@ -71,7 +74,9 @@ def _check_there(prefix: str, flag: str) -> None:
     if suffix in (".bin", ".idx", ".json") and Path(stem + ".bin").is_file():
         raise UserError(f"{flag} {prefix}: expected the prefix {stem}, without {suffix}")
     if Path(prefix).is_dir():
-        found = ", ".join(str(file.with_suffix("")) for file in sorted(Path(prefix).glob("*.bin")))
+        every = sorted(Path(prefix).glob("*.bin"))
+        tokens_of = [file.with_suffix("") for file in every if not file.stem.endswith(LOSS_MASK)]
+        found = ", ".join(map(str, tokens_of))
         raise UserError(
             f"{flag} {prefix}: is a folder; expected a prefix{found and f', such as {found[:200]}'}"
         )

@@ -35,6 +35,7 @@ class Tokenizer:
         eod: Id that ends a document; None where the tokenizer has no such token.
         encode_batch: Texts to one list of ids each.
         decode: Ids to text.
+        stock: The tokenizer of transformers, which has chat templates; None of SentencePiece.
     """
 
     files: tuple[Path, ...]
@@ -42,6 +43,7 @@ class Tokenizer:
     eod: int | None
     encode_batch: Callable[[list[str]], list[list[int]]]
     decode: Callable[[list[int]], str]
+    stock: Any = None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text."""
@@ -100,6 +102,7 @@ def _hugging_face(directory: Path) -> Tokenizer:
         eod=end_of_document(tokenizer),
         encode_batch=encode_batch,
         decode=tokenizer.decode,
+        stock=tokenizer,
     )
 
 
