@@ -20,6 +20,7 @@ from megatron_attnedit.core_attention.windows import causal_window_mask, positio
 from megatron_attnedit.data.datasets import Batch
 from megatron_attnedit.models.grid import place_of_this_process
 from megatron_attnedit.models.teacher import backbone, vocab_parallel_logits
+from megatron_attnedit.training import run as training_run
 from megatron_attnedit.training.run import prepare
 from tests.support import processes
 from tests.support.grids import (
@@ -229,3 +230,38 @@ def test_the_teacher_is_transformers(inputs, masks, positions):
     assert (found - expected).abs().max() <= 1e-4
     without = model(ids).logits
     assert (found - without).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("stage, student", [("stage 1", "sink_logits"), ("stage 2", "mla")])
+def test_bf16(inputs, tmp_path, stage, student):
+    """Rounding to 8 bits of mantissa, in other sums."""
+    arguments = stage, inputs, student, tmp_path / "run", ["apart", "packed", "leaking"]
+    (found,) = processes.run(1, gradients, *arguments, {"bf16": True})
+    packed, leak = (
+        differences(inputs, student, [found[way]], found["apart"]) for way in ("packed", "leaking")
+    )
+    assert packed["loss"] <= 5e-3 and packed["gradients"] <= 5e-2, packed
+    assert leak["gradients"] > 0.2, leak
+
+
+def gradients_of_a_poor_teacher(*arguments):
+    """One that guesses as well on a sample of short documents."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "check_teacher", lambda *unused: None)
+        return gradients(*arguments)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
+@pytest.mark.parametrize("grid", ["EP2", "EP2 x TP2 SP"])
+def test_experts(tmp_path_factory, stage, grid):
+    """Which look at the batch's shape, not at its documents."""
+    folder = make_inputs(tmp_path_factory.mktemp("experts"), "qwen3_moe", num_hidden_layers=2)
+    tiny_data(folder / "long", folder / "hf", length=LONGEST)
+    packed_data(folder / "packed", folder / "long")
+    arguments = gradients_of_a_poor_teacher, stage, folder, "mla"
+    (expected,) = processes.run(1, *arguments, folder / "one", ["apart"], {})
+    world_size, flags, _ = GRIDS[grid]
+    answers = processes.run(world_size, *arguments, folder / "many", ["packed"], flags)
+    found = differences(folder, "mla", [a["packed"] for a in answers], expected["apart"])
+    assert max(found.values()) <= BAR, found

@@ -56,13 +56,9 @@ def _block_mask(
             near = near | (key < sink_tokens)
         return (distance >= 0) & near
 
-    first_query = torch.arange(0, num_queries, BLOCK, device=device)[:, None] + offset
-    first_key = torch.arange(0, num_keys, BLOCK, device=device)[None, :]
-    last_query, last_key = first_query + BLOCK - 1, first_key + BLOCK - 1
-    some = (last_key >= first_query - reach) | (first_key < sink_tokens)
-    every = (first_key >= last_query - reach) | (last_key < sink_tokens)
-    some, every = some & (first_key <= last_query), every & (last_key <= first_query)
-    return _of_blocks(some[None], every[None], visible, (num_queries, num_keys))
+    begins = torch.arange(0, num_keys, BLOCK, device=device)[None, None]
+    some, every = _near(num_queries, num_keys, reach, sink_tokens, begins, begins + BLOCK - 1)
+    return _of_blocks(some, every, visible, (num_queries, num_keys))
 
 
 @functools.lru_cache(maxsize=8)
@@ -71,8 +67,7 @@ def _document_mask(documents: Span, left: int | None, sink_tokens: int) -> Block
     ids = documents.document_ids
     num_queries, num_keys = documents.num_queries, ids.shape[1]
     offset, reach = num_keys - num_queries, num_keys if left is None else left
-    # A document's first keys are its sink tokens.
-    inside = positions_in_documents(ids) if sink_tokens else ids
+    inside = positions_in_documents(ids)  # a document's first keys are its sink tokens
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = query + offset - key
@@ -86,17 +81,36 @@ def _document_mask(documents: Span, left: int | None, sink_tokens: int) -> Block
     common = (first_query <= last_key) & (first_key <= last_query)
     one = (first_query == last_query) & (first_key == last_key)
 
-    begin_query = torch.arange(0, num_queries, BLOCK, device=ids.device)[:, None] + offset
-    begin_key = torch.arange(0, num_keys, BLOCK, device=ids.device)[None, :]
-    end_query, end_key = begin_query + BLOCK - 1, begin_key + BLOCK - 1
-    some, every = end_key >= begin_query - reach, begin_key >= end_query - reach
-    if sink_tokens:
-        depths = F.pad(inside, (0, -num_keys % BLOCK), value=num_keys).unflatten(1, (-1, BLOCK))
-        some = some | (depths.amin(2) < sink_tokens).unsqueeze(1)
-        every = every | (depths.amax(2) < sink_tokens).unsqueeze(1)
-    some = some & (begin_key <= end_query) & common
-    every = every & (end_key <= begin_query) & common & one
-    return _of_blocks(some, every, visible, (num_queries, num_keys))
+    depths = F.pad(inside, (0, -num_keys % BLOCK), value=num_keys).unflatten(1, (1, -1, BLOCK))
+    some, every = _near(num_queries, num_keys, reach, sink_tokens, depths.amin(-1), depths.amax(-1))
+    return _of_blocks(some & common, every & common & one, visible, (num_queries, num_keys))
+
+
+def _near(
+    num_queries: int,
+    num_keys: int,
+    reach: int,
+    sink_tokens: int,
+    least_depth: Tensor,
+    largest_depth: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Which blocks ``[b, queries, keys]`` causality and window leave, in part or whole, and whole.
+
+    Args:
+        num_queries: The last one is at the last key.
+        num_keys: At least as many.
+        reach: Keys before the query's own that it sees.
+        sink_tokens: Keys less deep than that it sees besides.
+        least_depth: ``[b, 1, keys]``: how many tokens are before those of each block of keys.
+        largest_depth: The same.
+    """
+    offset, device = num_keys - num_queries, least_depth.device
+    first_query = torch.arange(0, num_queries, BLOCK, device=device)[:, None] + offset
+    first_key = torch.arange(0, num_keys, BLOCK, device=device)[None, :]
+    last_query, last_key = first_query + BLOCK - 1, first_key + BLOCK - 1
+    some = (last_key >= first_query - reach) | (least_depth < sink_tokens)
+    every = (first_key >= last_query - reach) | (largest_depth < sink_tokens)
+    return some & (first_key <= last_query), every & (last_key <= first_query)
 
 
 def _ends_of_blocks(ids: Tensor) -> tuple[Tensor, Tensor]:

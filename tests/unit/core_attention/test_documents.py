@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_attnedit.core_attention import backends
 from megatron_attnedit.core_attention.backends import attention_backend, flash, flex, te
@@ -245,6 +246,35 @@ def test_some_queries_and_keys(machines, backend, case, start, first_query, end)
 
     found = value_and_gradients(packed, heads())
     assert furthest(found, value_and_gradients(expected, heads())) <= BAR
+
+
+class Waits(TorchDispatchMode):
+    """What makes the host wait for a device, which nothing that is recorded may."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        waiting = (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "_unique2",
+            "equal",
+            "is_nonzero",
+        )
+        assert name not in waiting, name
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device():
+    documents = documents_of([[100, 28, 1, 171]])
+    with Waits():
+        for part in ((0, 0, 300), (64, 200, 260)):
+            span = documents.span(*part)
+            span.mask((7, 0), 3)
+            for sinks in (0, 3):
+                flex._document_mask(span, 7, sinks)
+    with pytest.raises(AssertionError, match="nonzero"), Waits():
+        torch.arange(3).nonzero()
 
 
 def test_backends_are_chosen_by_head_sizes(monkeypatch):
