@@ -25,7 +25,7 @@ MLA, GQA, SMALL = HEADS
 KERNELS = [
     *itertools.product(["sdpa"], HEADS, [None, 2, 128, 5000], [0], [False, True], TOLERANCES),
     *itertools.product(["sdpa"], [GQA], [128], [4, 200], [False], TOLERANCES),
-    *itertools.product(["flash"], [GQA, SMALL], [None, 2, 128, 5000], [0], [False, True], HALF),
+    *itertools.product(["flash"], HEADS, [None, 2, 128, 5000], [0], [False, True], HALF),
     *itertools.product(["flex"], [MLA], [None], [0], [False, True], HALF),
     *itertools.product(["flex"], [GQA], [None, 128], [0], [False, True], TOLERANCES),
     *itertools.product(["flex"], [GQA], [128], [4, 200], [False], HALF),
@@ -74,26 +74,29 @@ def test_what_is_chosen(heads, window):
 
 
 @pytest.mark.parametrize("part", [(0, 0, 300), (0, 700, 1000), (150, 400, 900)])
-@pytest.mark.parametrize("backend, heads", [("sdpa", MLA), ("flash", GQA), ("flex", GQA)])
+@pytest.mark.parametrize(
+    "backend, heads", [("sdpa", MLA), ("flash", GQA), ("flash", MLA), ("flex", GQA)]
+)
 def test_some_queries_and_keys(backend, heads, part):
     """As under context parallelism; documents without a query among them."""
     window = 128 if part[0] else None
     compare(backend, heads, window, 0, False, torch.bfloat16, LENGTHS, part)
 
 
-@pytest.mark.parametrize("heads", [MLA, GQA])
-def test_a_recording_takes_other_documents(one_process, heads):
+@pytest.mark.parametrize("heads, window", [(MLA, None), (GQA, 128), (GQA, 1024)])
+def test_a_recording_takes_other_documents(one_process, heads, window):
     """What is made of boundaries is made again in every replay."""
     n, g, d, dv = heads
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(1, n, 1000, d), (1, g, 1000, d), (1, g, 1000, dv)]
     qkv = [torch.randn(s, device="cuda", generator=generator).bfloat16() for s in shapes]
-    attend = attention_backend("auto", None, torch.bfloat16, documents_with=(d, dv))
+    size = None if window is None else to_window_size(window)
+    attend = attention_backend("auto", size, torch.bfloat16, documents_with=(d, dv))
 
     def run(q, documents):
         with torch.no_grad():
             span = documents.span(0, 0, 1000)
-            return attend(q, *qkv[1:], None, d**-0.5, documents=span)
+            return attend(q, *qkv[1:], size, d**-0.5, documents=span)
 
     recorded = Recorded(run)
     lengths = [[[1000 - 3 * i - 100, 3 * i + 60, 40]] for i in range(WARMUP + 3)]

@@ -55,7 +55,7 @@ def _document_rows(
         grouped = heads[0] != heads[1]
         for window in (None, *(windows if grouped else ())):
             whole = _attention("auto", heads, seq_length, window, rate)
-            for backend in ("flash", "flex", "sdpa") if grouped else ("flex", "sdpa"):
+            for backend in ("flash", "flex", "sdpa"):
                 packed = _attention(
                     backend, heads, seq_length, window, rate, document_length=document_length
                 )

@@ -131,7 +131,7 @@ def _fastest_with_documents(
     window: int | None, dtype: torch.dtype, head_sizes: tuple[int, int], *, with_sinks: bool
 ) -> str:
     """The same for packed documents that do not see each other."""
-    flash_fits = head_sizes[0] == head_sizes[1] <= flash.LARGEST_HEAD and not with_sinks
+    flash_fits = head_sizes[1] <= head_sizes[0] <= flash.LARGEST_HEAD and not with_sinks
     if bootstrap().has_fusion_attention and not with_sinks:
         name, reason = "npu_fusion", "the NPU's own, which takes where documents end"
     elif not bootstrap().compiles or dtype not in flash.HALF:

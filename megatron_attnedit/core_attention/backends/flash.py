@@ -1,6 +1,6 @@
 """FlashAttention as torch ships it, through the interface that knows windows.
 
-Half precision, keys and values of one head size.
+Half precision. The kernel has one head size; narrower values, such as MLA's, get zeros besides.
 """
 
 import functools
@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_attnedit.core_attention.backends.sink import Kernel, sink_attention
@@ -58,6 +59,9 @@ def flash_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     batch, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
+    value_dim = v.shape[-1]
+    if value_dim < q.shape[-1]:
+        v = F.pad(v, (0, q.shape[-1] - value_dim))
     if documents is None:
         ends = [_ends(batch, length, q.device) for length in (num_queries, num_keys)]
     else:
@@ -72,7 +76,7 @@ def flash_attention(
         )
     else:
         out = sink_attention(heads, sink, _kernel(lengths, window_size, scale))
-    return out.unflatten(0, (batch, num_queries)).transpose(1, 2)
+    return out[..., :value_dim].unflatten(0, (batch, num_queries)).transpose(1, 2)
 
 
 def _kernel(lengths: tuple[Any, ...], window_size: tuple[int, int] | None, scale: float) -> Kernel:
