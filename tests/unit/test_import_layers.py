@@ -25,12 +25,13 @@ LAYERS = [
     "distill",
     "export",
     "checkpoint",
+    "generate",
     "evaluate",
     "training",
     "tools",
 ]
 # Plain helpers that import nothing of the package but errors.
-HELPERS = ["logs", "files", "locks", "owners", "scratch", "stop_signals"]
+HELPERS = ["logs", "files", "locks", "owners", "scratch", "servers", "stop_signals"]
 OPTIONAL = ["transformer_engine", "torch_npu", "mindspeed", "apex", "wandb", "lm_eval"]
 
 

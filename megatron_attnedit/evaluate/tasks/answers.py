@@ -1,9 +1,5 @@
 """Greedy answers of a model in this process, or of one that a running server has."""
 
-import http.client
-import json
-import urllib.error
-import urllib.request
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +7,14 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_attnedit.errors import UserError, one_line
 from megatron_attnedit.evaluate.generation import greedy
+from megatron_attnedit.servers import call, find_model
 
 # Of prompts and answers, at a time.
 TOKENS_AT_A_TIME = 32768
 PROMPTS_AT_A_TIME = 64
 # A server may have to read 64 long prompts before it answers.
 TIMEOUT_S = 1800
-REACHED_S = 10
 
 
 class Answers(Protocol):
@@ -93,7 +88,7 @@ class Server:
         found = []
         for start in range(0, len(prompts), PROMPTS_AT_A_TIME):
             asked = {"model": self.model, "prompt": prompts[start : start + PROMPTS_AT_A_TIME]}
-            answer = _call(
+            answer = call(
                 f"{self.url}/completions",
                 TIMEOUT_S,
                 {**asked, "max_tokens": new_tokens, "temperature": 0, "seed": 0},
@@ -113,26 +108,5 @@ def reach(url: str, batch_size: int) -> Server:
     Raises:
         UserError: it is no address, nobody answers, or it is no such server.
     """
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"--server {url}: expected http://HOST:PORT")
-    base = f"{url.rstrip('/').removesuffix('/v1')}/v1"
-    try:
-        model = _call(f"{base}/models", REACHED_S)["data"][0]
-        name, longest = str(model["id"]), model.get("max_model_len")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise UserError(f"--server {url}: lists no models; expected OpenAI's interface") from None
-    return Server(base, name, longest, batch_size)
-
-
-def _call(url: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:  # with a reason in its body
-        reason = one_line(ValueError(error.read().decode(errors="replace")))
-        raise UserError(f"--server {url}: answers {error.code}: {reason}") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        cause = getattr(error, "reason", error)
-        raise UserError(f"--server {url}: no answer: {one_line(ValueError(cause))}") from error
+    base, model = find_model(url)
+    return Server(base, model["id"], model.get("max_model_len"), batch_size)
