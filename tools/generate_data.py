@@ -95,14 +95,15 @@ def check(args: argparse.Namespace) -> None:
 
 def local_model(args: argparse.Namespace, sampling: Sampling, scratch: Path) -> Any:
     """The model of ``--model``, loaded."""
+    from megatron_attnedit.device import bootstrap
+
+    accelerator = bootstrap()
     import torch
 
     from megatron_attnedit.checkpoint.as_hf import hf_directory
-    from megatron_attnedit.device import bootstrap
     from megatron_attnedit.export.loading import load_model, load_tokenizer
     from megatron_attnedit.generate.local import LocalModel
 
-    accelerator = bootstrap()
     dtype = args.dtype or ("float32" if accelerator.kind == "cpu" else "bfloat16")
     directory = hf_directory(args.model, scratch)
     tokenizer = load_tokenizer(directory)
@@ -146,9 +147,10 @@ def main() -> None:
     print(f"{args.output}: {found['rows']:,} completions of {found['prompts']:,} prompts")
     if found["duplicates"]:
         print(f"{found['duplicates']:,} prompts were there before")
-    for kinds in (found["left_out"], found["bad_rows"]):
-        if kinds:
-            print(f"left out: {counted(kinds)}")
+    for reason, number in sorted(found["left_out"].items()):
+        print(f"left out: {number:,} {reason}")
+    if found["bad_rows"]:
+        print(f"left out: {counted(found['bad_rows'])}")
 
 
 if __name__ == "__main__":

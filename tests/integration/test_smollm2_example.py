@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_attnedit.errors import UserError
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.recipe_files import read_recipe_file
 
@@ -51,6 +52,45 @@ def test_bad_commands(tmp_path):
     ):
         done = run("--work", tmp_path, *flags)
         assert done.returncode == 2 and message in done.stderr
+
+
+def test_prompts_are_drawn_again_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLE)
+    import prepare_prompts
+
+    paragraphs = [f"{i} " + "words of a passage " * 15 for i in range(30)]
+    rows = ["\n\n".join(["short", *paragraphs[i : i + 3], "long " * 999]) for i in range(0, 30, 3)]
+    text = tmp_path / "a.jsonl"
+    text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    found = prepare_prompts.prompts([str(text)], 20, 1)
+    assert found == prepare_prompts.prompts([str(text)], 20, 1) and len(set(found)) == 20
+    assert found != prepare_prompts.prompts([str(text)], 20, 2)
+    assert all(sum(passage.strip() in prompt for passage in paragraphs) >= 1 for prompt in found)
+    with pytest.raises(UserError, match="--count 31: the text has 30 passages"):
+        prepare_prompts.prompts([str(text)], 31, 1)
+
+
+def test_commands_of_a_blend(tmp_path):
+    for script, message in (
+        ("answers.sh", "no corpus there"),
+        ("blend.sh", "no data/answers there"),
+    ):
+        command = ["bash", str(EXAMPLE / script), "--work", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and message in done.stderr
+    command = ["bash", str(EXAMPLE / "blend.sh"), "--list", "--iterations", "10", "--work", "w"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    *trained, judged = map(shlex.split, listed.splitlines())
+    assert len(trained) == 8 and judged.count("--student") == 8
+    for words in trained:
+        flags = dict(itertools.pairwise(words))
+        blend = "blend" in flags["--name"]
+        for stage, iterations in (("--stage1", 3), ("--stage2", 7)):
+            given = flags[stage].split()
+            start = given.index("--train-data-path") + 1
+            data = ["0.3", "w/data/train", "0.7", "w/data/answers"] if blend else ["w/data/train"]
+            assert given[start : given.index("--valid-data-path")] == data
+            assert given[given.index("--train-iters") + 1] == str(iterations)
 
 
 def steps(*flags):
