@@ -150,24 +150,20 @@ def _language_model(answers: Answers, tokenizer: Any) -> Any:
 
 
 def _scores(found: Any, task: str) -> Iterator[Score]:
-    """Of one task or group; a group has no items of its own."""
-    results, samples = found["results"][task], found["samples"].get(task, ())
+    """Of one task, or of a group, whose items are those of its tasks."""
+    parts = found.get("group_subtasks", {}).get(task) or [task]
+    samples = [sample for part in parts for sample in found["samples"].get(part, ())]
     better = found["higher_is_better"].get(task) or {}
-    for name, value in results.items():
+    for name, value in found["results"][task].items():
         metric, separator, filtered = name.partition(",")
         if not separator or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        values = [s.get(metric) for s in samples if s["filter"] == filtered]
-        stderr = results.get(f"{metric}_stderr,{filtered}")
-        n = len(values) or sum(
-            found["n-samples"][part]["effective"]
-            for part in found.get("group_subtasks", {}).get(task, ())
-            if part in found["n-samples"]
-        )
+        values = [sample.get(metric) for sample in samples if sample["filter"] == filtered]
+        stderr = found["results"][task].get(f"{metric}_stderr,{filtered}")
         yield Score(
             task,
             metric if filtered == "none" else f"{metric} ({filtered})",
-            n,
+            len(values),
             float(value),
             float(stderr) if isinstance(stderr, int | float) else None,
             _values_of_mean(values, value),

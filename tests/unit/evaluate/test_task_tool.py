@@ -91,6 +91,21 @@ def test_tasks_of_the_harness_here_and_through_a_server(run, server):
     assert {(t["difference"], t["ties"], t["is_share"]) for t in entries} == {(0, 1, True)}
 
 
+@needs_harness
+def test_a_group_has_the_items_of_its_tasks(run, tmp_path):
+    for name in ("kinds.yaml", "kinds.jsonl"):
+        (tmp_path / name).write_text((TASKS / name).read_text())
+    other = (TASKS / "kinds.yaml").read_text().replace("task: kinds", "task: kinds_too")
+    (tmp_path / "too.yaml").write_text(other)
+    group = "group: both\ntask: [kinds, kinds_too]\naggregate_metric_list:\n"
+    group += "  - {metric: acc, aggregation: mean, weight_by_size: true}\n"
+    (tmp_path / "both.yaml").write_text(group)
+    report = run("--tasks", "both", "--tasks-path", tmp_path, "--limit", 5)
+    (both,) = [t for t in report["students"]["same"]["tasks"] if t["task"] == "both"]
+    assert (both["metric"], both["n"], both["ties"], both["difference_stderr"]) == ("acc", 10, 1, 0)
+    assert both["is_share"] and 0 < both["score"] < 1
+
+
 @pytest.fixture
 def refused(run, tmp_path):
     def attempt(message, *more, **students):
