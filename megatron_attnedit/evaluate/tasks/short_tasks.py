@@ -10,7 +10,8 @@ from megatron_attnedit.evaluate.tasks.source import Source
 
 LETTERS = "ABCD"
 LETTER = re.compile(r"\b([A-D])\b(?!\s+[a-z])")  # not the article
-PASSAGE_TOKENS = 32
+PASSAGE_TOKENS = 64
+GIVEN_WORDS = 4
 
 
 def letter_of(answer: str) -> str:
@@ -49,17 +50,22 @@ def _choice_text(names: list[str], numbers: list[str], options: list[str]) -> st
 
 
 def copy(source: Source, generator: random.Random) -> Question:
-    """A line of held-out text again; worth the share of its words before the first wrong one."""
-    example, passage = (source.passage(generator, PASSAGE_TOKENS) for _ in range(2))
-    text = f"Repeat each text.\n\nText: {example}\nRepeated: {example}\n\nText: {passage}"
-    return Question(source.short(text, "\nRepeated:"), _leading_words(passage.split()))
+    """Held-out text again, of which four words are given.
+
+    Worth the share of the others before the first wrong one.
+    """
+    words = source.passage(generator, PASSAGE_TOKENS).split()
+    given, wanted = words[:GIVEN_WORDS], words[GIVEN_WORDS:]
+    text = f"Repeat the text.\n\nText: {' '.join(words)}"
+    prompt = source.short(text, f"\n\nThe same text again: {' '.join(given)}")
+    return Question(prompt, _leading_words(wanted))
 
 
 def _leading_words(wanted: list[str]) -> Callable[[str], float]:
     def value(answer: str) -> float:
         pairs = zip(wanted, answer.split(), strict=False)
         wrong = (index for index, (own, other) in enumerate(pairs) if own != other)
-        return next(wrong, min(len(wanted), len(answer.split()))) / len(wanted)
+        return next(wrong, min(len(wanted), len(answer.split()))) / max(1, len(wanted))
 
     return value
 
@@ -90,5 +96,5 @@ def _is_json(wanted: dict[str, object]) -> Callable[[str], float]:
 
 
 # Each with the tokens that its answer may have.
-SHORT_TASKS = {"copy": (copy, 2 * PASSAGE_TOKENS), "format": (form, 48)}
+SHORT_TASKS = {"copy": (copy, PASSAGE_TOKENS), "format": (form, 48)}
 CHOICE_TOKENS = 4

@@ -41,6 +41,7 @@ class Source:
                 f"--generated-tasks needs {LEAST_WORDS}"
             )
         self.stops = _stops(tokenizer, self.tokens)
+        self.starts = [0, *sorted(self.stops)]
         self.before, self.after = _surroundings(tokenizer, chat_template)
 
     def ids(self, text: str) -> list[int]:
@@ -52,13 +53,18 @@ class Source:
         return generator.sample(self.words, count)
 
     def passage(self, generator: random.Random, tokens: int) -> str:
-        """One line of text."""
-        start = generator.randrange(len(self.tokens) - tokens)
-        return " ".join(self.tokenizer.decode(self.tokens[start : start + tokens]).split())
+        """One line of text, from where a sentence begins; its last word is whole."""
+        start = generator.choice([i for i in self.starts if i + tokens <= len(self.tokens)])
+        words = self.tokenizer.decode(self.tokens[start : start + tokens]).split()
+        return " ".join(words[:-1])
 
     def short(self, text: str, answer: str) -> list[int]:
         """The prompt of a text that ends with the beginning of its answer."""
-        return [*self.before, *self.ids(text), *self.after, *self.ids(answer)]
+        return [*self.before, *self.ids(text), *self._answer(answer)]
+
+    def _answer(self, text: str) -> list[int]:
+        """The beginning of an answer, which a chat template sets apart from the question."""
+        return [*self.after, *self.ids(text.lstrip())] if self.after else self.ids(text)
 
     def long(
         self,
@@ -85,7 +91,7 @@ class Source:
             UserError: the length has no room for all of it.
         """
         first = [*self.before, *self.ids(head)]
-        last = [*self.ids(question), *self.after, *self.ids(answer)]
+        last = [*self.ids(question), *self._answer(answer)]
         needles = [self.ids(f" {fact}") for fact in facts]
         room = length - len(first) - len(last) - sum(map(len, needles))
         if room < 0:

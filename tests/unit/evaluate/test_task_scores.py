@@ -102,8 +102,9 @@ class Reader:
             asked = block.split("What is the number of ")[1].split("?")[0]
             number = block.split(f"The number of {asked} is ")[1].split(".")[0]
             return f" {block.split(f'. {number}')[0][-1]}"
-        if last.startswith("Repeated:"):
-            return text.rsplit("Text: ", 1)[1].rsplit("\n", 1)[0]
+        if last.startswith("The same text again:"):
+            given = last.removeprefix("The same text again: ")
+            return text.split(f"Text: {given}")[1].split("\n")[0]
         if last.startswith("JSON:"):
             name, number = text.rsplit("The number of ", 1)[1].split("\n")[0][:-1].split(" is ")
             return f' {{"name": "{name}", "number": {number}}}\n\nSentence'
@@ -182,7 +183,7 @@ def test_a_chat_template_stands_around_the_question(embedded_tokens):
     prompt = LONG_TASKS["needle"][0](chat, random.Random(1), LENGTH).prompt
     text = tokenizer.decode(prompt)
     assert len(prompt) == LENGTH and text.startswith("<user>Some secret numbers")
-    middle = "in the text above?</user><assistant><no-thoughts> The secret number of "
+    middle = "in the text above?</user><assistant><no-thoughts>The secret number of "
     assert middle in text and text.endswith(" is")
     asked = [tokenizer.decode(p) for p in choice(chat, random.Random(1))]
-    assert all(text.endswith("</user><assistant><no-thoughts>\nAnswer:") for text in asked)
+    assert all(text.endswith("</user><assistant><no-thoughts>Answer:") for text in asked)
