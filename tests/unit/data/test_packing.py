@@ -11,6 +11,7 @@ from megatron_attnedit.data.datasets import batches, build_datasets, check_train
 from megatron_attnedit.data.tokenizer import load_tokenizer
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.lineage import Lineage
+from tests.support.loss_masks import add_mask
 from tests.support.tokenizers import corpus
 from tests.unit.data.conftest import SEQ
 
@@ -55,6 +56,18 @@ def test_a_document_ends_with_its_token(config, hf_tokenizer, masks, positions, 
 
 def test_nothing_asked(config):
     assert first_batch(config).documents is None
+
+
+def test_beside_a_mask_of_the_loss(config, make_data):
+    plain = make_data("data", corpus(50))
+    asked = {"reset_attention_mask": True, "reset_position_ids": True}
+    without = first_batch(config, train_data_path=[plain], **asked)
+    masked = first_batch(config, train_data_path=[add_mask(Path(plain).parent)], **asked)
+    for name in ("document_ids", "position_ids"):
+        of_both = [getattr(batch.documents, name) for batch in (without, masked)]
+        assert torch.equal(*of_both)
+    assert torch.equal(without.tokens, masked.tokens)
+    assert without.loss_mask.all() and 0 < masked.loss_mask.mean() < 1
 
 
 @pytest.mark.parametrize("flag", ["reset_attention_mask", "reset_position_ids"])
