@@ -119,10 +119,10 @@ rates() { # START: its three learning rates of stage 2, the likeliest first
 starts=(mla_random gate_swa_random gate_swa_teacher mla_teacher)
 shaped=(gate_swa_auto gate_swa_sinks gate_swa_logits gate_swa_ungated)
 start mla_random mla "--init random"
-start gate_swa_random gate_swa "--init random"
+start gate_swa_random gate_swa "--init random --sink none"
 start mla_teacher mla ""
-start gate_swa_teacher gate_swa ""
-start gate_swa_auto gate_swa "--full-layers auto"
+start gate_swa_teacher gate_swa "--sink none"
+start gate_swa_auto gate_swa "--full-layers auto --sink none"
 start gate_swa_sinks gate_swa "--full-layers auto --sink-tokens 4"
 start gate_swa_logits gate_swa "--full-layers auto --sink logit"
 start gate_swa_ungated gate_swa "--full-layers auto --sink logit --output-gate none"

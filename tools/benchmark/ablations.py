@@ -59,10 +59,11 @@ def _shape(edit: Entry) -> str:
         kind = f", {attention['rotary']}" if "rotary" in attention else ""
         return f"{attention['kv_lora_rank']} + {attention['qk_pos_emb_head_dim']}{kind}"
     chosen = "measured" if edit.get("full_layer_scores") else "uniform"
-    sinks = attention.get("sink_tokens")
     if attention.get("sink") == "logit":
-        return f"{chosen}, sink logits"
-    return f"{chosen}, {sinks} sink tokens" if sinks else chosen
+        chosen += ", sink logits"
+    if sinks := attention.get("sink_tokens"):
+        chosen += f", {sinks} sink tokens"
+    return chosen if attention.get("output_gate") != "none" else f"{chosen}, no gate"
 
 
 def number(value: float | None, form: str) -> str:

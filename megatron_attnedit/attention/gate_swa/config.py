@@ -62,8 +62,8 @@ class GateSWA(StudentAttention):
     FLAGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "sliding_window": {"type": int, "help": "tokens seen, itself counted (default 128)"},
         "sink": {
-            "help": "none (default), or logit: each head's softmax has one more entry, learned and "
-            "without a value, which servers know, too"
+            "help": "logit (default; with --sink-tokens none): each head's softmax has one more "
+            "entry, learned and without a value, which servers have, too; or none"
         },
         "sink_tokens": {
             "type": int,
@@ -121,18 +121,19 @@ class GateSWA(StudentAttention):
                 flags["full_layers"], num_layers=num_layers, flag="--full-layers"
             )
         window = flags.get("sliding_window")
-        if flags.get("sink_tokens"):
+        sink_tokens = flags.get("sink_tokens") or 0
+        if sink_tokens:
             logger.warning(
                 "--sink-tokens %s: transformers only, no server keeps them; --sink logit is served",
-                flags["sink_tokens"],
+                sink_tokens,
             )
         return cls(
             num_layers=num_layers,
             sliding_window=128 if window is None else window,
             full_layers=full_layers,
             output_gate=flags.get("output_gate") or "elementwise",
-            sink_tokens=flags.get("sink_tokens") or 0,
-            sink=flags.get("sink") or "none",
+            sink_tokens=sink_tokens,
+            sink=flags.get("sink") or ("none" if sink_tokens else "logit"),
         )
 
     @classmethod

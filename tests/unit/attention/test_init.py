@@ -180,6 +180,7 @@ def test_the_student_s_frequencies_are_the_teacher_s_highest(tmp_path):
 def test_gate_swa_starts_as_the_teacher_with_a_window(tmp_path, output_gate):
     hf, weights = teacher_of(tmp_path)
     flags = {"sliding_window": 500, "full_layers": "none", "output_gate": output_gate}
+    flags["sink"] = "none"
     student = GateSWA.from_flags(flags, hf)
     mine = student.init_from_teacher(weights, hf, torch.empty(0), 0)
     x = normed_inputs(hf, LENGTH, seed=5).unsqueeze(1)

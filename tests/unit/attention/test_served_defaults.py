@@ -87,7 +87,7 @@ def test_gate_swa_is_served_without_first_tokens(tmp_path):
         (1, 128, 2, None),
         (2, 128, 2, 8),
     ]
-    with_sinks = dataclasses.replace(student, sink_tokens=4)
+    with_sinks = dataclasses.replace(student, sink="none", sink_tokens=4)
     assert with_sinks.serving_warning(teacher).startswith("no engine's cache keeps first tokens")
     only_sliding = dataclasses.replace(student, full_layers=())
     assert [layers.window for layers in only_sliding.cached_layers(teacher)] == [8]

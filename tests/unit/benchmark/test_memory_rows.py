@@ -23,10 +23,12 @@ def workloads():
     for model, layers in (("qwen3_8b", (36, 18, 9, 8)), ("qwen3_30b_a3b", (16, 12, 8))):
         whole = read_hf_config(ROOT / "examples" / "recipes" / model)
         students = [MLA.from_flags({"kv_lora_rank": rank}, whole) for rank in (512, 256)]
-        # The rows were measured with every fifth layer full.
+        # The rows were measured with every fifth layer full, and without sinks.
         fifth = ",".join(map(str, range(4, whole.num_hidden_layers, 5)))
         students += [
-            GateSWA.from_flags({"sliding_window": window, "full_layers": fifth}, whole)
+            GateSWA.from_flags(
+                {"sliding_window": window, "full_layers": fifth, "sink": "none"}, whole
+            )
             for window in (128, 1024)
         ]
         for count, student, (

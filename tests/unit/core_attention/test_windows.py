@@ -131,7 +131,7 @@ def test_refused_dimensions(tmp_path, cls, flags, words):
 def test_cached_numbers(tmp_path):
     hf = read_hf_config(tiny_hf_dir(tmp_path / "hf"))  # 3 layers, 2 groups of 32
     assert MLA.from_flags({"kv_lora_rank": 16}, hf).kv_values_per_token(hf, 64) == 3 * (16 + 16)
-    student = GateSWA.from_flags({"sliding_window": 8, "full_layers": "1"}, hf)
+    student = GateSWA.from_flags({"sliding_window": 8, "full_layers": "1", "sink": "none"}, hf)
     assert student.kv_values_per_token(hf, 64) == 128 * (1 + 2 * 8 / 64)
     student = dataclasses.replace(student, sink_tokens=4)
     assert student.kv_values_per_token(hf, 64) == 128 * (1 + 2 * 12 / 64)
@@ -141,7 +141,7 @@ def test_cached_numbers(tmp_path):
 def test_without_sinks_a_lineage_is_as_it_was(tmp_path):
     """Checkpoints from before there were any are read, and count as the same student."""
     hf = read_hf_config(tiny_hf_dir(tmp_path / "hf"))
-    student = GateSWA.from_flags({"sliding_window": 8}, hf)
+    student = GateSWA.from_flags({"sliding_window": 8, "sink": "none"}, hf)
     before = {
         "name": "gate_swa",
         "num_layers": 3,
@@ -155,7 +155,7 @@ def test_without_sinks_a_lineage_is_as_it_was(tmp_path):
     assert student_attention_from_dict(with_sinks.to_dict()) == with_sinks
     assert with_sinks.hf_config(hf)["sink_tokens"] == 4
     assert "sink" not in student.hf_config(hf)
-    with_logits = GateSWA.from_flags({"sliding_window": 8, "sink": "logit"}, hf)
+    with_logits = GateSWA.from_flags({"sliding_window": 8}, hf)
     assert with_logits.to_dict() == {**before, "sink": "logit"}
     assert student_attention_from_dict(with_logits.to_dict()) == with_logits
     assert with_logits.hf_config(hf)["sink"] == "logit"
