@@ -7,12 +7,16 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.generation import greedy
 from megatron_attnedit.servers import call, find_model
 
-# Of prompts and answers, at a time.
-TOKENS_AT_A_TIME = 32768
 PROMPTS_AT_A_TIME = 64
+# Of keys and values of all heads, at a time; most caches are smaller.
+CACHE_BYTES = {"cpu": 2 * 2**30}
+CACHE_BYTES_OF_A_DEVICE = 8 * 2**30
+# Of a mask [b, 1, s, s], which a window takes.
+MASK_ELEMENTS = 2**30
 # A server may have to read 64 long prompts before it answers.
 TIMEOUT_S = 1800
 
@@ -48,13 +52,23 @@ class LocalModel:
         found = [""] * len(prompts)
         for length, indices in by_length.items():
             # Prompts of one length need no padding, so a model sees nothing but its prompt.
-            together = max(1, min(PROMPTS_AT_A_TIME, TOKENS_AT_A_TIME // (length + new_tokens)))
+            together = self._together(length + new_tokens)
             ids = torch.tensor([prompts[index] for index in indices])
             written = greedy(self.model, ids, new_tokens, together).tolist()
             for index, row in zip(indices, written, strict=True):
                 cut = next((i for i, token in enumerate(row) if token in ends), len(row))
                 found[index] = self.tokenizer.decode(row[:cut], skip_special_tokens=True)
         return found
+
+    def _together(self, length: int) -> int:
+        """Prompts at a time, by what they may need of memory."""
+        config = self.model.config
+        bytes_of_token = (
+            2 * config.num_hidden_layers * config.hidden_size * self.model.dtype.itemsize
+        )
+        memory = CACHE_BYTES.get(self.model.device.type, CACHE_BYTES_OF_A_DEVICE)
+        most = min(memory // (bytes_of_token * length), MASK_ELEMENTS // length**2)
+        return max(1, min(PROMPTS_AT_A_TIME, most))
 
     def _ends(self) -> set[int]:
         """Tokens after which a server stops: the tokenizer's, and those of the model's folder."""
@@ -93,8 +107,11 @@ class Server:
                 TIMEOUT_S,
                 {**asked, "max_tokens": new_tokens, "temperature": 0, "seed": 0},
             )
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            found += [choice["text"] for choice in choices]
+            try:
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                found += [str(choice["text"]) for choice in choices]
+            except (KeyError, TypeError):
+                raise UserError(f"--server {self.url}: no answer of OpenAI's interface") from None
         return found
 
 

@@ -4,10 +4,13 @@ import copy
 import math
 import random
 import statistics
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.evaluate.tasks.answers import LocalModel, Server
 from megatron_attnedit.evaluate.tasks.generated import run
 from megatron_attnedit.evaluate.tasks.long_tasks import LONG_TASKS, share_of
 from megatron_attnedit.evaluate.tasks.scores import Score, against, mean_and_error, scored
@@ -187,3 +190,22 @@ def test_a_chat_template_stands_around_the_question(embedded_tokens):
     assert middle in text and text.endswith(" is")
     asked = [tokenizer.decode(p) for p in choice(chat, random.Random(1))]
     assert all(text.endswith("</user><assistant><no-thoughts>Answer:") for text in asked)
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "together"),
+    # 2 GiB on a CPU, 8 elsewhere, of 138,240 bytes a token.
+    [("cpu", 512, 30), ("cpu", 8192, 1), ("cpu", 90_000, 1), ("x", 512, 64), ("x", 8192, 7)],
+)
+def test_so_many_prompts_at_a_time_as_fit_into_memory(kind, length, together):
+    config = SimpleNamespace(num_hidden_layers=30, hidden_size=576)
+    device = SimpleNamespace(type=kind)
+    model = SimpleNamespace(config=config, device=device, dtype=torch.float32)
+    assert LocalModel(model, None, 1)._together(length) == together
+
+
+@pytest.mark.parametrize("answer", [{}, {"choices": [{"index": 0}]}, [], {"choices": None}])
+def test_an_answer_of_another_interface(monkeypatch, answer):
+    monkeypatch.setattr("megatron_attnedit.evaluate.tasks.answers.call", lambda *_: answer)
+    with pytest.raises(UserError, match="--server u: no answer of OpenAI's interface"):
+        Server("u", "m", None, 1).complete([[1]], 2)
