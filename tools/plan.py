@@ -42,6 +42,8 @@ def main() -> None:
     print(student)
     if warning := student.serving_warning(teacher):
         print(f"warning: {warning}", file=sys.stderr)
+    for engine in student.engines(teacher):
+        print(f"  {engine}")
     print(f"KV cache at {sizes.context} tokens, bfloat16, bytes per token:")
     print(f"  teacher {sizes.teacher_kv_bytes:,}")
     print(f"  student {sizes.student_kv_bytes:,} ({fraction:.1%})")

@@ -43,6 +43,7 @@ LENGTHS = [1, 9, 30, 5, 47, 2, 21, 8, 90, 17]
 LONGEST = max(LENGTHS)
 STUDENTS = {
     "mla": {},
+    "mla_chosen": {"mla_rotary": "chosen"},
     "gate_swa": {"sliding_window": 8, "full_layers": "1"},
     "sink_tokens": {"sliding_window": 8, "sink_tokens": 3, "full_layers": "1"},
     "sink_logits": {"sliding_window": 8, "sink": "logit", "full_layers": "1"},
@@ -72,7 +73,9 @@ def inputs(tmp_path_factory):
     packed_data(folder / "packed", folder / "long")
     for name, flags in STUDENTS.items():
         if not (folder / name).exists():
-            make_student(folder, name, "gate_swa", flags)
+            chosen = "mla_rotary" in flags
+            kind, calibration = ("mla", folder / "data") if chosen else ("gate_swa", None)
+            make_student(folder, name, kind, flags, calibration=calibration)
     return folder
 
 
@@ -180,6 +183,7 @@ ON_GRIDS = [
     ("stage 1", "sink_tokens", "CP2"),
     ("stage 2", "gate_swa", "CP2"),
     ("stage 2", "mla", "TP2 SP"),
+    ("stage 1", "mla_chosen", "CP2"),
     ("stage 1 on own inputs", "mla", "PP2"),
     ("stage 2", "sink_logits", "PP2"),
 ]

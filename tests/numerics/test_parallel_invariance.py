@@ -140,6 +140,28 @@ def test_sink_tokens(inputs, one_process, tmp_path, grid):
     assert all(found[name] <= bar for name, bar in BARS.items()), found
 
 
+@pytest.mark.parametrize(
+    ("stage", "grid"),
+    [
+        ("stage 1", "CP2"),
+        ("stage 2", "PP2 interleaved"),
+        *(pytest.param("stage 2", grid, marks=pytest.mark.full) for grid in ("TP2 SP", "CP2")),
+    ],
+)
+def test_chosen_frequencies(inputs, one_process, tmp_path, stage, grid):
+    """Lists of each layer, wherever the layer and its tokens are."""
+    folder, name = inputs["dense"], "mla_chosen"
+    if not (folder / name).exists():
+        make_student(folder, name, "mla", {"mla_rotary": "chosen"}, calibration=folder / "data")
+    expected = one_process(stage, "dense", name)
+    world_size, flags, _ = GRIDS[grid]
+    answers = processes.run(
+        world_size, train_on_grid, stage, folder, name, tmp_path / "save", flags
+    )
+    found = differences(rows_of(folder, name), answers, expected)
+    assert all(found[name] <= bar for name, bar in BARS.items()), found
+
+
 @pytest.mark.parametrize("flags", [{}, {"expert_model_parallel_size": 2}], ids=["alone", "EP2"])
 def test_grouped_experts(inputs, one_process, tmp_path, flags):
     """One grouped matmul gives what one matmul per expert gives; both in bfloat16."""

@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
         default=[],
         help="latent+rotary part of students that are cut whole, such as 102+32 70+64",
     )
+    add("--kinds", nargs="*", help="of --mla-rotary (default: all)")
     add("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()
 
@@ -160,7 +161,7 @@ def rotary_cut(judge: Judge, count: int, kind: str) -> list[Callable[[Tensor], T
 def whole_cut(judge: Judge, latent: int, rotary: int, kind: str) -> Any:
     """The attentions of a student right after its edit, and its share of the teacher's cache."""
     from megatron_attnedit.attention.mla.config import MLA
-    from megatron_attnedit.attention.mla.plain import mla_heads, student_angles
+    from megatron_attnedit.attention.mla.plain import mla_output
 
     flags = {"kv_lora_rank": latent, "qk_pos_emb_head_dim": rotary, "mla_rotary": kind}
     student = MLA.from_flags(flags, judge.hf).measured_on(judge.hf, judge.layers)
@@ -168,12 +169,7 @@ def whole_cut(judge: Judge, latent: int, rotary: int, kind: str) -> Any:
     def attention(i: int) -> Callable[[Tensor], Tensor]:
         weights = student.init_from_teacher(*_with(judge, i), i)
 
-        def output(inputs: Tensor) -> Tensor:
-            angles = student_angles(student, judge.hf, i, inputs)
-            heads = mla_heads(weights, inputs, student, angles)
-            return heads @ weights["linear_proj.weight"].t()
-
-        return output
+        return lambda inputs: mla_output(weights, inputs, student, judge.hf, i)
 
     share = (latent + rotary) / (2 * judge.hf.num_key_value_heads * judge.hf.head_dim)
     return [attention(i) for i in range(len(judge.layers))], share
@@ -186,17 +182,18 @@ def _with(judge: Judge, i: int) -> tuple[Any, Any, Tensor]:
 
 def figures(judge: Judge, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row at a time."""
-    from megatron_attnedit.attention.mla.config import ROTARY
+    from megatron_attnedit.attention.mla.flags import ROTARY
 
+    kinds = args.kinds or ROTARY
     teacher = judge.perplexity()
     yield {"cut": "none", "perplexity": teacher}
     for count in args.rotary_parts:
-        for kind in ROTARY:
+        for kind in kinds:
             found = judge.perplexity(rotary_cut(judge, count, kind))
             yield {"cut": "rotary part", "rotary": count, "kind": kind, "perplexity": found}
     for cut in args.cuts:
         latent, rotary = map(int, cut.split("+"))
-        for kind in ROTARY:
+        for kind in kinds:
             outputs, share = whole_cut(judge, latent, rotary, kind)
             found = judge.perplexity(outputs)
             yield {

@@ -1,7 +1,8 @@
 """The dimensions of an MLA student, and its side of the student-attention contract."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,10 +16,12 @@ from megatron_attnedit.attention.cached_layers import CachedLayers
 from megatron_attnedit.attention.engines import Engine
 from megatron_attnedit.attention.kept import KeptNumbers
 from megatron_attnedit.attention.mla import init, padding, rows
+from megatron_attnedit.attention.mla.cache_cut import Cut, best_cut, judging_layers
 from megatron_attnedit.attention.mla.components import most_worth
 from megatron_attnedit.attention.mla.dims import LATENT_SCALE, MLADims
+from megatron_attnedit.attention.mla.flags import FLAGS, ROTARY, fields_from, frequency_fields
+from megatron_attnedit.attention.mla.plain import mla_output
 from megatron_attnedit.attention.mla.served_sizes import (
-    LATENT_AND_ROTARY_OF_ALL,
     ServedSizes,
     nearest_served,
     served,
@@ -32,35 +35,9 @@ from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.core_attention.windows import mean_visible_keys
 from megatron_attnedit.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 HF_CLASSES = Path(__file__).parent / "hf"
-# Size of the cache against the teacher's that the defaults stay below where they can.
-DEFAULT_KV_FRACTION = 0.375
-# The teacher's highest frequencies; chosen in each layer; chosen once, the same in all.
-ROTARY = ("geometric", "chosen", "chosen-once")
-
-
-def _defaults(teacher: HFConfig) -> dict[str, int]:
-    """Sizes that engines have kernels for, as they are or padded: 512 or 256 + 64, 128, 128.
-
-    Heads are as large as the teacher's, half of it rotary. What smaller heads are padded to
-    anyway the latent makes use of. Where no served cache is smaller than the teacher's, the sizes
-    are in proportion to it.
-    """
-    head, rotary = teacher.head_dim, teacher.head_dim // 2
-    cached = 2 * teacher.num_key_value_heads * head
-    aim = DEFAULT_KV_FRACTION * cached
-    latent = min(512, max(int(aim - rotary) // 16 * 16, 16))
-    padded = nearest_served(1, head, rotary, head)
-    smaller = [size for size in LATENT_AND_ROTARY_OF_ALL if size < cached]
-    if padded and smaller:
-        size = max((size for size in smaller if size <= aim), default=smaller[0])
-        latent = size - padded.qk_pos_emb_head_dim
-    return {
-        "kv_lora_rank": latent,
-        "qk_head_dim": head,
-        "qk_pos_emb_head_dim": rotary,
-        "v_head_dim": head,
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,30 +47,17 @@ class MLA(MLADims, StudentAttention):
     Attributes:
         fit: How first weights are fitted to the teacher, a name in ``init.FITS``.
         rotary: How ``rotary_pairs`` were chosen, one of ``ROTARY``.
+        cuts: Latent and rotary sizes to choose among at edit time; empty: they are given.
     """
 
     name: ClassVar[str] = "mla"
     TITLE: ClassVar[str] = "MLA (defaults follow from the teacher's head size)"
-    FLAGS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "kv_lora_rank": {"type": int, "help": "numbers of the cached latent"},
-        "qk_head_dim": {"type": int, "help": "non-rotary part of a query head"},
-        "qk_pos_emb_head_dim": {"type": int, "help": "rotary part, cached once per token"},
-        "v_head_dim": {"type": int, "help": "value head; the teacher's head size"},
-        "mla_fit": {
-            "help": "start from the teacher: attention (default), covariance, pca or svd; each "
-            "looks at less of the teacher than the one before"
-        },
-        "mla_rotary": {
-            "help": "what turns with position: geometric (default), the teacher's highest "
-            "frequencies, which stock engines take; chosen, of each layer the components that are "
-            "worth most, which needs this package's classes; chosen-once, the same frequencies in "
-            "all layers, which transformers takes without them"
-        },
-    }
+    FLAGS: ClassVar[Mapping[str, Mapping[str, Any]]] = FLAGS
     # Not the value heads: padded for serving, they are larger than the teacher's.
     of_teacher: ClassVar[Mapping[str, str]] = {"num_attention_heads": "num_attention_heads"}
     fit: str = "attention"
     rotary: str = "geometric"
+    cuts: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,41 +78,7 @@ class MLA(MLADims, StudentAttention):
                 f"--student-attention mla: the biases of queries, keys and values of "
                 f"{teacher.path} have no place in it; gate_swa keeps them"
             )
-        given = {
-            key: default if flags.get(key) is None else flags[key]
-            for key, default in _defaults(teacher).items()
-        }
-        if given["v_head_dim"] != teacher.head_dim:
-            raise UserError(
-                f"--v-head-dim {given['v_head_dim']}: the output projection is inherited, so it "
-                f"must be the teacher's head_dim {teacher.head_dim}"
-            )
-        if not 1 <= given["qk_head_dim"] <= 2 * teacher.head_dim:
-            raise UserError(
-                f"--qk-head-dim {given['qk_head_dim']}: expected 1 to {2 * teacher.head_dim}, "
-                "twice the teacher's head_dim"
-            )
-        rotary = given["qk_pos_emb_head_dim"]
-        if rotary % 2 or not 2 <= rotary <= teacher.head_dim:
-            raise UserError(
-                f"--qk-pos-emb-head-dim {rotary}: expected an even number from 2 to the teacher's "
-                f"head_dim {teacher.head_dim}"
-            )
-        kind = flags.get("mla_rotary") or cls.rotary
-        # Until they are measured, the highest.
-        highest = (tuple(range(rotary // 2)),) * teacher.num_hidden_layers
-        return cls(
-            **given,
-            fit=flags.get("mla_fit") or cls.fit,
-            rotary=kind,
-            rotary_pairs=() if kind not in ROTARY[1:] else highest,
-            num_attention_heads=teacher.num_attention_heads,
-            # With this base the student's frequencies are the teacher's highest ones, exactly:
-            # base^(r/d) ^ (-2i/r) = base ^ (-2i/d).
-            rotary_base=teacher.rope_theta ** (rotary / teacher.head_dim),
-            rope_scaling_factor=(teacher.rope_scaling or {}).get("factor"),
-            latent_scale=LATENT_SCALE,
-        )
+        return cls(**fields_from(flags, teacher), latent_scale=LATENT_SCALE)
 
     def without_calibration(self, flags: Mapping[str, Any]) -> Self:
         if flags.get("mla_rotary") not in (None, ROTARY[0]):
@@ -156,19 +86,58 @@ class MLA(MLADims, StudentAttention):
                 f"--mla-rotary {self.rotary}: chosen on calibration text, which --init random "
                 "does not look at; give --init teacher"
             )
+        if self.cuts:
+            raise UserError(
+                "--kv-lora-rank auto: measured on calibration text, which --init random does not "
+                "look at; give --init teacher, or a number"
+            )
         return dataclasses.replace(self, rotary=ROTARY[0], rotary_pairs=())
 
     def measured_on(
         self, teacher: HFConfig, layers: Iterable[tuple[Mapping[str, Tensor], Tensor]]
     ) -> Self:
-        if not self.rotary_pairs:
+        if not self.rotary_pairs and not self.cuts:
             return self
-        worths = [init.component_worths(weights, teacher, inputs) for weights, inputs in layers]
+        worths, judging = [], {}
+        for i, (weights, inputs) in enumerate(layers):
+            if self.rotary_pairs:
+                worths.append(init.component_worths(weights, teacher, inputs))
+            if self.cuts and i in judging_layers(teacher.num_hidden_layers):
+                judging[i] = (weights, inputs)
         if self.rotary == "chosen-once":  # a layer's worths as shares of what it has
             worths = [sum(worth / worth.sum() for worth in worths)] * len(worths)
+        if not self.cuts:
+            return self._with_components(worths)
+        students = {
+            cut: self._cut(Cut(*cut), teacher)._with_components(worths) for cut in self.cuts
+        }
+
+        def fit(
+            cut: Cut, i: int, weights: Mapping[str, Tensor], inputs: Tensor
+        ) -> Callable[[Tensor], Tensor]:
+            student = students[cut]
+            fitted = student.init_from_teacher(weights, teacher, inputs, i)
+            return lambda x: mla_output(fitted, x, student, teacher, i)
+
+        best, errors = best_cut(list(map(Cut._make, self.cuts)), judging, teacher, fit)
+        shown = ", ".join(f"{a} + {b}: {error:.4f}" for (a, b), error in errors.items())
+        logger.info("error of fitted layers by latent + rotary part: %s", shown)
+        return students[best]
+
+    def _with_components(self, worths: Sequence[Tensor]) -> Self:
+        """With the components that are worth most; without worths, as it is."""
         count = self.qk_pos_emb_head_dim // 2
+        pairs = tuple(most_worth(worth, count) for worth in worths)
+        return dataclasses.replace(self, rotary_pairs=pairs)
+
+    def _cut(self, cut: Cut, teacher: HFConfig) -> Self:
+        """With other sizes of latent and rotary part, nothing left to choose."""
         return dataclasses.replace(
-            self, rotary_pairs=tuple(most_worth(worth, count) for worth in worths)
+            self,
+            kv_lora_rank=cut.latent,
+            qk_pos_emb_head_dim=cut.rotary,
+            cuts=(),
+            **frequency_fields(self.rotary, cut.rotary, teacher),
         )
 
     def edits(self, layer_idx: int) -> bool:
@@ -229,7 +198,7 @@ class MLA(MLADims, StudentAttention):
         how = f"as {rows.architecture(self, teacher)}"
         if self.rotary_pairs:
             how += ", with this package installed beside it, a plug-in"
-            stock = rows.same_in_all_layers(self) and not teacher.num_experts
+            stock = self.rotary == ROTARY[2] and not teacher.num_experts
             own += "; a stock class loads it, too" if stock else ""
         return Engine("transformers", own), Engine("vllm", how, problem)
 
@@ -290,6 +259,8 @@ class MLA(MLADims, StudentAttention):
         fields = super().to_dict()
         if not self.rotary_pairs:
             del fields["rotary"], fields["rotary_pairs"]
+        if not self.cuts:
+            del fields["cuts"]
         return fields
 
     def check(self, *, tp_size: int, seq_length: int, cp_size: int = 1) -> None:

@@ -1,6 +1,6 @@
 """Sizes of multi-head latent attention, in Megatron's words."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.errors import UserError
@@ -41,17 +41,17 @@ class MLADims:
     rotary_base: float
     rope_scaling_factor: float | None = None
     latent_scale: int = 1
-    rotary_pairs: tuple[tuple[int, ...], ...] = ()
+    rotary_pairs: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        for field in fields(MLADims):
-            if field.name == "rotary_pairs":
+        for item in fields(MLADims):
+            if item.name == "rotary_pairs":
                 continue
-            value = getattr(self, field.name)
-            flag = field.name.replace("_", "-")
+            value = getattr(self, item.name)
+            flag = item.name.replace("_", "-")
             if value is not None and not value > 0:
                 raise UserError(f"--{flag} {value}: expected a positive number")
-            most = LARGEST_BASE if field.name == "rotary_base" else LARGEST_SIZE
+            most = LARGEST_BASE if item.name == "rotary_base" else LARGEST_SIZE
             if value is not None and value > most:
                 raise UserError(f"--{flag} {shown(value)}: expected at most {most:g}")
         scale = self.latent_scale  # a power of two is exact in every type

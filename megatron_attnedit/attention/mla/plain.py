@@ -20,6 +20,14 @@ def student_angles(dims: MLADims, teacher: HFConfig, layer_idx: int, like: Tenso
     return teacher_angles(teacher, like)[..., both_halves]
 
 
+def mla_output(
+    weights: Mapping[str, Tensor], inputs: Tensor, dims: MLADims, teacher: HFConfig, layer_idx: int
+) -> Tensor:
+    """The attention's output ``[s, c, h]`` for inputs of that shape."""
+    angles = student_angles(dims, teacher, layer_idx, inputs)
+    return mla_heads(weights, inputs, dims, angles) @ weights["linear_proj.weight"].t()
+
+
 def mla_heads(
     weights: Mapping[str, Tensor], inputs: Tensor, dims: MLADims, angles: Tensor
 ) -> Tensor:
