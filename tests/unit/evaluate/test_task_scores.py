@@ -72,8 +72,8 @@ def test_a_fact_stands_whole_between_two_sentences(source):
     text = source.tokenizer.decode(make(source, random.Random(5), 900).prompt)
     for fact in text.split(" The secret number of ")[1:-1]:
         assert fact.partition(". ")[0].split(" is ")[1][:7].isdecimal()
-    befores = [part[-1] for part in text.split(" The secret number of ")[:-2]]
-    assert set(befores) <= set(".!?\n")
+    last_signs = [part[-1] for part in text.split(" The secret number of ")[:-2]]
+    assert set(last_signs) <= set(".!?\n")
 
 
 def test_common_words_are_as_common_as_said(source):
