@@ -87,6 +87,21 @@ def test_layouts_against_one_process(inputs, one_process, tmp_path, stage, grid,
     assert all(found[name] <= bar for name, bar in BARS.items()), found
 
 
+def test_masks_of_documents_kept_apart(inputs, tmp_path):
+    """Which tokens count and which see each other are asked for together."""
+    flags = {
+        "train_data_path": [str(inputs / "masked")],
+        "reset_attention_mask": True,
+        "reset_position_ids": True,
+    }
+    alone, shared = (
+        processes.run(size, train_on_grid, "stage 2", inputs, "mla", tmp_path / name, grid, 2)
+        for size, name, grid in ((1, "a", flags), (2, "b", {**GRIDS["CP2"][1], **flags}))
+    )
+    found = differences(rows_of(inputs, "mla"), shared, alone[0])
+    assert all(found[name] <= bar for name, bar in BARS.items()), found
+
+
 def test_masks_change_what_is_learned(one_process, inputs):
     """These tests can fail: the same tokens without the mask are another loss."""
     masked = one_process("stage 2", "mla", [str(inputs / "masked")])
