@@ -62,7 +62,8 @@ class MaskedGPTDataset(GPTDataset):
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
         sample: dict[str, Tensor] = super().__getitem__(idx)
         if self._masks is not None and idx is not None:
-            values, _ = self._masks._query_document_sample_shuffle_indices(idx)
+            # Megatron-Core 0.19 returns more than the first two.
+            values = self._masks._query_document_sample_shuffle_indices(idx)[0]
             # A label is the token one position later. What fills up a short sample counts already
             # as nothing.
             counts = torch.from_numpy(values[1:]).clamp_min(0)

@@ -2,7 +2,9 @@
 
 import pytest
 
+from tests.numerics import test_resume
 from tests.support import processes
+from tests.support.attempts import metrics
 from tests.support.grids import GRIDS, differences, rows_of, train_on_grid
 from tests.support.inputs import make_inputs
 from tests.support.loss_masks import add_mask, against_plain_losses
@@ -100,6 +102,23 @@ def test_masks_of_documents_kept_apart(inputs, tmp_path):
     )
     found = differences(rows_of(inputs, "mla"), shared, alone[0])
     assert all(found[name] <= bar for name, bar in BARS.items()), found
+
+
+@pytest.mark.parametrize("grid", ["one process", "CP2 distributed optimizer"])
+@pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
+@pytest.mark.full
+def test_a_masked_run_resumes_bit_for_bit(inputs, tmp_path, stage, grid):
+    """Half of the iterations again, from a checkpoint: the same metrics and validation."""
+    world_size, fields = test_resume.GRIDS[grid]
+    paths = [*BLEND[:1], str(inputs / "data"), *BLEND[2:3], str(inputs / "masked")]
+    fields = {**fields, "train_data_path": paths, "valid_data_path": paths[-1:], "eval_iters": 1}
+    arguments = (stage, inputs, tmp_path / "run", fields)
+    whole = processes.run(world_size, test_resume.train_to_the_end, *arguments)
+    logged = metrics(tmp_path / "run")
+    test_resume.cut_off(tmp_path / "run", 2)
+    resumed = processes.run(world_size, test_resume.train_to_the_end, *arguments)
+    assert metrics(tmp_path / "run") == logged
+    test_resume.assert_equal(whole, resumed)
 
 
 def test_masks_change_what_is_learned(one_process, inputs):
