@@ -23,6 +23,7 @@ from megatron_attnedit.convert.legacy_grid import EMBEDDING, ITERATION, OUTPUT, 
 from megatron_attnedit.convert.output import write_at
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.pieces import Piece, Read, read_ahead
+from megatron_attnedit.convert.plain_pickle import load_plain
 from megatron_attnedit.convert.reading import as_bytes
 from megatron_attnedit.errors import UserError, one_line
 from megatron_attnedit.files import why_unwritten
@@ -134,8 +135,7 @@ def _reserve(content: dict[str, Any], file: Path) -> None:
 def _load(file: Path, *, mmap: bool) -> dict[str, Any]:
     """Read a rank's file without running code from it."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        content = load_plain(file, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{file}: cannot be loaded: {one_line(error)}") from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):

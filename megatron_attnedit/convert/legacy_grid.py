@@ -64,7 +64,10 @@ class LegacyGrid:
             hidden_size=hf.hidden_size,
             ffn_hidden_size=hf.intermediate_size,
             num_attention_heads=hf.num_attention_heads,
+            group_query_attention=True,
             num_query_groups=hf.num_key_value_heads,
+            # Where MindSpeed-LLM's converter looks; else it takes each head for a group.
+            num_key_value_heads=hf.num_key_value_heads,
             kv_channels=hf.head_dim,
             num_experts=hf.num_experts or None,
             untie_embeddings_and_output_weights=not hf.tie_word_embeddings,
