@@ -33,7 +33,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _refuse(*args: Any, **kwargs: Any) -> Any:
-    raise pickle.UnpicklingError("not a zip file of torch.save")
+    raise pickle.UnpicklingError("weights_only: no zip file of torch.save")
 
 
 def load_plain(file: Path, *, mmap: bool) -> Any:
