@@ -101,7 +101,9 @@ class Judge:
         from megatron_attnedit.convert.hf_config import read_hf_config
 
         self.hf, self.judged = read_hf_config(directory), judged
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         state, inputs = self.model.state_dict(), self._inputs(calibration[:, :-1])
         self.layers: list[Layer] = []
         for i in range(self.hf.num_hidden_layers):
