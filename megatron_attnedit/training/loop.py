@@ -46,9 +46,10 @@ def train(run: Run) -> str:
             judged = run.judging.is_due(run.iteration)
             if last or reason or judged or run.iteration % recipe.save_interval == 0:
                 save(run)
-            run.judging.ask(run.iteration)
             run.writer.poll()
-            run.log.tasks(run.iteration, run.judging.poll())
+            if not reason:
+                run.judging.ask(run.iteration)
+                run.log.tasks(run.iteration, run.judging.poll())
             run.check_owner()
             run.heartbeat.beat(run.iteration)
         run.writer.finish()
