@@ -45,12 +45,16 @@ def test_one_process_against_plain_losses(inputs, tmp_path, stage, student):
 BLEND = ["0.4", "data", "0.6", "masked"]
 CELLS = [
     ("stage 1", "DP2 distributed optimizer", "gate_swa", ["masked"]),
-    ("stage 1", "TP2 SP x CP2", "mla", BLEND),
+    ("stage 1", "TP2 SP", "mla", BLEND),
     ("stage 2", "CP2", "mla", ["masked"]),
-    ("stage 2", "TP2 SP x PP2", "gate_swa", BLEND),
-    ("stage 2", "DP2", "mla", BLEND),
+    ("stage 2", "PP2", "gate_swa", BLEND),
 ]
 SLOW = [
+    ("stage 1", "TP2 SP x CP2", "mla", BLEND),
+    ("stage 2", "TP2 SP x PP2", "gate_swa", BLEND),
+    ("stage 2", "DP2", "mla", BLEND),
+    ("stage 2", "TP2 SP", "mla", BLEND),
+] + [
     (stage, grid, student, ["masked"])
     for stage in ("stage 1", "stage 1 per token", "stage 1 on own inputs", "stage 2 with features")
     for grid in ("DP2", "TP2", "TP2 SP", "PP2", "CP2")
@@ -89,6 +93,7 @@ def test_layouts_against_one_process(inputs, one_process, tmp_path, stage, grid,
     assert all(found[name] <= bar for name, bar in BARS.items()), found
 
 
+@pytest.mark.full
 def test_masks_of_documents_kept_apart(inputs, tmp_path):
     """Which tokens count and which see each other are asked for together."""
     flags = {
