@@ -24,6 +24,7 @@ from megatron_attnedit.core_attention.windows import to_window_size
 from megatron_attnedit.device import add_weight_gradient
 from megatron_attnedit.distill.divergences import divergence_and_gradient
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation, relative_error
+from megatron_attnedit.models.grouped_experts import weighted_swiglu
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
@@ -133,6 +134,7 @@ def fused_cases():
         ),
         "gate": (gated, [draw(s, b, 3 * 64), draw(s, b, 3 * 64)], []),
         "gate of heads": (gated, [draw(s, b, 3 * 64), draw(s, b, 3)], []),
+        "experts": (weighted_swiglu, [draw(s, 2 * 48), draw(s, 1)], []),
         "error of a layer": (relative_error, [draw(s, b, 70)], [draw(s, b, 70), mask, False]),
         "error of a token": (relative_error, [draw(s, b, 70)], [draw(s, b, 70), mask, True]),
     }
