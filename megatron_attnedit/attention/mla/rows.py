@@ -69,7 +69,12 @@ def rotary_fields(dims: MLADims, teacher: HFConfig) -> tuple[dict[str, Any], dic
         return {**(teacher.rope_scaling or default), "rope_theta": dims.rotary_base}, {}
     frequencies = teacher_frequencies(teacher)
     lists = [frequencies[list(pairs)].tolist() for pairs in dims.rotary_pairs]
-    rope: dict[str, Any] = {"rope_type": "listed", "rope_theta": teacher.rope_theta}
+    # Older transformers reads a factor of every type but the default one.
+    rope: dict[str, Any] = {
+        "rope_type": "listed",
+        "rope_theta": teacher.rope_theta,
+        "factor": 1.0,
+    }
     if same_in_all_layers(dims):
         # A base of 1: the factors alone are the wavelengths.
         factors = [inverse(frequency) for frequency in lists[0]]
