@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Are the tokens that vLLM gives those that transformers would give? Of a real directory.
 
 vLLM continues prompts greedily. transformers then reads every prompt with its continuation and is
@@ -6,6 +5,9 @@ asked at each token which one it would have taken. Where it is another one, the 
 own lies above vLLM's, in logits: two kernels round differently, so a margin of a few steps of the
 type at that size is a tie, and a larger one is a fault. Beside that transformers continues by
 itself, and the tokens before the first difference are counted.
+
+Run it as ``python -m tools.benchmark.serve_greedy``: as a script it would hide the package
+``kernels``, which transformers looks for, behind this folder's file of that name.
 
 Needs vLLM and transformers; on the device that is there, in the directory's own type.
 """

@@ -130,6 +130,7 @@ def test_page_is_filled(report, tmp_path):
     assert ["teacher", "50.0 %", "12.3", "25.0 %", "7.1 %", "-", "-"] in rows
     assert "old" not in text and text.startswith("# Page\n") and text.endswith("text stays\n")
     assert filled(text, tmp_path) == text
+    assert filled("A page without marks.\n", tmp_path) == "A page without marks.\n"
 
 
 def arm(final, *, name="mla", init="teacher", stages=(1, 2), lr=1e-3, **changes):
