@@ -75,9 +75,9 @@ def agreement_by_prompt(teacher: Tensor, student: Tensor) -> dict[str, list[floa
     equal = teacher == student
     before = equal.long().cumprod(dim=1).sum(dim=1)
     return {
-        "equal_tokens": equal.double().mean(dim=1).tolist(),
-        "first_divergence": before.double().tolist(),
-        "identical": equal.all(dim=1).double().tolist(),
+        "equal_tokens": equal.cpu().double().mean(dim=1).tolist(),
+        "first_divergence": before.cpu().double().tolist(),
+        "identical": equal.all(dim=1).cpu().double().tolist(),
     }
 
 

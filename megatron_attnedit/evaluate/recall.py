@@ -75,8 +75,8 @@ def recall(model: Any, sequences: Tensor, batch_size: int) -> dict[str, Any]:
         logits = model.get_output_embeddings()(hidden[:, -VALUE_TOKENS:]).float()
         values = batch[:, -VALUE_TOKENS:]
         picked = logits.log_softmax(-1).gather(-1, values.unsqueeze(-1))
-        nll += (-picked.squeeze(-1).double().mean(-1)).tolist()
-        right += (logits.argmax(-1) == values).double().mean(-1).tolist()
+        nll += (-picked.squeeze(-1).cpu().double().mean(-1)).tolist()
+        right += (logits.argmax(-1) == values).cpu().double().mean(-1).tolist()
     found: dict[str, Any] = {"probes": len(nll)}
     for name, of_probes in (("accuracy", right), ("nll", nll)):
         found[name], found[f"{name}_stderr"] = mean_and_error(of_probes)

@@ -159,7 +159,7 @@ def test_a_tool_imports_nothing_slow_before_it_takes_signals(tool):
     """In the seconds of those imports SIGINT would be a traceback."""
     text = (Path(__file__).parents[2] / "tools" / f"{tool}.py").read_text()
     quick = {"errors", "files", "locks", "logs", "scratch", "stop_signals"}
-    quick |= {"data.bad_rows", "evaluate.tasks"}
+    quick |= {"data.bad_rows", "data.chat", "evaluate.tasks"}
     for node in ast.parse(text).body:
         if isinstance(node, ast.ImportFrom) and node.module.startswith("megatron_attnedit"):
             names = {node.module.partition(".")[2]} - {""} or {name.name for name in node.names}
