@@ -92,7 +92,7 @@ class GateSWA(StudentAttention):
             raise UserError(f"--sink-tokens {self.sink_tokens}: expected 0 or more tokens")
         if self.output_gate not in OUTPUT_GATES:
             raise UserError(
-                f"--output-gate {self.output_gate}: expected one of {', '.join(OUTPUT_GATES)}"
+                f"--output-gate {shown(self.output_gate)}: expected one of {', '.join(OUTPUT_GATES)}"
             )
         if max(self.sliding_window, self.sink_tokens) > LARGEST_WINDOW:
             raise UserError(
@@ -106,7 +106,7 @@ class GateSWA(StudentAttention):
                 f"0 to {self.num_layers - 1}"
             )
         if self.sink not in SINK_KINDS:
-            raise UserError(f"--sink {self.sink}: expected one of {', '.join(SINK_KINDS)}")
+            raise UserError(f"--sink {shown(self.sink)}: expected one of {', '.join(SINK_KINDS)}")
         if self.sink_tokens and self.sink_logits:
             raise UserError(f"--sink logit: takes the place of --sink-tokens {self.sink_tokens}")
         if len(self.full_layers) >= self.num_layers:
