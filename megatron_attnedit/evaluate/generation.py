@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_attnedit.evaluate.kv_cache import step
 from megatron_attnedit.evaluate.tasks.scores import mean_and_error
 
 PROMPT_TOKENS = 48
@@ -36,8 +37,7 @@ def greedy(
 def _greedy(model: Any, prompts: Tensor, new_tokens: int) -> Tensor:
     ids, cache, found = prompts.to(model.device), None, []
     for _ in range(new_tokens):
-        out = model.model(ids, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out, cache = step(model, ids, cache)
         ids = model.get_output_embeddings()(out.last_hidden_state[:, -1:]).argmax(-1)
         found.append(ids)
     return torch.cat(found, dim=1).cpu()

@@ -1,5 +1,6 @@
 """Bytes of the key-value cache, counted on the cache that a model really fills."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,6 +11,18 @@ REFERENCE_CONTEXT = 1024
 SHORTEST_CONTEXT = 128
 
 
+def step(model: Any, ids: Tensor, cache: Any = None) -> tuple[Any, Any]:
+    """Run the decoder on tokens ``[b, s]`` after those of a cache.
+
+    Returns:
+        Its output, and the cache, which transformers calls ``cache`` from 5.24 on.
+    """
+    taken = inspect.signature(model.model.forward).parameters
+    name = "cache" if "cache" in taken else "past_key_values"
+    out = model.model(ids, use_cache=True, **{name: cache})
+    return out, out["cache" if "cache" in out else "past_key_values"]
+
+
 @torch.no_grad()
 def cache_bytes(model: Any, context: int) -> int:
     """Memory behind one sequence's cache after ``context`` tokens, in the model's dtype.
@@ -18,10 +31,8 @@ def cache_bytes(model: Any, context: int) -> int:
     last token is decoded by itself, as in serving, which is when such slices are let go.
     """
     ids = torch.zeros(1, context, dtype=torch.long, device=model.device)
-    cache = model.model(ids[:, :-1], use_cache=True).past_key_values
-    return held_bytes(
-        model.model(ids[:, -1:], past_key_values=cache, use_cache=True).past_key_values
-    )
+    _, cache = step(model, ids[:, :-1])
+    return held_bytes(step(model, ids[:, -1:], cache)[1])
 
 
 def held_bytes(cache: Any) -> int:

@@ -91,9 +91,8 @@ class GateSWA(StudentAttention):
         if self.sink_tokens < 0:
             raise UserError(f"--sink-tokens {self.sink_tokens}: expected 0 or more tokens")
         if self.output_gate not in OUTPUT_GATES:
-            raise UserError(
-                f"--output-gate {shown(self.output_gate)}: expected one of {', '.join(OUTPUT_GATES)}"
-            )
+            gate = str(self.output_gate)[:40]  # a file may hold anything
+            raise UserError(f"--output-gate {gate}: expected one of {', '.join(OUTPUT_GATES)}")
         if max(self.sliding_window, self.sink_tokens) > LARGEST_WINDOW:
             raise UserError(
                 f"--sliding-window {shown(self.sliding_window)}, --sink-tokens "
@@ -106,7 +105,9 @@ class GateSWA(StudentAttention):
                 f"0 to {self.num_layers - 1}"
             )
         if self.sink not in SINK_KINDS:
-            raise UserError(f"--sink {shown(self.sink)}: expected one of {', '.join(SINK_KINDS)}")
+            raise UserError(
+                f"--sink {str(self.sink)[:40]}: expected one of {', '.join(SINK_KINDS)}"
+            )
         if self.sink_tokens and self.sink_logits:
             raise UserError(f"--sink logit: takes the place of --sink-tokens {self.sink_tokens}")
         if len(self.full_layers) >= self.num_layers:
