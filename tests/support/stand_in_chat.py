@@ -1,9 +1,9 @@
 """OpenAI's chat interface in a thread of this process: answers that prompt and seed decide."""
 
 import contextlib
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.support.loopback import serving_json
 
 
 def echo(asked):
@@ -41,34 +41,10 @@ class StandIn:
 def chatting(stand_in):
     """Serve; ``stand_in.url`` is its address."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.say(200, {"data": [{"id": "teacher", "max_model_len": 2048}]})
+    def post(path, asked):
+        assert path == "/v1/chat/completions"
+        return stand_in.respond(asked)
 
-        def do_POST(self):
-            assert self.path == "/v1/chat/completions"
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            found = stand_in.respond(asked)
-            if found:
-                self.say(*found)
-
-        def say(self, code, answer):
-            body = json.dumps(answer).encode()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    stand_in.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    models = {"data": [{"id": "teacher", "max_model_len": 2048}]}
+    with serving_json(lambda: (200, models), post) as stand_in.url:
         yield stand_in
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -1,13 +1,11 @@
 """OpenAI's completions interface over a model of transformers, in a thread of this process."""
 
 import contextlib
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
 from megatron_attnedit.evaluate.tasks.answers import LocalModel
+from tests.support.loopback import serving_json
 
 
 @contextlib.contextmanager
@@ -15,43 +13,22 @@ def serving(model, tokenizer, max_model_len=2048):
     """The URL of a running server; ``served`` requests are kept in its second part."""
     answers, served = LocalModel(model, tokenizer, 1), []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.say({"data": [{"id": "student", "max_model_len": max_model_len}]})
+    def post(path, asked):
+        served.append(asked)
+        prompts = asked["prompt"]
+        if asked.get("echo"):
+            choices = [scored(model, prompt) for prompt in prompts]
+        else:
+            texts = answers.complete(prompts, asked["max_tokens"])
+            stops = asked.get("stop") or []
+            choices = [{"text": cut(text, stops)} for text in texts]
+        # In any order, as the interface allows.
+        numbered = [{"index": i, **choice} for i, choice in enumerate(choices)]
+        return 200, {"choices": numbered[::-1]}
 
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            served.append(asked)
-            prompts = asked["prompt"]
-            if asked.get("echo"):
-                choices = [scored(model, prompt) for prompt in prompts]
-            else:
-                texts = answers.complete(prompts, asked["max_tokens"])
-                stops = asked.get("stop") or []
-                choices = [{"text": cut(text, stops)} for text in texts]
-            # In any order, as the interface allows.
-            numbered = [{"index": i, **choice} for i, choice in enumerate(choices)]
-            self.say({"choices": numbered[::-1]})
-
-        def say(self, answer):
-            body = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", served
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    models = {"data": [{"id": "student", "max_model_len": max_model_len}]}
+    with serving_json(lambda: (200, models), post) as url:
+        yield url, served
 
 
 def cut(text, stops):
