@@ -26,15 +26,8 @@ from megatron_attnedit.errors import UserError, run_tool
 from megatron_attnedit.logs import start_logging
 
 
-def parse_args() -> argparse.Namespace:
-    bootstrap()
-    from megatron_attnedit.attention.flags import add_student_flags
-    from megatron_attnedit.attention.registry import STUDENT_ATTENTIONS
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_flags(parser)
+def add_speed_flags(parser: argparse.ArgumentParser) -> None:
+    """What is timed, and on which samples."""
     speed = parser.add_argument_group("attention, kl, stage1, stage2, scaling, decode")
     speed.add_argument("--seq-length", type=int, default=4096, help="tokens (default: %(default)s)")
     speed.add_argument(
@@ -71,6 +64,17 @@ def parse_args() -> argparse.Namespace:
     )
     speed.add_argument("--no-baseline", action="store_true", help="only this program's side")
 
+
+def parse_args() -> argparse.Namespace:
+    bootstrap()
+    from megatron_attnedit.attention.flags import add_student_flags
+    from megatron_attnedit.attention.registry import STUDENT_ATTENTIONS
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_flags(parser)
+    add_speed_flags(parser)
     add_student_flags(parser, required=False)
     parser.set_defaults(student_attention=next(iter(STUDENT_ATTENTIONS)))
     add_scaling_flags(parser)

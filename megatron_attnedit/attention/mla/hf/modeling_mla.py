@@ -136,21 +136,24 @@ def rotary_embedding(config: Any) -> nn.Module:
     return Positions()
 
 
+def build_decoder(model: Any, config: Any, layer: type[nn.Module]) -> None:
+    """What DeepSeek-V3's decoder is made of, with another class of layers and rotation."""
+    model.padding_idx = config.pad_token_id
+    model.vocab_size = config.vocab_size
+    model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, model.padding_idx)
+    model.layers = nn.ModuleList([layer(config, i) for i in range(config.num_hidden_layers)])
+    model.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    model.rotary_emb = rotary_embedding(config)
+    model.gradient_checkpointing = False
+
+
 class MLAModel(DeepseekV3Model):
     """DeepSeek-V3's decoder with this file's attention."""
 
     def __init__(self, config: Any) -> None:
         super(DeepseekV3Model, self).__init__(config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [DeepseekV3DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
-        )
+        build_decoder(self, config, DeepseekV3DecoderLayer)
         decode_from_latents(self)
-        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = rotary_embedding(config)
-        self.gradient_checkpointing = False
         self.post_init()
 
 

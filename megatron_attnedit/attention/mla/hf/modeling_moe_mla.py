@@ -29,11 +29,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 )
 
 try:
-    from .modeling_mla import decode_from_latents, rotary_embedding
+    from .modeling_mla import build_decoder, decode_from_latents
 except ImportError:  # loaded as a single file beside the weights
     from modeling_mla import (  # type: ignore[no-redef]
+        build_decoder,
         decode_from_latents,
-        rotary_embedding,
     )
 
 # Checkpoints hold one tensor per expert, as Qwen3-MoE's do; loading stacks them.
@@ -81,15 +81,7 @@ class MoEMLAModel(MoEMLAPreTrainedModel, DeepseekV3Model):
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super(DeepseekV3Model, self).__init__(config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [MoEMLADecoderLayer(config, i) for i in range(config.num_hidden_layers)]
-        )
-        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = rotary_embedding(config)
-        self.gradient_checkpointing = False
+        build_decoder(self, config, MoEMLADecoderLayer)
         self.post_init()
 
 
