@@ -21,8 +21,12 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = ("examples/recipes/qwen3_8b/config.json", "examples/recipes/qwen3_30b_a3b/config.json")
-# Name of a student attention, and its flags that are not the defaults.
-STUDENTS: dict[str, dict[str, Any]] = {"mla": {}, "gate_swa": {"sink": "logit"}}
+# Student's name: its attention, and its flags that are not the defaults.
+STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mla": ("mla", {}),
+    "gate_swa": ("gate_swa", {"sink": "logit", "output_gate": "elementwise"}),
+    "gate_swa_headwise": ("gate_swa", {"sink": "logit", "output_gate": "headwise"}),
+}
 CASES = "8x32768,1x32768,32x16384,64x4096"
 ROOT = Path(__file__).parents[2]
 ONE_MODEL = "tools.benchmark.serve_one_model"
@@ -93,8 +97,8 @@ def prepare(directory: Path, configs: list[Path], num_layers: int | None) -> Non
         raw["rope_parameters"] = {**rope, "rope_theta": hf.rope_theta}
         cached = [cached_by_teacher(hf, hf.num_hidden_layers)]
         _write(directory / config.parent.name / "teacher", raw, cached)
-        for name, flags in STUDENTS.items():
-            student = student_attention_class(name).from_flags(flags, hf)
+        for name, (attention, flags) in STUDENTS.items():
+            student = student_attention_class(attention).from_flags(flags, hf)
             folder = directory / config.parent.name / name
             _write(folder, student.hf_config(hf), student.cached_layers(hf))
             for file in student.hf_modeling_files(hf):
