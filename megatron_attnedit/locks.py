@@ -150,22 +150,31 @@ class Lock:
         owner = owners.read(self._file)
         if owner is None:
             return
-        age, name = self._age(), owners.in_words(owner)
+        age, name = self._age(self._file), owners.in_words(owner)
         if not self._is_dead(owner, age):
             raise UserError(
                 f"{self._name}: in use by {name}, heartbeat {max(0.0, age):.0f} s ago; "
                 "wait until it has ended, or name another place"
             )
-        # Of several that find the owner dead, one renames its file. One that has renamed the file
-        # of a new owner puts it back.
-        aside = self._file.with_name(f"{self._file.name}.{self._token}")
-        with contextlib.suppress(FileNotFoundError):
-            self._file.rename(aside)
-            if (owners.read(aside) or owner)["token"] == owner["token"]:
+        # Of several that find the owner dead, the one that makes this file may remove the owner's,
+        # after another look: a slower one would otherwise remove the file of the new owner.
+        right = self._file.with_name(f"{self._file.name}.removing")
+        try:
+            os.close(os.open(right, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                if self._age(right) > STALE_S:  # a process was killed while it had the right
+                    right.unlink()
+            time.sleep(POLL_S / 10)
+            return
+        except FileNotFoundError:  # another process has removed the folder that it had made
+            return
+        try:
+            if (owners.read(self._file) or {}).get("token") == owner["token"]:
                 logger.info("%s: taken over from %s, which has ended", self._name, name)
-            elif not self._file.exists():
-                aside.rename(self._file)
-        aside.unlink(missing_ok=True)
+                self._file.unlink(missing_ok=True)
+        finally:
+            right.unlink(missing_ok=True)
 
     def _is_dead(self, owner: dict[str, Any], age: float) -> bool:
         if owner["machine"] == owners.machine():
@@ -176,17 +185,17 @@ class Lock:
                 self._name, owners.in_words(owner), STALE_S - age,
             )  # fmt: skip
         first = _modified(self._file)
-        while self._age() <= STALE_S:
+        while self._age(self._file) <= STALE_S:
             time.sleep(POLL_S)
             if _modified(self._file) not in (first, 0.0):
                 return False
         return True
 
-    def _age(self) -> float:
-        """Seconds since the heartbeat, by the file system's clock; a missing file has any age."""
+    def _age(self, file: Path) -> float:
+        """Seconds since a file was renewed, by the file system's clock; a missing one has any."""
         with tempfile.TemporaryFile(dir=self._file.parent, buffering=0) as now:
             now.write(b".")
-            return os.fstat(now.fileno()).st_mtime - _modified(self._file)
+            return os.fstat(now.fileno()).st_mtime - _modified(file)
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from megatron_attnedit import locks, scratch
+from megatron_attnedit import locks, owners, scratch
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.locks import folder_lock, output_lock
 from tests.support.forked import FORKED
@@ -238,8 +238,7 @@ def test_of_many_at_once_one_wins(tmp_path, dead_owner):
     for attempt in range(2):
         folder = tmp_path / str(attempt)
         if dead_owner:
-            lock_of(folder).take()
-            rewrite(file_of(folder), process_started=1.0)
+            leave_dead(folder)
         start, end, results = FORKED.Event(), FORKED.Event(), FORKED.Queue()
         args = (folder, start, end, results)
         rivals = [FORKED.Process(target=compete, args=args) for _ in range(5)]
@@ -254,6 +253,46 @@ def test_of_many_at_once_one_wins(tmp_path, dead_owner):
         assert answers.count("mine") == 1
         assert all("in use by" in answer for answer in answers if answer != "mine")
         assert not list(folder.rglob(".lock*"))
+
+
+def leave_dead(folder):
+    """The lock of a process that has ended."""
+    lock_of(folder).take()
+    rewrite(file_of(folder), process_started=1.0)
+
+
+def test_a_slow_rival_leaves_the_new_owner_s_file(tmp_path, monkeypatch):
+    """It found the owner dead, and before it acts, another takes over; a third could come in."""
+    leave_dead(tmp_path)
+    quick, slow = lock_of(tmp_path), lock_of(tmp_path)
+    is_running, read, there = owners.is_running, owners.read, []
+
+    def late(owner):
+        monkeypatch.setattr(owners, "is_running", is_running)
+        quick.take()
+        monkeypatch.setattr(owners, "read", looked_at)
+        return False
+
+    def looked_at(file):
+        there.append(file_of(tmp_path).exists())
+        return read(file)
+
+    monkeypatch.setattr(owners, "is_running", late)
+    with pytest.raises(UserError, match="in use by"):
+        slow.take()
+    monkeypatch.setattr(owners, "read", read)
+    assert there and all(there)
+    quick.check()
+    quick.release()
+
+
+def test_a_right_of_a_killed_rival_expires(tmp_path, monkeypatch):
+    leave_dead(tmp_path)
+    right = file_of(tmp_path).with_name(".lock.removing")
+    right.touch()
+    os.utime(right, (time.time() - locks.STALE_S - 1,) * 2)
+    with lock_of(tmp_path):
+        assert not right.exists()
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
