@@ -67,7 +67,7 @@ class CheckpointWriter:
         background: bool = False,
         retention: Retention = KEEP_ALL,
     ) -> None:
-        self._directory, self._lineage = directory, lineage
+        self._directory, self.lineage = directory, lineage
         self._background, self._retention = background, retention
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         self._queue = AsyncCallsQueue()
@@ -138,7 +138,7 @@ class CheckpointWriter:
         def seal_and_rename() -> None:
             save_config(CheckpointingConfig("torch_dist", 1), str(partial))
             (partial / COMMON).write_bytes(common)
-            self._lineage.write(partial)
+            self.lineage.write(partial)
             seal(partial, _collect_hashes(partial))
             target = run_folder.iteration_dir(self._directory, iteration)
             replaced = self._directory / f"{run_folder.REPLACED}{target.name}"

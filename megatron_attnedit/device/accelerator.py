@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_attnedit.device import fp8
 from megatron_attnedit.device.ascend import Adaptor
 from megatron_attnedit.device.fusion import compiles
 from megatron_attnedit.errors import UserError
@@ -44,6 +45,11 @@ class Accelerator:
     def compiles(self) -> bool:
         """Does ``torch.compile`` pay here?"""
         return compiles(self.device)
+
+    @property
+    def has_fp8_products(self) -> bool:
+        """See ``fp8.has_fp8_products``."""
+        return fp8.has_fp8_products(self.device)
 
     @property
     def records(self) -> bool:

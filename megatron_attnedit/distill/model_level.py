@@ -6,7 +6,7 @@ teacher behind student on the batch dimension, the teacher's half without a grad
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,11 @@ class ModelLevelDistillation(MegatronModule):
         num_matched: Layers of the whole model that feature matching compares: those not shared.
         record: Record the teacher and replay it (see ``device.Recorded``); without feature
             matching, which wants what is between its layers.
+        fp8: Teacher and student with their frozen layers in FP8 (see ``models.frozen_fp8``).
+
+    Attributes:
+        mode: Which pair runs: ``as_given``, ``fp8``, or ``teachers``: the teacher as given and, in
+            the student's place, in FP8.
     """
 
     def __init__(
@@ -82,16 +87,23 @@ class ModelLevelDistillation(MegatronModule):
         vocab_size: int,
         num_matched: int,
         record: bool = False,
+        fp8: tuple[GPTModel, GPTModel] | None = None,
     ) -> None:
         super().__init__(config=teacher.config)
         self.model_type = teacher.model_type
         self.teacher = teacher
         self.student = student
+        self.mode = "as_given"
+        self._pairs: dict[str, tuple[GPTModel, GPTModel]] = {"as_given": (teacher, student)}
+        if fp8:
+            self._pairs |= {"fp8": fp8, "teachers": (teacher, fp8[0])}
         self.loss_config = config
         self.vocab_size = vocab_size
         self._trained = trained
-        teacher_run = functools.partial(through_layers, teacher)
-        self._teacher_run = Recorded(teacher_run) if record else teacher_run
+        self._teacher_runs: dict[GPTModel, Callable[..., Tensor]] = {}
+        for model, _ in self._pairs.values():
+            run = functools.partial(through_layers, model)
+            self._teacher_runs[model] = Recorded(run) if record else run
         self.features: FeatureMatching | None = None
         if config.feature_matching_weight:
             self.features = FeatureMatching(
@@ -104,10 +116,16 @@ class ModelLevelDistillation(MegatronModule):
     def train(self, mode: bool = True) -> Self:
         """Switch what is the student's own; shared modules stay in eval mode."""
         self.training = mode
-        self.student.decoder.training = mode  # the student's own object: does it recompute?
+        for _, student in self._pairs.values():
+            student.decoder.training = mode  # the student's own object: does it recompute?
         for module in self._trained:
             module.train(mode)
         return self
+
+    @property
+    def running(self) -> tuple[GPTModel, GPTModel]:
+        """Teacher and student of the present mode."""
+        return self._pairs[self.mode]
 
     @property
     def called_as_a_whole(self) -> Iterable[nn.Module]:
@@ -132,8 +150,8 @@ class ModelLevelDistillation(MegatronModule):
         """Called by Megatron's schedules with ``[s, 2b, h]``, or None on the first stage."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         halves = (None, None) if tensor is None else tensor.chunk(2, dim=1)
-        self.student.set_input_tensor(halves[0])
-        self.teacher.set_input_tensor(halves[1])
+        for model, half in zip(self.running, reversed(halves), strict=True):
+            model.set_input_tensor(half)
 
     def forward(
         self,
@@ -155,10 +173,11 @@ class ModelLevelDistillation(MegatronModule):
         """
         if self.features:
             self.features.start(local_token_mask(loss_mask, self.config))
+        teacher, student = self.running
         with torch.no_grad():
-            entering = first_hidden(self.teacher, tokens, position_ids)
-            teacher_hidden = self._teacher_run(entering, documents)
-        student_hidden = backbone(self.student, tokens, position_ids, documents)
+            entering = first_hidden(teacher, tokens, position_ids)
+            teacher_hidden = self._teacher_runs[teacher](entering, documents)
+        student_hidden = backbone(student, tokens, position_ids, documents)
         if self.features:
             self.features.stop()
         return torch.cat([student_hidden, teacher_hidden.detach()], dim=1)
@@ -183,7 +202,7 @@ class ModelLevelDistillation(MegatronModule):
         mask = loss_mask.t().reshape(-1)
         common: dict[str, Any] = {"vocab_size": self.vocab_size, "group": group}
         common["chunk_tokens"] = self.loss_config.kl_chunk_tokens
-        weights = output_weight(self.student), output_weight(self.teacher)
+        weights = [output_weight(model) for model in reversed(self.running)]
         kl = chunked_divergence(
             student,
             weights[0],

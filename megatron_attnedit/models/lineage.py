@@ -34,6 +34,7 @@ class Lineage:
         trainable: ``attention``: only edited attentions are stored; ``all``: the whole student.
         recipe: Final values of the run; of ``edit``, its flags.
         data: Identity of the training data.
+        measured: What the run found out before it began, such as distances in nats.
         history: Lineage of the checkpoint that this one was trained from, and so on.
     """
 
@@ -44,6 +45,7 @@ class Lineage:
     trainable: str = "attention"
     recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def attention(self) -> StudentAttention:

@@ -37,6 +37,7 @@ class Workload:
         feature_matching: Are hidden states of the edited layers compared (stage 2)?
         kl_chunk_tokens: Tokens whose logits live at a time.
         runs_student: Do the student's own hidden states travel beside the teacher's (stage 1)?
+        fp8_layers: Frozen linear layers in FP8, see ``training.precision_options``; empty: none.
     """
 
     stage: int
@@ -54,6 +55,7 @@ class Workload:
     feature_matching: bool = False
     kl_chunk_tokens: int = 1024
     runs_student: bool = False
+    fp8_layers: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.models.frozen_fp8 import rows_in_fp8
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import edited_rows, student_rows
 from megatron_attnedit.planning.activations import Workload, activation_bytes
@@ -89,8 +90,13 @@ def _states(
     masters = FLOAT32 if work.bytes_per_number == 2 else 0
     for index, layers in enumerate(chunks):
         ends = parallel.ends_of_chunk(stage, index)
-        frozen = _shards(teacher_rows(hf), hf, parallel, layers, *ends)
+        rows = teacher_rows(hf)
+        frozen = _shards(rows, hf, parallel, layers, *ends)
         parameters += sum(numel for numel, _ in frozen) * work.bytes_per_number
+        in_fp8 = rows_in_fp8(rows, work.fp8_layers, edits=student.edits)
+        # Instead of the others in stage 1, besides in stage 2; a scale of a row is next to nothing.
+        saved = work.bytes_per_number - 1 if work.stage == 1 else -1
+        parameters -= sum(n for n, _ in _shards(in_fp8, hf, parallel, layers, *ends)) * saved
         for part in trained_on_process(hf, student, parallel, work, layers, *ends).buffers:
             parameters += part.numbers * work.bytes_per_number
             gradients += part.numbers * FLOAT32

@@ -14,6 +14,7 @@ from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
+from megatron_attnedit.models.frozen_fp8 import fp8_copies
 from megatron_attnedit.models.student import edited_attentions
 from megatron_attnedit.models.teacher import can_be_recorded
 from megatron_attnedit.planning.flops import stage1_flops, stage2_flops
@@ -106,6 +107,10 @@ def _model_level(recipe: Stage2Recipe, models: Models) -> Built:
         feature_matching_weight=recipe.feature_matching_weight,
         kl_chunk_tokens=recipe.kl_chunk_tokens,
     )
+    fp8: Sequence[Any] = [None] * len(models.teacher)
+    if recipe.in_fp8:
+        layers = recipe.frozen_precision_layers
+        fp8 = fp8_copies(models.teacher, models.student, layers, edits=models.attention.edits)
     modules = [
         ModelLevelDistillation(
             teacher,
@@ -115,13 +120,16 @@ def _model_level(recipe: Stage2Recipe, models: Models) -> Built:
             vocab_size=models.hf.vocab_size,
             num_matched=num_matched,
             record=_records(recipe, models),
+            fp8=pair,
         )
-        for teacher, student, trained in zip(
-            models.teacher, models.student, models.trained, strict=True
+        for teacher, student, trained, pair in zip(
+            models.teacher, models.student, models.trained, fp8, strict=True
         )
     ]
     flops = stage2_flops(models.hf, recipe.seq_length, trainable=recipe.trainable)
-    return Built(modules, functools.partial(Stage2, modules), flops)
+    samples = round(recipe.frozen_precision_until * recipe.train_iters) * recipe.global_batch_size
+    stage_of = functools.partial(Stage2, modules, samples_in_fp8=samples)
+    return Built(modules, stage_of, flops)
 
 
 BUILDERS: dict[int, Callable[[Any, Models], Built]] = {1: _layer_wise, 2: _model_level}

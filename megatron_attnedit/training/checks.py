@@ -22,6 +22,7 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.lineage import FILE, Lineage, read_lineage
+from megatron_attnedit.training.frozen_precision import check_fp8_device, check_fp8_sizes
 from megatron_attnedit.training.judging import check_judging
 from megatron_attnedit.training.optimizer import check_offload
 from megatron_attnedit.training.recipe import Recipe
@@ -100,6 +101,7 @@ def check_grid(
         moe_grouped_gemm=recipe.moe_grouped_gemm,
     )
     parallel.check_student(student, recipe.seq_length)
+    check_fp8_sizes(recipe, hf, student, parallel)
     hf.check_sequence(recipe.seq_length)
     return count
 
@@ -141,6 +143,7 @@ def check_device(recipe: Recipe, student: StudentAttention) -> None:
         sizes = (0, 0) if recipe.reset_attention_mask else None  # any: the backend is named
         attention_backend(recipe.attention_backend, sink_tokens=sinks, documents_with=sizes)
     check_offload(recipe)
+    check_fp8_device(recipe)
     check_judging(recipe)
     if recipe.wandb_project:
         check_installed(recipe.wandb_project)

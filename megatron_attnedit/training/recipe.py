@@ -12,6 +12,7 @@ from megatron_attnedit.files import check_output_folder
 from megatron_attnedit.models.grid import ParallelConfig, num_microbatches
 from megatron_attnedit.training.data_options import DataOptions
 from megatron_attnedit.training.options import check_options, flag_name, option
+from megatron_attnedit.training.precision_options import PrecisionOptions, ShareInFp8
 from megatron_attnedit.training.random_state import LARGEST_SEED
 from megatron_attnedit.training.task_options import TaskOptions
 
@@ -21,7 +22,7 @@ MOST_SAMPLES = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(TaskOptions, DataOptions):
+class Recipe(TaskOptions, DataOptions, PrecisionOptions):
     """What both stages have in common. Flags are the field names with dashes."""
 
     number = 0  # of the stage
@@ -143,6 +144,7 @@ class Recipe(TaskOptions, DataOptions):
         check_options(self)
         self._check_samples()
         self.check_tasks()
+        self.check_precision(bf16=self.bf16)
         if self.keep_every and not self.keep_last:
             raise UserError(f"--keep-every {self.keep_every}: all stay without --keep-last")
         if 0 < self.loss_spike_factor <= 1:
@@ -213,7 +215,7 @@ class Recipe(TaskOptions, DataOptions):
 
     def workload(self) -> dict[str, Any]:
         """Fields of ``planning.activations.Workload`` that are this stage's own."""
-        return {}
+        return {"fp8_layers": self.frozen_precision_layers if self.in_fp8 else ""}
 
     def parallel(self) -> ParallelConfig:
         """The grid.
@@ -268,11 +270,11 @@ class Stage1Recipe(Recipe):
         return max(self.student_input_start, self.student_input_end) > 0
 
     def workload(self) -> dict[str, Any]:
-        return {"runs_student": self.runs_student}
+        return {**super().workload(), "runs_student": self.runs_student}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage2Recipe(Recipe):
+class Stage2Recipe(ShareInFp8, Recipe):
     """Model-level distillation."""
 
     number = 2
@@ -307,6 +309,7 @@ class Stage2Recipe(Recipe):
                 "--recompute full does not go with --feature-matching-weight: its targets are gone "
                 "when a layer runs again; use --recompute selective"
             )
+        self.check_share(self.valid_data_path, self.feature_matching_weight)
 
     @property
     def own_copies(self) -> bool:
@@ -318,6 +321,7 @@ class Stage2Recipe(Recipe):
 
     def workload(self) -> dict[str, Any]:
         return {
+            **super().workload(),
             "trainable": self.trainable,
             "recompute": self.recompute,
             "feature_matching": self.feature_matching_weight > 0,

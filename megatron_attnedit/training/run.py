@@ -15,6 +15,7 @@ from megatron_attnedit.data.datasets import build_datasets
 from megatron_attnedit.device import Accelerator
 from megatron_attnedit.errors import STOPPED, UserError
 from megatron_attnedit.locks import Lock, folder_lock
+from megatron_attnedit.models.frozen_fp8 import models_to_fp8
 from megatron_attnedit.models.lineage import Lineage
 from megatron_attnedit.training.building import Models, build
 from megatron_attnedit.training.checks import (
@@ -23,6 +24,7 @@ from megatron_attnedit.training.checks import (
     check_teacher_of,
     finished,
 )
+from megatron_attnedit.training.frozen_precision import measure_fp8
 from megatron_attnedit.training.health import Health
 from megatron_attnedit.training.heartbeat import FAILED, FINISHED, Heartbeat
 from megatron_attnedit.training.judging import Judging
@@ -126,6 +128,9 @@ def _prepare(
         gradient_accumulation_fusion=recipe.gradient_accumulation_fusion,
     )
     check_teacher_of(recipe, checked.before, teacher.fingerprint)
+    if recipe.in_fp8 and not recipe.keeps_bf16:  # before anything shares what is replaced
+        layers = recipe.frozen_precision_layers
+        models_to_fp8(teacher.chunks, layers, edits=checked.before.attention().edits)
     student = Student(
         teacher,
         checked.start,
@@ -144,7 +149,7 @@ def _prepare(
         recipe, Models(teacher.hf, student.attention, teacher.chunks, student.chunks, trained)
     )
     models, optimizer, schedule = wrap(built.modules, recipe)
-    return Run(
+    run = Run(
         recipe=recipe,
         train_data=train_data,
         valid_data=valid_data,
@@ -157,6 +162,9 @@ def _prepare(
         lock=lock,
         **_parts(recipe, checked.lineage, started, accelerator),
     )
+    if recipe.in_fp8 and recipe.keeps_bf16:
+        measure_fp8(run)
+    return run
 
 
 def _parts(

@@ -148,6 +148,10 @@ class Stage2:
     Args:
         modules: This rank's pieces.
         models: The same, wrapped for data parallelism.
+        samples_in_fp8: Of the run's, the first so many are trained on with frozen layers in FP8.
+
+    Attributes:
+        mode: The modules' elsewhere; see ``ModelLevelDistillation``.
     """
 
     number = 2
@@ -156,9 +160,11 @@ class Stage2:
         self,
         modules: Sequence[ModelLevelDistillation],
         models: Sequence[DistributedDataParallel],
+        samples_in_fp8: int = 0,
     ) -> None:
         self.modules = modules
         self.models = models
+        self.samples_in_fp8, self.mode = samples_in_fp8, "as_given"
         self._batches: list[Batch] = []  # of the last iteration
         config = modules[0].config
         config.finalize_model_grads_func = finalize_model_grads
@@ -168,6 +174,7 @@ class Stage2:
     def _run(self, batches: Iterator[Batch], num_microbatches: int, *, training: bool) -> Metrics:
         for module in self.modules:
             module.train(training)
+            module.mode = self.mode
             if module.features:
                 module.features.total.zero_()
 
@@ -176,6 +183,9 @@ class Stage2:
         def kept(batches: Iterator[Batch]) -> Iterator[Batch]:
             for batch in batches:
                 self._batches.append(batch)
+                if training and batch.sample_ids[0] < self.samples_in_fp8:
+                    for module in self.modules:
+                        module.mode = "fp8"
                 yield batch
 
         def step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
@@ -233,7 +243,7 @@ class Stage2:
         return metrics
 
     def blame(self) -> str:
-        with torch.no_grad(), nonfinite_layers([m.student for m in self.modules]) as bad:
+        with torch.no_grad(), nonfinite_layers([m.running[1] for m in self.modules]) as bad:
             run_schedule(
                 self.models,
                 iter(self._batches),

@@ -15,6 +15,7 @@ from megatron.core import tensor_parallel
 
 from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.models.lineage import read_lineage
 from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
@@ -146,6 +147,24 @@ def test_own_inputs_continue_bit_for_bit(inputs, tmp_path, grid):
     assert_equal(whole, resumed)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("stage", RECIPES)
+def test_frozen_layers_in_fp8_continue_bit_for_bit(inputs, tmp_path, stage):
+    """In stage 2 FP8 ends an iteration after the one that the run resumes from."""
+    save, valid = tmp_path / "run", [str(inputs / "data")]
+    fields = {"frozen_precision": "fp8-emulated", "valid_data_path": valid, "eval_iters": 1}
+    fields |= {"frozen_precision_until": 0.75} if stage == "stage 2" else {}
+    arguments = 1, train_to_the_end, stage, inputs, save, fields
+    whole = processes.run(*arguments)
+    logged = losses(save)
+    measured = read_lineage(run_folder.last_good(save)).measured
+    assert bool(measured) == (stage == "stage 2")
+    cut_off(save, 2)
+    assert_equal(whole, processes.run(*arguments))
+    assert losses(save) == logged
+    assert read_lineage(run_folder.last_good(save)).measured == measured
+
+
 def assert_equal(whole, resumed):
     for before, after in zip(whole, resumed, strict=True):
         assert before.keys() == after.keys()
@@ -153,7 +172,7 @@ def assert_equal(whole, resumed):
             assert torch.equal(before[name], after[name]), name
 
 
-@pytest.mark.parametrize(("stage", "distributed"), every_other(RECIPES, [False, True], of=3))
+@pytest.mark.parametrize(("stage", "distributed"), every_other(RECIPES, [False, True]))
 def test_stage_with_nothing_to_train_continues(inputs, tmp_path, stage, distributed):
     """Rank 0 writes what all ranks share, and here it has no optimizer state."""
     save = tmp_path / "run"
@@ -168,13 +187,7 @@ def test_stage_with_nothing_to_train_continues(inputs, tmp_path, stage, distribu
 
 @pytest.mark.parametrize(
     ("grid", "distributed"),
-    [
-        (EP2, False),
-        *(
-            pytest.param(*cell, marks=pytest.mark.full)
-            for cell in ((EP2, True), (TP2 | SP, False), (TP2 | SP, True))
-        ),
-    ],
+    every_other([TP2 | SP, EP2], [True, False]),
 )
 def test_trained_experts_continue(tmp_path, grid, distributed):
     """Bit for bit on the same grid; up to rounding from and on one process, where mcore has one
@@ -207,10 +220,7 @@ def test_trained_experts_continue(tmp_path, grid, distributed):
 
 @pytest.mark.parametrize(
     ("world_size", "fields"),
-    [
-        pytest.param(1, {}, marks=pytest.mark.full),
-        (2, EP2 | {"use_distributed_optimizer": True}),
-    ],
+    [(1, {}), (2, EP2 | {"use_distributed_optimizer": True})],
     ids=["one process", "EP2 distributed optimizer"],
 )
 def test_grouped_experts_continue_bit_for_bit(tmp_path, world_size, fields):
@@ -236,7 +246,7 @@ OTHER_GRIDS = {
 }
 
 
-@pytest.mark.parametrize(("stage", "grid"), every_other(RECIPES, OTHER_GRIDS, of=4))
+@pytest.mark.parametrize(("stage", "grid"), every_other(RECIPES, OTHER_GRIDS))
 def test_continues_on_another_grid(inputs, tmp_path, stage, grid):
     """Saved by four processes, continued by others: the same losses up to rounding."""
     save = tmp_path / "run"

@@ -24,6 +24,7 @@ from megatron_attnedit import stop_signals
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError, run_tool
 from megatron_attnedit.logs import start_logging
+from megatron_attnedit.training.precision_options import FROZEN_PRECISIONS, LAYERS
 
 
 def add_speed_flags(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +63,14 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     speed.add_argument(
         "--optimizer-cpu-offload", action="store_true", help="optimizer states on the host"
     )
+    speed.add_argument(
+        "--frozen-precision",
+        choices=FROZEN_PRECISIONS,
+        default="bf16",
+        help="stage1, stage2, scaling: of products with frozen weights, on this program's side "
+        "(default: %(default)s)",
+    )
+    speed.add_argument("--frozen-precision-layers", choices=LAYERS, default="mlp")
     speed.add_argument("--no-baseline", action="store_true", help="only this program's side")
 
 
@@ -206,6 +215,8 @@ def workload(args: argparse.Namespace, config: dict[str, Any]) -> Any:
         optimizer_cpu_offload=args.optimizer_cpu_offload,
         runs_student=args.student_inputs,
         document_length=args.document_length,
+        frozen_precision=args.frozen_precision,
+        frozen_precision_layers=args.frozen_precision_layers,
         **scaling_fields(args),
     )
 

@@ -80,6 +80,7 @@ def predicted_peak_gb(work: Workload) -> float:
         trainable=work.trainable if work.stage == 2 else "attention",
         recompute=work.recompute,
         runs_student=work.runs_student,
+        fp8_layers="" if work.frozen_precision == "bf16" else work.frozen_precision_layers,
     )
     (held,) = memory.memory_of_stages(work.hf, work.student, ParallelConfig(), shape)
     return held.total / 1e9
@@ -111,4 +112,6 @@ def describe(work: Workload) -> str:
         parts.append(f"recompute {work.recompute}")
     if work.optimizer_cpu_offload:
         parts.append("optimizer on the host")
+    if work.frozen_precision != "bf16":
+        parts.append(f"frozen {work.frozen_precision} ({work.frozen_precision_layers})")
     return ", ".join(parts)

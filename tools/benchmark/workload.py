@@ -17,6 +17,7 @@ from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.data.datasets import Batch
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.models.config import transformer_config
+from megatron_attnedit.models.frozen_fp8 import models_to_fp8
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.student import build_student, edited_attentions
 from megatron_attnedit.models.teacher import build_teacher
@@ -48,6 +49,8 @@ class Workload:
         runs_student: All layers receive the student's own hidden states (stage 1).
         document_length: Tokens of the documents that samples are packed of, with masks and
             positions of their own; 0: a sample is one document.
+        frozen_precision: See the recipe; in stage 2, that of all iterations.
+        frozen_precision_layers: See the recipe.
     """
 
     hf: HFConfig
@@ -65,6 +68,8 @@ class Workload:
     optimizer_cpu_offload: bool = False
     runs_student: bool = False
     document_length: int = 0
+    frozen_precision: str = "bf16"
+    frozen_precision_layers: str = "mlp"
 
     @property
     def tokens(self) -> int:
@@ -122,10 +127,14 @@ def _recipe(work: Workload) -> Recipe:
         "overlap_param_gather": work.overlap_param_gather,
         "optimizer_cpu_offload": work.optimizer_cpu_offload,
         "record": bootstrap().records and (work.stage == 2 or not work.overlap_grad_reduce),
+        "frozen_precision": work.frozen_precision,
+        "frozen_precision_layers": work.frozen_precision_layers,
     }
     if work.stage == 1:
         share = float(work.runs_student)
         return Stage1Recipe(**common, student_input_start=share, student_input_end=share)
+    if work.frozen_precision != "bf16":
+        common |= {"frozen_precision_until": 1.0, "valid_data_path": ["-"]}
     return Stage2Recipe(**common, recompute=work.recompute, trainable=work.trainable)
 
 
@@ -152,6 +161,8 @@ def build_training(work: Workload, *, attention_backend: str = "auto") -> Traini
     start_processes(work.parallel, recipe.seed)
     config = _config(work)
     teachers = _models(work, config, attention_backend)
+    if recipe.in_fp8 and not recipe.keeps_bf16:
+        models_to_fp8(teachers, recipe.frozen_precision_layers, edits=work.student.edits)
     own = work.trainable == "all"
     bases = _models(work, config, attention_backend) if own else teachers
     device = bootstrap().device
