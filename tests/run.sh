@@ -28,6 +28,7 @@ if [ $# -gt 0 ]; then exec python -m pytest --durations=15 "$@"; fi
 # What stops processes by the clock has the cores to itself.
 alone=(tests/integration/test_{faults,kills,launchers,slurm,slurm_runs,torchrun}.py)
 failed=0
-python -m pytest --numprocesses 2 --dist loadfile tests "${alone[@]/#/--ignore=}" || failed=1
+python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests \
+    "${alone[@]/#/--ignore=}" || failed=1
 python -m pytest --durations=15 "${alone[@]}" || failed=1
 exit $failed

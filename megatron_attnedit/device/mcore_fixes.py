@@ -18,7 +18,7 @@ from megatron_attnedit.device.repair import Repair
 from megatron_attnedit.device.weight_gradient import add_weight_gradient
 from megatron_attnedit.errors import UserError
 
-SUPPORTED = (16, 17, 18, 19)  # 0.N; docs/versions.md has what was run on each
+SUPPORTED = (16, 17, 18, 19)  # 0.N; docs/reference/versions.md has what was run on each
 
 
 @Repair

@@ -72,7 +72,7 @@ class Repair:
         raise UserError(
             f"megatron-core {megatron.core.__version__} has no {where}{owner.__name__}."
             f"{' or '.join(names)}, which this program replaces ({self.name}): install a version "
-            "that docs/versions.md names"
+            "that docs/reference/versions.md names"
         )
 
     @property

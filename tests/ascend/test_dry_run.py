@@ -1,4 +1,4 @@
-"""Dry-run conformance against torch_npu 2.13.0 (not a run on an NPU; see ``docs/ascend.md``).
+"""Dry-run conformance against torch_npu 2.13.0 (not on an NPU; ``docs/tutorials/ascend.md``).
 
 The wheel is the real one, unmodified, on a stand-in for CANN; numbers are computed on the CPU.
 """

@@ -137,7 +137,7 @@ def test_two_nodes_by_their_ranks(tmp_path):
 @pytest.mark.parametrize(("model", "world_size"), [("qwen3_8b", 8), ("qwen3_30b_a3b", 16)])
 @pytest.mark.parametrize("stage", [Stage1Recipe, Stage2Recipe])
 def test_recipes_fit_their_nodes(stage, model, world_size, student, capsys, tmp_path):
-    """And need what docs/ascend.md says."""
+    """And need what docs/tutorials/ascend.md says."""
     number = 1 if stage is Stage1Recipe else 2
     file = Path(f"examples/recipes/ascend/{model}_stage{number}.yaml")
     words = [
@@ -160,7 +160,7 @@ def test_recipes_fit_their_nodes(stage, model, world_size, student, capsys, tmp_
     dry_run(stage, "help", [str(word) for word in words])
     found = json.loads((tmp_path / "plan.json").read_text())["memory"]
     needed = f"{max(stage['total'] for stage in found) / 2**30:.1f}"
-    lines = Path("docs/ascend.md").read_text().splitlines()
+    lines = Path("docs/tutorials/ascend.md").read_text().splitlines()
     (row,) = (line for line in lines if line.startswith(f"| `{model}_stage"))
     if student == "mla":
         figures = row.split("|")[-2].replace("GiB", "").split("/")

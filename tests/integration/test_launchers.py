@@ -44,7 +44,9 @@ def wait_for(save: Path, event: tuple[str, int]) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)]
+)
 def test_torchrun_signalled_and_started_again(tmp_path, number):
     root = root_with_stand_in(tmp_path / "root")
     save = tmp_path / "run"

@@ -135,13 +135,11 @@ MORE = {
     "DP2 bfloat16": (2, {"bf16": True, "use_distributed_optimizer": True}, False),
 }
 QUICK = [
-    ("stage 1", "TP2", "mla"),
     ("stage 1", "TP2 SP", "gate_swa"),
     ("stage 2", "TP2 SP", "mla"),
     ("stage 2", "PP2", "gate_swa"),
     ("stage 1", "DP2 distributed optimizer", "mla"),
     ("stage 2", "CP2", "gate_swa"),
-    ("stage 2", "EP2", "mla"),
     ("stage 1", "ETP2, TP1", "mla"),
     ("stage 1 on own inputs", "TP2 SP x PP2", "gate_swa"),
 ]

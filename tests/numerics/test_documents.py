@@ -180,11 +180,9 @@ def test_packed_is_one_at_a_time(inputs, tmp_path, stage, student, flags):
 
 
 ON_GRIDS = [
-    ("stage 1", "sink_tokens", "CP2"),
     ("stage 2", "gate_swa", "CP2"),
     ("stage 2", "mla", "TP2 SP"),
     ("stage 1", "mla_chosen", "CP2"),
-    ("stage 1 on own inputs", "mla", "PP2"),
     ("stage 2", "sink_logits", "PP2"),
 ]
 REST = [

@@ -172,7 +172,7 @@ def assert_equal(whole, resumed):
             assert torch.equal(before[name], after[name]), name
 
 
-@pytest.mark.parametrize(("stage", "distributed"), every_other(RECIPES, [False, True]))
+@pytest.mark.parametrize(("stage", "distributed"), every_other(RECIPES, [False, True], of=3))
 def test_stage_with_nothing_to_train_continues(inputs, tmp_path, stage, distributed):
     """Rank 0 writes what all ranks share, and here it has no optimizer state."""
     save = tmp_path / "run"
@@ -187,7 +187,13 @@ def test_stage_with_nothing_to_train_continues(inputs, tmp_path, stage, distribu
 
 @pytest.mark.parametrize(
     ("grid", "distributed"),
-    every_other([TP2 | SP, EP2], [True, False]),
+    [
+        (EP2, False),
+        *(
+            pytest.param(*cell, marks=pytest.mark.full)
+            for cell in ((EP2, True), (TP2 | SP, False), (TP2 | SP, True))
+        ),
+    ],
 )
 def test_trained_experts_continue(tmp_path, grid, distributed):
     """Bit for bit on the same grid; up to rounding from and on one process, where mcore has one
@@ -220,7 +226,10 @@ def test_trained_experts_continue(tmp_path, grid, distributed):
 
 @pytest.mark.parametrize(
     ("world_size", "fields"),
-    [(1, {}), (2, EP2 | {"use_distributed_optimizer": True})],
+    [
+        pytest.param(1, {}, marks=pytest.mark.full),
+        (2, EP2 | {"use_distributed_optimizer": True}),
+    ],
     ids=["one process", "EP2 distributed optimizer"],
 )
 def test_grouped_experts_continue_bit_for_bit(tmp_path, world_size, fields):
@@ -246,7 +255,7 @@ OTHER_GRIDS = {
 }
 
 
-@pytest.mark.parametrize(("stage", "grid"), every_other(RECIPES, OTHER_GRIDS))
+@pytest.mark.parametrize(("stage", "grid"), every_other(RECIPES, OTHER_GRIDS, of=4))
 def test_continues_on_another_grid(inputs, tmp_path, stage, grid):
     """Saved by four processes, continued by others: the same losses up to rounding."""
     save = tmp_path / "run"

@@ -24,7 +24,7 @@ from tests.support.models import tiny_data, tiny_hf_dir, tokens
 FLAGS = {"sliding_window": 8, "sink": "logit", "full_layers": "1"}
 CELLS = [
     ("stage 1", "TP2 SP x CP2", []),
-    ("stage 2 all, recompute", "TP2 SP", []),
+    ("stage 2 all, recompute", "TP2 SP", pytest.mark.full),
     ("stage 1", "TP2", pytest.mark.full),
     ("stage 2", "PP2 interleaved", pytest.mark.full),
     ("stage 2", "CP2", pytest.mark.full),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
     ("page", "files"),
     [
         ("README.md", {"quickstart.json"}),
-        ("docs/results.md", {"quickstart.json", "quickstart_compare_init.json"}),
+        ("docs/log.md", {"quickstart.json", "quickstart_compare_init.json"}),
     ],
 )
 def test_tables_are_those_of_the_data(page, files):
@@ -26,13 +26,13 @@ def test_tables_are_those_of_the_data(page, files):
 
 
 def test_conversion_figures():
-    lines = (ROOT / "docs" / "conversion.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "howto" / "convert.md").read_text().splitlines()
     for run in json.loads((ROOT / "docs" / "data" / "conversion.json").read_text()):
         assert table_row(run) in lines
         assert run["byte_identical"]
 
 
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"

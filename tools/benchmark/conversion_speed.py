@@ -66,7 +66,7 @@ def add_run(file: Path, run: dict[str, Any]) -> None:
 
 
 def table_row(run: dict[str, Any]) -> str:
-    """A run's line in the table of ``docs/conversion.md``."""
+    """A run's line in the table of ``docs/howto/convert.md``."""
     steps = [run[step] for step in ("import", "export")]
     times = [f"{step['seconds']:.0f} ({step['ratio_to_cp']:.2f})" for step in steps]
     memory = f"{max(step['rss_anon_gib'] for step in steps):.2f}"

@@ -2,7 +2,7 @@
 """Keep figures of runs and make the tables of pages from them.
 
   results add report.json ... --data docs/data/NAME.json   keep students of reports
-  results fill docs/results.md README.md                   make the marked tables anew
+  results fill docs/log.md README.md                   make the marked tables anew
 
 Run it as ``python -m tools.benchmark.results``.
 """

@@ -15,7 +15,7 @@ from tools.benchmark.workload import Workload
 
 ROOT = Path(__file__).parents[3]
 ROWS = json.loads((ROOT / "docs" / "data" / "performance.json").read_text())
-TOLERANCE = 0.026  # what docs/running.md claims
+TOLERANCE = 0.026  # what docs/howto/run.md claims
 
 
 def workloads():

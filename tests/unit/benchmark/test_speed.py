@@ -98,9 +98,9 @@ def test_tables_of_decoding_show_the_cache():
 
 def test_the_page_has_the_committed_figures(tmp_path):
     page = tmp_path / "performance.md"
-    page.write_text((ROOT / "docs" / "performance.md").read_text())
+    page.write_text((ROOT / "docs" / "reference" / "speed.md").read_text())
     speed_page.write_page(ROOT / "docs" / "data" / "performance.json", page)
-    assert page.read_text() == (ROOT / "docs" / "performance.md").read_text()
+    assert page.read_text() == (ROOT / "docs" / "reference" / "speed.md").read_text()
 
 
 def test_communication_is_exposed_where_nothing_else_runs():
