@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Comparison arms on SmolLM2-135M, all with the same tokens: both attentions, started from the teacher
 # and at random, through both stages and through stage 2 alone, each at three learning rates; besides,
-# full layers by measurement, sink tokens or logits beside, no gate, everything trained in stage 2, layers on the
+# full layers by measurement, sink tokens or logits beside, a gate per head or none, everything trained in stage 2, layers on the
 # student's own hidden states between the stages, MLA with other numbers in its cache and with a chosen
 # rotary part, and its other fits without training.
 #
@@ -117,14 +117,15 @@ rates() { # START: its three learning rates of stage 2, the likeliest first
 }
 
 starts=(mla_random gate_swa_random gate_swa_teacher mla_teacher)
-shaped=(gate_swa_auto gate_swa_sinks gate_swa_logits gate_swa_ungated)
+shaped=(gate_swa_auto gate_swa_sinks gate_swa_logits gate_swa_headwise gate_swa_ungated)
 start mla_random mla "--init random"
 start gate_swa_random gate_swa "--init random --sink none"
 start mla_teacher mla ""
 start gate_swa_teacher gate_swa "--sink none"
 start gate_swa_auto gate_swa "--full-layers auto --sink none"
 start gate_swa_sinks gate_swa "--full-layers auto --sink-tokens 4"
-start gate_swa_logits gate_swa "--full-layers auto --sink logit"
+start gate_swa_logits gate_swa "--full-layers auto --sink logit --output-gate elementwise"
+start gate_swa_headwise gate_swa "--full-layers auto --sink logit --output-gate headwise"
 start gate_swa_ungated gate_swa "--full-layers auto --sink logit --output-gate none"
 for fit in svd pca covariance; do start mla_$fit mla "--mla-fit $fit"; done
 for name in "${starts[@]}" "${shaped[@]}"; do
@@ -165,7 +166,7 @@ for kind in chosen chosen-once chosen_86_48 chosen_70_64 chosen_230_32 chosen_14
     both "$name" mla 6e-4 _all '--trainable all'
 done
 for name in "${starts[@]/%/_both}" "${starts[@]/%/_alone}" {mla,gate_swa}_teacher_own \
-    gate_swa_{auto,sinks,logits,ungated}_both mla_cache mla_rotary edits; do
+    gate_swa_{auto,sinks,logits,headwise,ungated}_both mla_cache mla_rotary edits; do
     step "report_$name" report - bash $this/arms.sh --work "$work" --report "$name" \
         --iterations "$iterations" --evaluate "$evaluate"
 done
