@@ -9,7 +9,7 @@ from megatron_attnedit.logs import start_logging
 
 # Of the flags, what the choice of full layers needs to know.
 MEASURED_ON = ("teacher", "save", "seed", "seq_length")
-MEASURED_ON += ("calibration_data_path", "calibration_tokens")
+MEASURED_ON += ("calibration_data_path", "calibration_tokens", "reset_attention_mask")
 
 
 def main() -> None:
@@ -40,6 +40,12 @@ def main() -> None:
         help="tokens on which the start is fitted (default: %(default)s)",
     )
     add("--seq-length", type=int, default=1024, help="tokens of a sample (default: %(default)s)")
+    add(
+        "--reset-attention-mask",
+        action="store_true",
+        help="tokens of a sample see those of their own document only, as in training with this "
+        "flag",
+    )
     add_student_flags(parser)
     args = vars(parser.parse_args())
     flags = {name: args.pop(name) for name in student_flag_names()}

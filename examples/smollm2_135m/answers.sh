@@ -7,22 +7,24 @@
 #   --prompts N       prompts (default: 8000)
 #   --server URL      a server that runs WORK/teacher, such as "vllm serve"; default: transformers
 #   --loss-on WHICH   tokens of a conversation that count: completion (default) or all
-#   --generate FLAGS  more flags of tools/generate_data.py, such as "--batch-size 256"
+#   --generate FLAGS  more flags of tools/generate_data.py, such as "--batch-size 256"; repeatable
+#   --part NAME       answers, or answers_validation, alone (default: both)
 #
 # Writes WORK/answers (data.jsonl and its card), WORK/data/answers and, of some more prompts,
 # WORK/data/answers_validation. Started again, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-work=outputs/smollm2_135m prompts=8000 server='' loss_on=completion generate=()
+work=outputs/smollm2_135m prompts=8000 server='' loss_on=completion generate=() part=''
 while [ $# -gt 0 ]; do
     case $1 in
         --work) work=${2:?--work needs a directory}; shift 2 ;;
         --prompts) prompts=${2:?--prompts needs a number}; shift 2 ;;
         --server) server=${2:?--server needs an address}; shift 2 ;;
         --loss-on) loss_on=${2:?--loss-on needs completion or all}; shift 2 ;;
-        --generate) read -ra generate <<<"$2"; shift 2 ;;
-        -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --generate) read -ra more <<<"$2"; generate+=("${more[@]}"); shift 2 ;;
+        --part) part=${2:?--part needs a name}; shift 2 ;;
+        -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
     esac
 done
@@ -40,5 +42,13 @@ answers() { # TEXT PROMPTS FOLDER PREFIX
     python tools/preprocess_data.py --messages --input "$work/$3/data.jsonl" --tokenizer "$work/teacher" \
         --output "$work/data/$4" --loss-on "$loss_on" --seq-length 2048 --overwrite --show 1
 }
-answers "$work/corpus/train.jsonl" "$prompts" answers answers
-answers "$work/corpus/validation.jsonl" "$((prompts / 50 + 8))" answers_of_validation answers_validation
+if [ -n "$part" ] && [ "$part" != answers ] && [ "$part" != answers_validation ]; then
+    echo "error: --part $part: expected answers or answers_validation" >&2
+    exit 2
+fi
+if [ "$part" != answers ]; then
+    answers "$work/corpus/validation.jsonl" "$((prompts / 50 + 8))" answers_of_validation answers_validation
+fi
+if [ "$part" != answers_validation ]; then
+    answers "$work/corpus/train.jsonl" "$prompts" answers answers
+fi

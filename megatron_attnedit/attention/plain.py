@@ -13,6 +13,7 @@ from megatron_attnedit.attention.rotary import rotate
 from megatron_attnedit.attention.teacher_weights import project
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.core_attention.backends.sdpa import sdpa_attention
+from megatron_attnedit.core_attention.documents import Documents
 
 
 def rotary_angles(dim: int, base: float, scaling_factor: float | None, like: Tensor) -> Tensor:
@@ -48,22 +49,34 @@ def teacher_frequencies(teacher: HFConfig) -> Tensor:
     return teacher_angles(teacher, torch.empty(2))[1, 0, 0, : teacher.head_dim // 2]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of ``[s, c, n, d]`` to ``[s, c, g, d]``; output ``[s, c, n * dv]``."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None = None
+) -> Tensor:
+    """Causal attention of ``[s, c, n, d]`` to ``[s, c, g, d]``; output ``[s, c, n * dv]``.
+
+    Documents, if there are any, do not see each other.
+    """
+    span = None if documents is None else documents.span(0, 0, len(k))
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-    return sdpa_attention(q, k, v, None, scale).permute(2, 0, 1, 3).flatten(2)
+    return sdpa_attention(q, k, v, None, scale, documents=span).permute(2, 0, 1, 3).flatten(2)
 
 
-def teacher_output(inputs: Tensor, weights: Mapping[str, Tensor], teacher: HFConfig) -> Tensor:
+def teacher_output(
+    inputs: Tensor,
+    weights: Mapping[str, Tensor],
+    teacher: HFConfig,
+    documents: Documents | None = None,
+) -> Tensor:
     """The teacher's attention output ``[s, c, h]``, before the residual.
 
     Args:
         inputs: ``[s, c, h]``, what enters the attention.
         weights: The teacher's attention of that layer.
         teacher: Its configuration.
+        documents: Of the samples; None: all tokens of a sample see each other.
     """
     flat = project(inputs.flatten(0, 1), weights, teacher)
     q, k, v = (t.unflatten(0, inputs.shape[:2]) for t in flat)
     angles = teacher_angles(teacher, inputs)
     q, k = (rotate(t, angles.cos(), angles.sin()) for t in (q, k))
-    return attend(q, k, v, teacher.head_dim**-0.5) @ weights["linear_proj.weight"].t()
+    return attend(q, k, v, teacher.head_dim**-0.5, documents) @ weights["linear_proj.weight"].t()

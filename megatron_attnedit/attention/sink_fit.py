@@ -12,6 +12,7 @@ from megatron_attnedit.attention.plain import attend, teacher_angles
 from megatron_attnedit.attention.rotary import rotate
 from megatron_attnedit.attention.teacher_weights import project
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.windows import causal_window_mask, to_window_size
 
 # Samples that the fit looks at: enough for one number per head.
@@ -29,6 +30,7 @@ def fit_sink_logits(
     *,
     sliding_window: int,
     gate: float = 1.0,
+    documents: Documents | None = None,
 ) -> Tensor:
     """One logit per head ``[n]``, with which a head's part of the output is nearest to its own.
 
@@ -43,6 +45,7 @@ def fit_sink_logits(
         inputs: ``[s, c, h]``, what enters the attention, on the device of the weights.
         sliding_window: Tokens that a head sees, the token itself counted.
         gate: What the heads' outputs are multiplied by before they are projected.
+        documents: Of the samples; None: all tokens of a sample see each other.
     """
     x = inputs[:, :FEW].float()
     q, k, v = (t.unflatten(0, x.shape[:2]) for t in project(x.flatten(0, 1), weights, teacher))
@@ -51,26 +54,32 @@ def fit_sink_logits(
     scale = teacher.head_dim**-0.5
     proj = weights["linear_proj.weight"]
     by_head = proj.unflatten(1, (-1, teacher.head_dim))  # [h, n, d]
-    whole = attend(q, k, v, scale)  # [s, c, n * d]
+    few = documents and documents.samples(slice(FEW))
+    ids = None if few is None else few.document_ids
+    whole = attend(q, k, v, scale, few)  # [s, c, n * d]
     energy = (whole @ proj.t()).square().sum(-1, keepdim=True).clamp_min(1e-12)  # [s, c, 1]
     whole = whole.unflatten(-1, (-1, teacher.head_dim))
     found = []
     for start in range(0, len(x), sliding_window):
         here = slice(start, start + sliding_window)
         near = slice(max(0, start - sliding_window + 1), here.stop)
-        out, lse = _window(q[here], k[near], v[near], sliding_window, scale)
+        seen = None if ids is None else ids[:, near]
+        out, lse = _window(q[here], k[near], v[near], sliding_window, scale, seen)
         part, target = (torch.einsum("scnd,hnd->scnh", t, by_head) for t in (out, whole[here]))
         products = [(gate * part * t).sum(-1) / energy[here] for t in (gate * part, target)]
         found.append([t.flatten(0, 1) for t in (lse, *products)])
     return nearest_logits(*(torch.cat(pieces) for pieces in zip(*found, strict=True)))
 
 
-def _window(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def _window(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, document_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Output ``[s, c, n, d]`` and log-sum-exp ``[s, c, n]``; the last query is at the last key."""
     k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
     scores = torch.einsum("scnd,tcnd->cnst", q, k) * scale
-    mask = causal_window_mask(len(q), len(k), to_window_size(window), q.device)
-    scores = scores.masked_fill(~mask, float("-inf"))
+    size = to_window_size(window)
+    mask = causal_window_mask(len(q), len(k), size, q.device, document_ids=document_ids)
+    scores = scores.masked_fill(~mask.unsqueeze(-3), float("-inf"))
     out = torch.einsum("cnst,tcnd->scnd", scores.softmax(-1), v)
     return out, scores.logsumexp(-1).permute(2, 0, 1)
 

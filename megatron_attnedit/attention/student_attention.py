@@ -18,6 +18,7 @@ from megatron_attnedit.attention.traffic import AttentionTraffic
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.errors import UserError
 
 # From an exported tensor's name and the tensor to the padded tensor.
@@ -65,7 +66,10 @@ class StudentAttention(ABC):
         return self
 
     def measured_on(
-        self, teacher: HFConfig, layers: Iterable[tuple[Mapping[str, Tensor], Tensor]]
+        self,
+        teacher: HFConfig,
+        layers: Iterable[tuple[Mapping[str, Tensor], Tensor]],
+        documents: Documents | None = None,
     ) -> Self:
         """Completed by what is measured on the teacher before first weights are made.
 
@@ -73,6 +77,7 @@ class StudentAttention(ABC):
             teacher: Its configuration.
             layers: Of each layer its attention's weights and what enters it, ``[s, c, h]``; not
                 begun where nothing is measured.
+            documents: Of the c samples; None: all tokens of a sample see each other.
         """
         return self
 
@@ -101,6 +106,7 @@ class StudentAttention(ABC):
         teacher: HFConfig,
         inputs: Tensor,
         layer_idx: int,
+        documents: Documents | None = None,
     ) -> dict[str, Tensor]:
         """Weights with which the layer starts close to the teacher's.
 
@@ -109,6 +115,7 @@ class StudentAttention(ABC):
             teacher: Its configuration.
             inputs: ``[s, c, h]``, what enters this attention for c samples of s tokens.
             layer_idx: 0-based.
+            documents: Of the c samples; None: all tokens of a sample see each other.
         """
 
     @abstractmethod

@@ -64,6 +64,16 @@ class Documents:
             return self
         return dataclasses.replace(self, position_ids=function(self.position_ids))
 
+    def samples(self, which: slice) -> "Documents":
+        """The same of some samples."""
+        ids, positions = (
+            [None] if tensor is None else list(tensor[which].cpu())
+            for tensor in (self.document_ids, self.position_ids)
+        )
+        some = Documents.of_samples(ids, positions)
+        tensor = self.document_ids if self.document_ids is not None else self.position_ids
+        return some if tensor is None else some.to(tensor.device)
+
     def span(self, start: int, first_query: int, end: int) -> "Span":
         """What a call of an attention backend sees of them.
 

@@ -18,8 +18,13 @@ from megatron_attnedit.checkpoint import run_folder, sharded_state
 from megatron_attnedit.checkpoint.writer import save
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.convert.reading import DTYPES
-from megatron_attnedit.data.calibration import attention_inputs, calibration_data
-from megatron_attnedit.data.datasets import DataConfig, build_datasets
+from megatron_attnedit.core_attention.documents import Documents
+from megatron_attnedit.data.calibration import (
+    attention_inputs,
+    calibration_data,
+    calibration_samples,
+)
+from megatron_attnedit.data.datasets import DataConfig
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_writable
 from megatron_attnedit.locks import folder_lock
@@ -59,6 +64,7 @@ class EditConfig:
         calibration_data_path: Data prefix, for initialisations that look at activations.
         calibration_tokens: How many.
         seq_length: Tokens of a calibration sample.
+        reset_attention_mask: Its tokens see those of their own document only, as in training.
     """
 
     teacher: str
@@ -70,6 +76,7 @@ class EditConfig:
     calibration_data_path: list[str]
     calibration_tokens: int
     seq_length: int
+    reset_attention_mask: bool = False
 
     def __post_init__(self) -> None:
         if self.init == "teacher" and not self.calibration_data_path:
@@ -83,6 +90,8 @@ class EditConfig:
                 f"--calibration-tokens {self.calibration_tokens}: expected at most "
                 f"{MOST_CALIBRATION_TOKENS}, whose hidden states are kept in memory"
             )
+        if self.reset_attention_mask and not self.calibrates:
+            raise UserError("--reset-attention-mask: --init random looks at no text")
         check_seed(self.seed)
         check_writable(Path(self.save), "--save")
         self.refuse_checkpoint()
@@ -107,6 +116,10 @@ class EditConfig:
             self.refuse_checkpoint()
             run_folder.clean(Path(self.save))
             yield
+
+    def packing(self) -> dict[str, bool]:
+        """For the lineage: what was said of the documents in samples, if anything was."""
+        return {"reset_attention_mask": True} if self.reset_attention_mask else {}
 
     @property
     def measured_flag(self) -> str | None:
@@ -139,18 +152,22 @@ def edit(config: EditConfig) -> Path:
     try:
         teacher = load_teacher(config.teacher, parallel, DTYPES[hf.dtype], accelerator)
         device = accelerator.device if accelerator.solves else torch.device("cpu")
+        inputs: dict[int, Tensor] | None = None
+        documents = None
         if data_config:
-            inputs = _calibration_inputs(config, data_config, teacher)
+            inputs, documents = _calibration_inputs(config, data_config, teacher)
+            documents = documents and documents.to(device)
             layers = _layers(teacher, inputs, device)
-            student_attention = student_attention.measured_on(hf, layers)
+            student_attention = student_attention.measured_on(hf, layers, documents)
         else:
-            inputs = None
             student_attention = student_attention.without_calibration(config.flags)
         student = build_student(teacher.model, student_attention)
         attentions = edited_attentions(student, student_attention)
         fill_attentions(
             attentions,
-            _weights(config, inputs, student_attention, teacher, sorted(attentions), device),
+            _weights(
+                config, inputs, documents, student_attention, teacher, sorted(attentions), device
+            ),
             {row.megatron_param: row for row in student_rows(hf, student_attention)},
             tp_rank=0,
             tp_size=1,
@@ -158,7 +175,7 @@ def edit(config: EditConfig) -> Path:
         lineage = teacher.lineage().then(
             "edit",
             student_attention=student_attention.to_dict(),
-            recipe={"init": config.init, "seed": config.seed, **config.flags},
+            recipe={"init": config.init, "seed": config.seed, **config.packing(), **config.flags},
         )
         state = {"model": sharded_state.attention_state(attentions)}
         with stop_signals.held():  # complete or absent: not half of it, which would stay
@@ -170,6 +187,7 @@ def edit(config: EditConfig) -> Path:
 def _weights(
     config: EditConfig,
     inputs: dict[int, Tensor] | None,
+    documents: Documents | None,
     student_attention: StudentAttention,
     teacher: Teacher,
     layers: list[int],
@@ -184,10 +202,10 @@ def _weights(
         else:
             weights = _teacher_attention(teacher, layer_idx, device)
             sample = inputs.pop(layer_idx).to(device)
-            yield (
-                layer_idx,
-                student_attention.init_from_teacher(weights, teacher.hf, sample, layer_idx),
+            fitted = student_attention.init_from_teacher(
+                weights, teacher.hf, sample, layer_idx, documents
             )
+            yield layer_idx, fitted
 
 
 def _layers(
@@ -215,14 +233,14 @@ def _calibration_data(config: EditConfig, hf: HFConfig) -> DataConfig:
         seq_length=config.seq_length,
         seed=config.seed,
         vocab_size=hf.vocab_size,
+        reset_attention_mask=config.reset_attention_mask,
     )
 
 
 def _calibration_inputs(
     config: EditConfig, data_config: DataConfig, teacher: Teacher
-) -> dict[int, Tensor]:
+) -> tuple[dict[int, Tensor], Documents | None]:
     count = max(1, config.calibration_tokens // config.seq_length)
-    dataset, _ = build_datasets(data_config, train_samples=count, valid_samples=0)
     device = next(teacher.model.parameters()).device
-    samples = torch.stack([torch.as_tensor(dataset[i]["tokens"]) for i in range(count)])
-    return attention_inputs(teacher.model, samples.to(device), progress=True)
+    samples, _, documents = calibration_samples(data_config, count, device)
+    return attention_inputs(teacher.model, samples, documents, progress=True), documents

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from megatron_attnedit.attention.sink_fit import fit_sink_logits
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.convert.reading import DTYPES
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.module import CoreAttention
 from megatron_attnedit.core_attention.windows import to_window_size, uniform_full_layers
-from megatron_attnedit.data.calibration import calibration_data
-from megatron_attnedit.data.datasets import build_datasets
+from megatron_attnedit.data.calibration import calibration_data, calibration_samples
 from megatron_attnedit.distill.kl import chunked_lm_loss
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.grid import ParallelConfig
@@ -31,8 +31,8 @@ from megatron_attnedit.training.setup import (
 
 logger = logging.getLogger(__name__)
 
-# A layer and its input ``[s, b, h]`` to a sink logit of each head.
-FitLogits = Callable[[Any, Tensor], Tensor]
+# A layer, its input ``[s, b, h]`` and the documents of the samples to a sink logit of each head.
+FitLogits = Callable[[Any, Tensor, Documents | None], Tensor]
 
 
 def measured_full_layers(
@@ -46,6 +46,7 @@ def measured_full_layers(
     seq_length: int,
     seed: int,
     sink: str | None = None,
+    reset_attention_mask: bool = False,
 ) -> dict[str, Any]:
     """As many layers as the uniform choice has, by ``nll_rises`` on calibration text.
 
@@ -59,6 +60,7 @@ def measured_full_layers(
         calibration_tokens: How many to measure on.
         seq_length: Tokens of a sample, more than the window and the sink tokens.
         seed: Of the order of samples.
+        reset_attention_mask: Tokens of a sample see those of their own document only.
 
     Returns:
         ``full_layers`` as the flag takes it, ``full_layer_scores`` the rise in nats of each layer.
@@ -81,21 +83,24 @@ def measured_full_layers(
         seq_length=seq_length,
         seed=seed,
         vocab_size=hf.vocab_size,
+        reset_attention_mask=reset_attention_mask,
     )
     hf.check_sequence(seq_length)
     accelerator = start_processes(ParallelConfig(), seed)
     try:
         model = load_teacher(teacher, ParallelConfig(), DTYPES[hf.dtype], accelerator).model
         count = max(1, calibration_tokens // seq_length)
-        dataset: Any = build_datasets(data_config, train_samples=count, valid_samples=0)[0]
-        tokens, labels = (
-            torch.stack([torch.as_tensor(dataset[i][name]) for i in range(count)]).to(
-                accelerator.device
-            )
-            for name in ("tokens", "labels")
+        tokens, labels, documents = calibration_samples(data_config, count, accelerator.device)
+        rises = nll_rises(
+            model,
+            tokens,
+            labels,
+            window,
+            hf.vocab_size,
+            sink_tokens=sinks,
+            fit=_fit_once(hf, window) if sink == "logit" else None,
+            documents=documents,
         )
-        fit = _fit_once(hf, window) if sink == "logit" else None
-        rises = nll_rises(model, tokens, labels, window, hf.vocab_size, sink_tokens=sinks, fit=fit)
     finally:
         stop_processes()
     layers = largest(rises, len(uniform_full_layers(hf.num_hidden_layers)))
@@ -119,6 +124,7 @@ def nll_rises(
     *,
     sink_tokens: int = 0,
     fit: FitLogits | None = None,
+    documents: Documents | None = None,
     batch_size: int = 4,
 ) -> list[float]:
     """How much the mean loss per token rises, in nats, when one layer alone slides.
@@ -133,16 +139,18 @@ def nll_rises(
         vocab_size: Without padding.
         sink_tokens: First tokens that it sees besides.
         fit: Makes its sink logits; None for none.
+        documents: Of the samples; None: all tokens of a sample see each other.
         batch_size: Samples at a time.
 
     Returns:
         By 0-based layer index.
     """
     losses = [0.0] * (1 + len(teacher.decoder.layers))
-    batches = list(zip(tokens.split(batch_size), labels.split(batch_size), strict=True))
+    batches = [slice(i, i + batch_size) for i in range(0, len(tokens), batch_size)]
     with tqdm(total=len(batches) * len(losses), desc="measure layers", disable=None) as bar:
         for batch in batches:
-            sums = _losses(teacher, *batch, sliding_window, sink_tokens, fit, vocab_size)
+            some = tokens[batch], labels[batch], documents and documents.samples(batch)
+            sums = _losses(teacher, *some, sliding_window, sink_tokens, fit, vocab_size)
             for i, loss in enumerate(sums):
                 losses[i] += loss
                 bar.update()
@@ -155,6 +163,7 @@ def _losses(
     teacher: GPTModel,
     tokens: Tensor,
     labels: Tensor,
+    documents: Documents | None,
     sliding_window: int,
     sink_tokens: int,
     fit: FitLogits | None,
@@ -173,14 +182,14 @@ def _losses(
     handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     try:
         position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        hidden = backbone(teacher, tokens, position_ids)
+        hidden = backbone(teacher, tokens, position_ids, documents)
     finally:
         for handle in handles:
             handle.remove()
     yield _loss(teacher, hidden, labels, vocab_size)
     for i, layer in enumerate(layers):
         hidden = given[layer]["hidden_states"]
-        logits = None if fit is None else fit(layer, hidden)
+        logits = None if fit is None else fit(layer, hidden, documents)
         with _sliding(layer, sliding_window, sink_tokens, logits):
             for later in layers[i:]:
                 hidden, _ = later(**{**given[later], "hidden_states": hidden})
@@ -212,11 +221,13 @@ def _fit_once(hf: HFConfig, sliding_window: int) -> FitLogits:
     """Fits the logits of a layer to the first input that it is given."""
     logits: dict[Any, Tensor] = {}
 
-    def fit(layer: Any, hidden: Tensor) -> Tensor:
+    def fit(layer: Any, hidden: Tensor, documents: Documents | None) -> Tensor:
         if layer not in logits:
             weights = {n: p.detach().float() for n, p in layer.self_attention.named_parameters()}
             inputs = layer.input_layernorm(hidden)
-            logits[layer] = fit_sink_logits(weights, hf, inputs, sliding_window=sliding_window)
+            logits[layer] = fit_sink_logits(
+                weights, hf, inputs, sliding_window=sliding_window, documents=documents
+            )
         return logits[layer]
 
     return fit

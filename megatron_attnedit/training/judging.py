@@ -25,6 +25,16 @@ TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 FOLDER = "eval-tasks"
 LONGEST = 1024  # tokens of a prompt and its answer
 END_S = 10
+# Runs a program that is asked to stop when its parent is gone, however that came about: killed, by
+# SIGINT twice, or because another rank failed. 1 is PR_SET_PDEATHSIG, see prctl(2).
+WITH_PARENT = """
+import ctypes, os, runpy, signal, sys
+parent = int(sys.argv[1])
+del sys.argv[:2]
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() == parent:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 # A launcher's variables, by which the process would take itself for a rank; not LOCAL_RANK, which
 # names the device.
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -127,7 +137,7 @@ class Judging:
         self._output.parent.mkdir(exist_ok=True)
         with self._output.with_suffix(".log").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(TOOL), *self._flags()],
+                [sys.executable, "-c", WITH_PARENT, str(os.getpid()), str(TOOL), *self._flags()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

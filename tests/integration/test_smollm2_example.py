@@ -80,17 +80,27 @@ def test_commands_of_a_blend(tmp_path):
         assert done.returncode == 2 and message in done.stderr
     command = ["bash", str(EXAMPLE / "blend.sh"), "--list", "--iterations", "10", "--work", "w"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    *trained, judged = map(shlex.split, listed.splitlines())
-    assert len(trained) == 8 and judged.count("--student") == 8
-    for words in trained:
+    found = {name: shlex.split(command) for name, *_, command in map(fields, listed.splitlines())}
+    reports = [found.pop(name) for name in list(found) if name.startswith("report_")]
+    trained = [words for name, words in found.items() if {"plain", "blend"} & set(name.split("_"))]
+    assert len(trained) == 8 and sum(words.count("--student") for words in reports) == 8
+    for name, words in found.items():
         flags = dict(itertools.pairwise(words))
-        blend = "blend" in flags["--name"]
-        for stage, iterations in (("--stage1", 3), ("--stage2", 7)):
-            given = flags[stage].split()
-            start = given.index("--train-data-path") + 1
-            data = ["0.3", "w/data/train", "0.7", "w/data/answers"] if blend else ["w/data/train"]
-            assert given[start : given.index("--valid-data-path")] == data
-            assert given[given.index("--train-iters") + 1] == str(iterations)
+        assert flags["--name"] == name
+        blend, both = "blend" in name, words in trained
+        given = flags["--stage2" if both else "--stage1"].split()
+        assert given[given.index("--train-iters") + 1] == ("7" if both else "3")
+        if not both:
+            assert "--train-data-path" not in given and "--no-stage2" in words
+            continue
+        assert flags["--stage1-of"] == name.replace("_blend", "").replace("_plain", "")
+        start = given.index("--train-data-path") + 1
+        data = ["0.3", "w/data/train", "0.7", "w/data/answers"] if blend else ["w/data/train"]
+        assert given[start : given.index("--valid-data-path")] == data
+
+
+def fields(line):
+    return line.split("\t")
 
 
 def steps(*flags):

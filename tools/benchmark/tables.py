@@ -13,6 +13,7 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.students import RUNS
 from megatron_attnedit.evaluate.table import BEHAVIOUR_HEADER, behaviour_rows
 from tools.benchmark.ablations import arms, curve, fits, number, rate, tokens
+from tools.benchmark.judgement import judged, tasks
 from tools.benchmark.markdown import markdown_table
 from tools.benchmark.published import read_report
 
@@ -112,4 +113,6 @@ KINDS: dict[str, Callable[[dict[str, Any]], Table]] = {
     "tokens": tokens,
     "fits": fits,
     "curve": curve,
+    "judged": judged,
+    "tasks": tasks,
 }

@@ -25,6 +25,7 @@ from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.core_attention.backends import FLEX_PAYS
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.windows import (
     FULL,
     SLIDING,
@@ -183,6 +184,7 @@ class GateSWA(StudentAttention):
         teacher: HFConfig,
         inputs: Tensor,
         layer_idx: int,
+        documents: Documents | None = None,
     ) -> dict[str, Tensor]:
         weights = init.copy_of_teacher(self.output_gate, teacher_weights, teacher)
         if self.sink_logits:
@@ -192,6 +194,7 @@ class GateSWA(StudentAttention):
                 inputs,
                 sliding_window=self.sliding_window,
                 gate=init.open_gate(self.output_gate),
+                documents=documents,
             )
         return weights
 

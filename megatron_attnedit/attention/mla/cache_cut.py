@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_attnedit.attention.mla.served_sizes import HEADS, LATENT_AND_ROTARY_OF_ALL
 from megatron_attnedit.attention.plain import teacher_output
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.errors import UserError
 
 # Rotary parts that are tried; of heads that are served as they are, only the one that is.
@@ -32,8 +33,10 @@ class Cut(NamedTuple):
 
 
 Layer = tuple[Mapping[str, Tensor], Tensor]
-# From a cut, the index of a layer, its teacher's weights and inputs to a fit: outputs of inputs.
-FitLayer = Callable[[Cut, int, Mapping[str, Tensor], Tensor], Callable[[Tensor], Tensor]]
+# Inputs of a layer, and the documents of their samples.
+Sample = tuple[Tensor, Documents | None]
+# From a cut, the index of a layer, its teacher's weights and a sample to a fit: outputs of samples.
+FitLayer = Callable[[Cut, int, Mapping[str, Tensor], Sample], Callable[[Sample], Tensor]]
 
 
 def cuts_of(teacher: HFConfig, budget: float, rotary: int | None = None) -> list[Cut]:
@@ -76,7 +79,11 @@ def judging_layers(count: int) -> range:
 
 
 def best_cut(
-    cuts: Sequence[Cut], layers: Mapping[int, Layer], teacher: HFConfig, fit: FitLayer
+    cuts: Sequence[Cut],
+    layers: Mapping[int, Layer],
+    teacher: HFConfig,
+    fit: FitLayer,
+    documents: Documents | None = None,
 ) -> tuple[Cut, dict[Cut, float]]:
     """The cut with the smallest error, and the errors of all, as shares of the outputs' energy.
 
@@ -86,14 +93,17 @@ def best_cut(
             ``[s, c, h]``.
         teacher: Its configuration.
         fit: Fits a layer with a cut.
+        documents: Of the c samples; None: all tokens of a sample see each other.
     """
     errors = dict.fromkeys(cuts, 0.0)
     for i, (weights, inputs) in layers.items():
         count = inputs.shape[1]
         judged = max(1, count // JUDGED)
-        fitted = inputs[:, : max(1, count - judged)].float()
-        seen = inputs[:, -judged:].float()
-        target = teacher_output(seen, weights, teacher)
+        fitted, seen = (
+            (inputs[:, which].float(), documents and documents.samples(which))
+            for which in (slice(max(1, count - judged)), slice(count - judged, None))
+        )
+        target = teacher_output(seen[0], weights, teacher, seen[1])
         for cut in cuts:
             missed = fit(cut, i, weights, fitted)(seen) - target
             share = missed.square().sum() / target.square().sum()

@@ -16,7 +16,7 @@ from megatron_attnedit.attention.cached_layers import CachedLayers
 from megatron_attnedit.attention.engines import Engine
 from megatron_attnedit.attention.kept import KeptNumbers
 from megatron_attnedit.attention.mla import init, padding, rows
-from megatron_attnedit.attention.mla.cache_cut import Cut, best_cut, judging_layers
+from megatron_attnedit.attention.mla.cache_cut import Cut, Sample, best_cut, judging_layers
 from megatron_attnedit.attention.mla.components import most_worth
 from megatron_attnedit.attention.mla.dims import LATENT_SCALE, MLADims
 from megatron_attnedit.attention.mla.flags import FLAGS, ROTARY, fields_from, frequency_fields
@@ -32,6 +32,7 @@ from megatron_attnedit.attention.traffic import AttentionTraffic
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.windows import mean_visible_keys
 from megatron_attnedit.errors import UserError
 
@@ -94,14 +95,17 @@ class MLA(MLADims, StudentAttention):
         return dataclasses.replace(self, rotary=ROTARY[0], rotary_pairs=())
 
     def measured_on(
-        self, teacher: HFConfig, layers: Iterable[tuple[Mapping[str, Tensor], Tensor]]
+        self,
+        teacher: HFConfig,
+        layers: Iterable[tuple[Mapping[str, Tensor], Tensor]],
+        documents: Documents | None = None,
     ) -> Self:
         if not self.rotary_pairs and not self.cuts:
             return self
         worths, judging = [], {}
         for i, (weights, inputs) in enumerate(layers):
             if self.rotary_pairs:
-                worths.append(init.component_worths(weights, teacher, inputs))
+                worths.append(init.component_worths(weights, teacher, inputs, documents))
             if self.cuts and i in judging_layers(teacher.num_hidden_layers):
                 judging[i] = (weights, inputs)
         if self.rotary == "chosen-once":  # a layer's worths as shares of what it has
@@ -113,13 +117,14 @@ class MLA(MLADims, StudentAttention):
         }
 
         def fit(
-            cut: Cut, i: int, weights: Mapping[str, Tensor], inputs: Tensor
-        ) -> Callable[[Tensor], Tensor]:
-            student = students[cut]
-            fitted = student.init_from_teacher(weights, teacher, inputs, i)
-            return lambda x: mla_output(fitted, x, student, teacher, i)
+            cut: Cut, i: int, weights: Mapping[str, Tensor], sample: Sample
+        ) -> Callable[[Sample], Tensor]:
+            student, (inputs, seen) = students[cut], sample
+            fitted = student.init_from_teacher(weights, teacher, inputs, i, seen)
+            return lambda other: mla_output(fitted, other[0], student, teacher, i, other[1])
 
-        best, errors = best_cut(list(map(Cut._make, self.cuts)), judging, teacher, fit)
+        cuts = list(map(Cut._make, self.cuts))
+        best, errors = best_cut(cuts, judging, teacher, fit, documents)
         shown = ", ".join(f"{a} + {b}: {error:.4f}" for (a, b), error in errors.items())
         logger.info("error of fitted layers by latent + rotary part: %s", shown)
         return students[best]
@@ -160,9 +165,11 @@ class MLA(MLADims, StudentAttention):
         teacher: HFConfig,
         inputs: Tensor,
         layer_idx: int,
+        documents: Documents | None = None,
     ) -> dict[str, Tensor]:
+        fit = init.FITS[self.fit]
         return init.fit_to_teacher(
-            self, teacher_weights, teacher, inputs, layer_idx, init.FITS[self.fit]
+            self, teacher_weights, teacher, inputs, layer_idx, fit, documents
         )
 
     def hf_config(self, teacher: HFConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from megatron_attnedit.attention.mla.positions import (
 from megatron_attnedit.attention.plain import teacher_angles, teacher_output
 from megatron_attnedit.attention.teacher_weights import project, random_matrix
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.core_attention.documents import Documents
 
 # How much an error in keys counts against one in values; each layer takes the best.
 BALANCES = (0.5, 1.0, 2.0, 4.0)
@@ -84,6 +85,7 @@ def fit_to_teacher(
     inputs: Tensor,
     layer_idx: int,
     fit: Fit,
+    documents: Documents | None = None,
 ) -> dict[str, Tensor]:
     """Weights that imitate the teacher on a sample of its own inputs.
 
@@ -105,11 +107,12 @@ def fit_to_teacher(
         inputs: ``[s, c, h]``, s * c well above h; on the device of the weights.
         layer_idx: 0-based.
         fit: What to look at.
+        documents: Of the samples; None: all tokens of a sample see each other.
     """
     inputs = inputs.float() if fit.text else _noise_like(inputs)
     flat = inputs.flatten(0, 1)
     q, k, v = project(flat, teacher_weights, teacher)
-    rotation = _rotation(dims, q, k, teacher, len(inputs), layer_idx, fit)
+    rotation = _rotation(dims, q, k, teacher, len(inputs), layer_idx, fit, documents)
     down_rotary, q_rotary, k_missed = _rotary_part(dims, flat, q, k, rotation, layer_idx)
     q_content, k_content = _content(dims, as_pairs(q) * rotation, k_missed)
     # Where there is room for more, keys start at zero; queries do not, so that keys get a gradient.
@@ -139,10 +142,11 @@ def fit_to_teacher(
         )
     if not fit.attention:
         return candidates[0]
-    target = teacher_output(inputs, teacher_weights, teacher)
+    target = teacher_output(inputs, teacher_weights, teacher, documents)
     angles = student_angles(dims, teacher, layer_idx, inputs)
-    nearest = _nearest(candidates, inputs[:, :FEW], target[:, :FEW], dims, angles)
-    return _corrected(nearest, mla_heads(nearest, inputs, dims, angles), target)
+    few = documents and documents.samples(slice(FEW))
+    nearest = _nearest(candidates, inputs[:, :FEW], target[:, :FEW], dims, angles, few)
+    return _corrected(nearest, mla_heads(nearest, inputs, dims, angles, documents), target)
 
 
 def rotary_keys(
@@ -170,7 +174,10 @@ def rotary_keys(
 
 
 def component_worths(
-    teacher_weights: Mapping[str, Tensor], teacher: HFConfig, inputs: Tensor
+    teacher_weights: Mapping[str, Tensor],
+    teacher: HFConfig,
+    inputs: Tensor,
+    documents: Documents | None = None,
 ) -> Tensor:
     """What each rotary component of a layer is worth: ``[d/2, g]``, of each pair largest first.
 
@@ -178,9 +185,10 @@ def component_worths(
         teacher_weights: The teacher's attention of this layer.
         teacher: Its configuration.
         inputs: ``[s, c, h]``, what enters it.
+        documents: Of the samples; None: all tokens of a sample see each other.
     """
     q, k, _ = project(inputs.float().flatten(0, 1), teacher_weights, teacher)
-    rotation = measured_rotation(q, k, teacher, len(inputs))
+    rotation = measured_rotation(q, k, teacher, len(inputs), documents)
     use = lost_use(as_pairs(q), rotation, k.shape[1])
     return principal_components(as_pairs(k), use)[0]
 
@@ -193,10 +201,11 @@ def _rotation(
     length: int,
     layer_idx: int,
     fit: Fit,
+    documents: Documents | None,
 ) -> Tensor:
     """The rotation ``[n, d/2]`` that each pair has in the part without position."""
     if fit.attention:
-        return measured_rotation(q, k, teacher, length)
+        return measured_rotation(q, k, teacher, length, documents)
     # The student's rotary pairs turn, the others stand still.
     rotation = q.new_ones(q.shape[1], q.shape[2] // 2)
     turning = range(dims.qk_pos_emb_head_dim // 2)
@@ -222,10 +231,13 @@ def _rotary_part(
     return down, as_reals(q_rotary), k_pairs
 
 
-def measured_rotation(q: Tensor, k: Tensor, teacher: HFConfig, length: int) -> Tensor:
+def measured_rotation(
+    q: Tensor, k: Tensor, teacher: HFConfig, length: int, documents: Documents | None = None
+) -> Tensor:
     """``mean_rotation`` ``[n, d/2]`` of ``[t, n, d]`` and ``[t, g, d]``, samples of ``length``."""
     q, k = (t.unflatten(0, (length, -1))[:, :FEW] for t in (q, k))
-    return mean_rotation(q, k, teacher_angles(teacher, q)[:, 0, 0, : teacher.head_dim // 2])
+    angles = teacher_angles(teacher, q)[:, 0, 0, : teacher.head_dim // 2]
+    return mean_rotation(q, k, angles, documents)
 
 
 def _to_all_heads(dims: MLADims, up: Tensor) -> Tensor:
@@ -286,11 +298,13 @@ def _nearest(
     target: Tensor,
     dims: MLADims,
     angles: Tensor,
+    documents: Documents | None,
 ) -> dict[str, Tensor]:
     """The candidate whose output is nearest to ``target`` ``[s, c, h]``."""
 
     def error(weights: dict[str, Tensor]) -> float:
-        output = mla_heads(weights, inputs, dims, angles) @ weights["linear_proj.weight"].t()
+        heads = mla_heads(weights, inputs, dims, angles, documents)
+        output = heads @ weights["linear_proj.weight"].t()
         return (output - target).square().sum().item()
 
     return min(candidates, key=error)

@@ -9,6 +9,7 @@ from megatron_attnedit.attention.mla.dims import MLADims
 from megatron_attnedit.attention.plain import attend, rotary_angles, teacher_angles
 from megatron_attnedit.attention.rotary import rotate
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.core_attention.documents import Documents
 
 
 def student_angles(dims: MLADims, teacher: HFConfig, layer_idx: int, like: Tensor) -> Tensor:
@@ -21,15 +22,24 @@ def student_angles(dims: MLADims, teacher: HFConfig, layer_idx: int, like: Tenso
 
 
 def mla_output(
-    weights: Mapping[str, Tensor], inputs: Tensor, dims: MLADims, teacher: HFConfig, layer_idx: int
+    weights: Mapping[str, Tensor],
+    inputs: Tensor,
+    dims: MLADims,
+    teacher: HFConfig,
+    layer_idx: int,
+    documents: Documents | None = None,
 ) -> Tensor:
     """The attention's output ``[s, c, h]`` for inputs of that shape."""
     angles = student_angles(dims, teacher, layer_idx, inputs)
-    return mla_heads(weights, inputs, dims, angles) @ weights["linear_proj.weight"].t()
+    return mla_heads(weights, inputs, dims, angles, documents) @ weights["linear_proj.weight"].t()
 
 
 def mla_heads(
-    weights: Mapping[str, Tensor], inputs: Tensor, dims: MLADims, angles: Tensor
+    weights: Mapping[str, Tensor],
+    inputs: Tensor,
+    dims: MLADims,
+    angles: Tensor,
+    documents: Documents | None = None,
 ) -> Tensor:
     """What enters the output projection.
 
@@ -38,6 +48,7 @@ def mla_heads(
         inputs: ``[s, c, h]``.
         dims: The student's sizes.
         angles: ``[s, 1, 1, r]``, see ``student_angles``.
+        documents: Of the samples; None: all tokens of a sample see each other.
 
     Returns:
         ``[s, c, n * v]``.
@@ -59,4 +70,5 @@ def mla_heads(
     key = torch.cat(
         [kv[..., : dims.qk_head_dim], k_pos_emb.expand(-1, -1, kv.shape[2], -1)], dim=-1
     )
-    return attend(query, key, kv[..., dims.qk_head_dim :], dims.query_dim**-0.5)
+    value = kv[..., dims.qk_head_dim :]
+    return attend(query, key, value, dims.query_dim**-0.5, documents)

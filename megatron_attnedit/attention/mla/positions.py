@@ -8,6 +8,8 @@ Letters: s tokens, c samples, n query heads, g key-value groups, d head size, f 
 import torch
 from torch import Tensor
 
+from megatron_attnedit.core_attention.documents import Documents
+
 
 def as_pairs(x: Tensor) -> Tensor:
     """``[..., d]`` to complex ``[..., d/2]``, highest frequency first."""
@@ -44,7 +46,9 @@ def shared_rotary_key(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return first / use * size, first.conj() * use / size
 
 
-def mean_rotation(q: Tensor, k: Tensor, angles: Tensor) -> Tensor:
+def mean_rotation(
+    q: Tensor, k: Tensor, angles: Tensor, documents: Documents | None = None
+) -> Tensor:
     """Mean of ``exp(i * angle)`` over the distances to the keys that a head looks at.
 
     1 where distance does not matter, 0 where a pair turns too fast to say anything without its
@@ -54,6 +58,7 @@ def mean_rotation(q: Tensor, k: Tensor, angles: Tensor) -> Tensor:
         q: ``[s, c, n, d]`` before rotation.
         k: ``[s, c, g, d]`` before rotation.
         angles: ``[s, d/2]`` of the positions.
+        documents: Of the samples; None: all tokens of a sample see each other.
 
     Returns:
         Complex ``[n, d/2]``, weighted by the teacher's probabilities.
@@ -66,9 +71,13 @@ def mean_rotation(q: Tensor, k: Tensor, angles: Tensor) -> Tensor:
     reals = as_reals(turn)
     total = turn.new_zeros(groups, queries.shape[3], turn.shape[1])
     for sample in range(q.shape[1]):
+        hidden = future
+        if documents is not None and documents.document_ids is not None:
+            ids = documents.document_ids[sample]
+            hidden = future | (ids[:, None] != ids)
         for group in range(groups):
             scores = torch.einsum("sid,td->ist", queries[:, sample, group], keys[:, sample, group])
-            scores = scores.mul_(q.shape[-1] ** -0.5).masked_fill_(future, float("-inf"))
+            scores = scores.mul_(q.shape[-1] ** -0.5).masked_fill_(hidden, float("-inf"))
             looked_at = as_pairs(scores.softmax(-1) @ reals)  # [i, s, d/2]
             total[group] += (turn * looked_at.conj()).mean(1)
     return total.flatten(0, 1) / q.shape[1]

@@ -65,7 +65,7 @@ class WindowOnly(StudentAttention):
         qkv = random_matrix(tuple(teacher_weights["linear_qkv.weight"].shape), generator)
         return {**teacher_weights, "linear_qkv.weight": qkv}
 
-    def init_from_teacher(self, teacher_weights, teacher, inputs, layer_idx):
+    def init_from_teacher(self, teacher_weights, teacher, inputs, layer_idx, documents=None):
         return {name: weight.clone() for name, weight in teacher_weights.items()}
 
     def hf_config(self, teacher):

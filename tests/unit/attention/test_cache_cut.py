@@ -62,8 +62,8 @@ def test_errors_are_those_of_text_that_the_fit_has_not_seen(tmp_path):
     seen = []
 
     def fit(cut, i, given, fitted):
-        seen.append(fitted.shape[1])
-        return lambda x: (1 - cut.rotary / 10) * teacher_output(x, given, hf)
+        seen.append(fitted[0].shape[1])
+        return lambda sample: (1 - cut.rotary / 10) * teacher_output(sample[0], given, hf)
 
     layers = {0: (weights, inputs), 2: (weights, inputs)}
     best, errors = best_cut([Cut(8, 3), Cut(9, 1), Cut(9, 2)], layers, hf, fit)

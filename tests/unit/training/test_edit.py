@@ -77,6 +77,11 @@ def test_more_calibration_than_memory_holds(refused):
     )
 
 
+def test_masks_without_text(refused):
+    message = "^--reset-attention-mask: --init random looks at no text$"
+    refused(message, *RANDOM, "--reset-attention-mask")
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_numpy_does_not_take(refused, seed):
     refused(f"^--seed {seed}: expected 0 to 4294967295$", *RANDOM, "--seed", seed)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_attnedit.core_attention.documents import Documents
+from megatron_attnedit.data.calibration import attention_inputs
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.lineage import read_lineage
 from megatron_attnedit.models.teacher import backbone
@@ -91,14 +93,50 @@ def count_calls(layers):
     return calls
 
 
+def test_packed_documents_are_measured_one_at_a_time(teacher_dir, one_process):
+    """Labels and tokens are the same, so only what tokens see makes a difference."""
+    hf, teacher = build_tiny_teacher(teacher_dir)
+    ids = torch.randint(0, hf.vocab_size, (8, 21), generator=torch.Generator().manual_seed(3))
+    apart = ids[:, :-1], ids[:, 1:]
+    packed = [t.reshape(2, 80) for t in apart]
+    numbers = torch.arange(4, dtype=torch.int32).repeat_interleave(20)
+    documents = Documents.of_samples([numbers] * 2, [None] * 2)
+
+    # The fit ends at the nearest of a few candidates.
+    for fits, near in ((False, 1e-5), (True, 5e-4)):
+
+        def rises(tokens, documents, batch_size, fits=fits):
+            fit = _fit_once(hf, 4) if fits else None
+            given = {"fit": fit, "documents": documents, "batch_size": batch_size}
+            return nll_rises(teacher, *tokens, 4, hf.vocab_size, **given)
+
+        expected = rises(apart, None, 8)
+        assert rises(packed, documents, 2) == pytest.approx(expected, abs=near)
+        assert rises(packed, None, 2) != pytest.approx(expected, abs=2 * near)
+
+
+def test_inputs_of_packed_documents_are_those_of_each(teacher_dir, one_process):
+    hf, teacher = build_tiny_teacher(teacher_dir)
+    ids = torch.randint(0, hf.vocab_size, (8, 20), generator=torch.Generator().manual_seed(3))
+    numbers = torch.arange(4, dtype=torch.int32).repeat_interleave(20)
+    documents = Documents.of_samples([numbers] * 2, [None] * 2)
+    expected = attention_inputs(teacher, ids)
+    found = attention_inputs(teacher, ids.reshape(2, 80), documents, batch_size=1)
+    leaking = attention_inputs(teacher, ids.reshape(2, 80))
+    for layer, apart in expected.items():
+        packed = [t[layer].transpose(0, 1).reshape(8, 20, -1) for t in (found, leaking)]
+        torch.testing.assert_close(packed[0], apart.transpose(0, 1), rtol=1e-4, atol=1e-4)
+        assert layer <= FAR_SIGHTED or (packed[1] - packed[0]).abs().max() > 1e-2
+
+
 def test_logits_are_fitted_once_and_used(teacher_dir, one_process):
     """By the first batch's input of each layer; they change the loss of the one that matters."""
     hf, teacher = build_tiny_teacher(teacher_dir)
     ids = torch.randint(0, hf.vocab_size, (6, 41), generator=torch.Generator().manual_seed(3))
     fitted, fit = [], _fit_once(hf, 4)
 
-    def noted(layer, hidden):
-        fitted.append((layer.layer_number, fit(layer, hidden)))
+    def noted(layer, *sample):
+        fitted.append((layer.layer_number, fit(layer, *sample)))
         return fitted[-1][1]
 
     arguments = teacher, ids[:, :-1], ids[:, 1:], 4, hf.vocab_size
@@ -148,6 +186,20 @@ def test_the_tool_keeps_that_layer(teacher_dir, data, tmp_path, monkeypatch, cap
     assert len(scores) == LAYERS and scores[FAR_SIGHTED] == max(scores) > 0.01
     assert json.dumps(scores)
     assert f"full layers: {FAR_SIGHTED}" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_the_tool_keeps_documents_apart(teacher_dir, data, tmp_path, monkeypatch):
+    flags = ["--teacher", teacher_dir, "--sliding-window", 4, "--calibration-data-path", data]
+    flags += ["--seq-length", 63, "--calibration-tokens", 512]
+    found = {}
+    for name, masks in (("whole", []), ("apart", ["--reset-attention-mask"])):
+        run(monkeypatch, *flags, "--save", tmp_path / name, *masks)
+        folder = next((tmp_path / name).glob("iter_*"))
+        found[name] = read_lineage(folder).recipe
+    assert found["apart"]["reset_attention_mask"] and "reset_attention_mask" not in found["whole"]
+    scores = [found[name]["full_layer_scores"][FAR_SIGHTED] for name in ("whole", "apart")]
+    assert scores[0] != pytest.approx(scores[1], rel=1e-2)
 
 
 def test_bad_input(teacher_dir, data, tmp_path, monkeypatch):

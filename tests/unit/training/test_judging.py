@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +124,26 @@ def test_a_run_that_ends_leaves_no_process(run, caplog):
     assert [m.split(":")[0] for m in caplog.messages] == [
         "iteration 4 is not judged", "iteration 8 is not judged"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("end", [lambda: os._exit(130), lambda: os.kill(os.getpid(), 9)])
+def test_a_run_that_is_ended_at_once_leaves_no_process(run, end):
+    """As by SIGINT twice, or by a launcher that waits no longer."""
+    _, judge, folder = run
+    saved(folder, 4)
+    if not (rank := os.fork()):
+        judge.ask(4)
+        judge.poll()
+        (folder / "pid").write_text(str(judge._process.pid))
+        (folder / "pid").rename(folder / "started")
+        time.sleep(0.5)
+        end()
+    os.waitpid(rank, 0)
+    judgement = Path("/proc", (folder / "started").read_text())
+    give_up = time.monotonic() + 10
+    while judgement.exists() and judgement.joinpath("stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
 
 
 def test_other_ranks_judge_nothing(run):
