@@ -76,6 +76,13 @@ def add_import_flags(importer: argparse.ArgumentParser) -> None:
         help="of --format torch: experts in one matrix (experts.weight1, weight2), as Megatron "
         "and MindSpeed-LLM want them with this flag",
     )
+    importer.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        default="local",
+        help="with --moe-grouped-gemm: transformer_engine names them as its grouped experts do "
+        "(experts.linear_fc1.weight0, ...; default: %(default)s)",
+    )
 
 
 def add_export_flags(exporter: argparse.ArgumentParser) -> None:

@@ -11,40 +11,19 @@
 # shellcheck source=examples/env/steps.sh
 . "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
-_attnedit_core_python() {
-    local core=$1 candidate oldest=12
-    case $core in 0.16.*) oldest=11 ;; esac
-    for candidate in "${PYTHON:-}" python3.12 python3.13 python3 python \
-        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[23].*/bin/python3; do
-        if [ -n "$candidate" ] && "$candidate" -c "
-import sys, ensurepip, venv
-sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, 13))" >/dev/null 2>&1; then
-            echo "$candidate"
-            return 0
-        fi
-    done
-    echo "error: megatron-core $core needs Python 3.$oldest to 3.13 with the venv module;" \
-        "install it, or set PYTHON" >&2
-    return 1
-}
-
 _attnedit_core_venv() {
-    local root=$1 core=$2 venv=$3
-    local stamp=$venv/requirements.stamp log=$venv/install.log wanted python torch
+    local root=$1 core=$2 venv=$3 oldest=12
+    local stamp=$venv/requirements.stamp wanted python
     wanted="$core $(cksum <"$root/requirements.txt")"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return 0
     fi
-    python=$(_attnedit_core_python "$core") || return 1
-    mkdir -p "$venv" && rm -f "$stamp" && : >"$log" || return 1
-    local pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
-    _attnedit_step "create $venv with $("$python" --version)" "$log" \
-        "$python" -m venv --upgrade-deps "$venv" || return 1
-    torch=$(grep '^torch==' "$root/requirements.txt") || return 1
-    _attnedit_step "install $torch" "$log" "${pip[@]}" "$torch" || return 1
+    case $core in 0.16.*) oldest=11 ;; esac
+    python=$(_attnedit_find_python "$oldest" 13) || return 1
+    mkdir -p "$venv" || return 1
     grep -v '^megatron-core==' "$root/requirements.txt" >"$venv/requirements.txt" || return 1
-    _attnedit_step "install requirements.txt with megatron-core $core" "$log" \
-        "${pip[@]}" -r "$venv/requirements.txt" "megatron-core==$core" || return 1
+    _attnedit_make_venv "$root" "$venv" "$python" "requirements.txt with megatron-core $core" \
+        -r "$venv/requirements.txt" "megatron-core==$core" || return 1
     echo "$wanted" >"$stamp"
 }
 

@@ -11,24 +11,17 @@
 
 _attnedit_venv() {
     local root=$1 venv=$1/.venv
-    local stamp=$venv/requirements.stamp log=$venv/install.log wanted python torch
+    local stamp=$venv/requirements.stamp wanted python
     # The root is part of the stamp because a copied .venv still points at its first home.
     wanted="$root $(cksum <"$root/requirements.txt")"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return 0
     fi
     python=$(_attnedit_find_python) || return 1
-    mkdir -p "$venv" && rm -f "$stamp" && : >"$log" || return 1
-    local pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
-    _attnedit_step "create .venv with $("$python" --version)" "$log" \
-        "$python" -m venv --upgrade-deps "$venv" || return 1
-    # By itself and first: an unpinned torch would draw in gigabytes of another build.
-    torch=$(grep '^torch==' "$root/requirements.txt") || return 1
-    _attnedit_step "install $torch" "$log" "${pip[@]}" "$torch" || return 1
-    _attnedit_step "install requirements.txt" "$log" \
-        "${pip[@]}" -r "$root/requirements.txt" || return 1
-    _attnedit_step "install this package" "$log" \
-        "${pip[@]}" --no-deps --no-build-isolation -e "$root" || return 1
+    _attnedit_make_venv "$root" "$venv" "$python" requirements.txt \
+        -r "$root/requirements.txt" || return 1
+    _attnedit_step "install this package" "$venv/install.log" "$venv/bin/python" -m pip install \
+        --disable-pip-version-check --no-deps --no-build-isolation -e "$root" || return 1
     echo "$wanted" >"$stamp"
 }
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_attnedit.convert.converter import check_tensor_parallel
+from megatron_attnedit.convert.grouped_experts import ExpertLayout
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.legacy_grid import LegacyGrid
 from megatron_attnedit.errors import UserError
@@ -25,6 +26,8 @@ class ConversionConfig:
         pipeline_model_parallel_size: Likewise.
         expert_model_parallel_size: Likewise.
         moe_grouped_gemm: Likewise: experts as Megatron holds them with that flag.
+        transformer_impl: With it: as this program's grouped experts hold them, which is as
+            Megatron's of old, or as Transformer Engine's.
         pad_for_serving: Numbers that the cache of a token in a layer shall have, of the ``hf``
             format; 0: the fewest that are served; None: no padding.
         report: ``report.json`` of an evaluation, for the model card of the ``hf`` format.
@@ -41,6 +44,7 @@ class ConversionConfig:
     pipeline_model_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     moe_grouped_gemm: bool = False
+    transformer_impl: str = "local"
     pad_for_serving: int | None = None
     report: Path | None = None
     push: str | None = None
@@ -59,6 +63,11 @@ class ConversionConfig:
                 raise UserError(f"{flag}: any grid loads {self.format}; only torch fits one grid")
         if self.moe_grouped_gemm and self.format != "torch":
             raise UserError(f"--moe-grouped-gemm: {self.format} knows one layout of experts only")
+        if self.transformer_impl != "local" and not self.moe_grouped_gemm:
+            raise UserError(
+                f"--transformer-impl {self.transformer_impl}: without --moe-grouped-gemm its "
+                "parameters have the same names"
+            )
         if self.pad_for_serving is not None and self.format != "hf":
             raise UserError(f"--pad-for-serving: engines load hf directories, not {self.format}")
         for name in ("report", "push"):
@@ -66,6 +75,13 @@ class ConversionConfig:
                 raise UserError(f"--{name} {getattr(self, name)}: only hf directories have a card")
         if self.format == "edited" and self.output.suffix != ".safetensors":
             raise UserError(f"--output {self.output}: edited weights are a .safetensors file")
+
+    @property
+    def expert_layout(self) -> ExpertLayout:
+        """Of the ``torch`` format."""
+        return ExpertLayout.of_flags(
+            moe_grouped_gemm=self.moe_grouped_gemm, transformer_impl=self.transformer_impl
+        )
 
     def grid(self, hf: HFConfig) -> LegacyGrid:
         """Of the ``torch`` format.

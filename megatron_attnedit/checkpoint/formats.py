@@ -137,9 +137,8 @@ def write_megatron(opened: Opened, config: ConversionConfig, output: Path) -> No
     dist_writer = DistWriter(folder, rows, DTYPES[dtype])
     writer: Writer = dist_writer
     if config.format == "torch":
-        writer = LegacyWriter(
-            folder, rows, config.grid(opened.hf), DTYPES[dtype], grouped=config.moe_grouped_gemm
-        )
+        grid, layout = config.grid(opened.hf), config.expert_layout
+        writer = LegacyWriter(folder, rows, grid, DTYPES[dtype], experts=layout)
     manifest = _fill(writer, opened, rows, dtype)
     hashes = _of_all_processes(dist_writer.written)
     if is_first():

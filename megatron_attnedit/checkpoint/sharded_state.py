@@ -5,6 +5,7 @@ checkpoint holds what trained and names its teacher.
 """
 
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from megatron_attnedit.convert.verification import verified
 from megatron_attnedit.errors import UserError, one_line
 from megatron_attnedit.models.teacher import global_name
 
-EXTRA_STATE = "_extra_state"
+EXTRA_STATE = re.compile(r"_extra_state\d*")  # one for each of grouped experts
 COMMON = "common.pt"  # Megatron's name of the file of plain values
 _DAMAGED = (
     CheckpointingException,
@@ -66,7 +67,9 @@ def attention_state(attentions: Mapping[int, MegatronModule]) -> dict[str, Any]:
 
 def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Without Transformer Engine's extra state, which is empty here."""
-    return ((name, sharded) for name, sharded in state.items() if not name.endswith(EXTRA_STATE))
+    for name, sharded in state.items():
+        if not EXTRA_STATE.fullmatch(name.rpartition(".")[2]):
+            yield name, sharded
 
 
 def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_attnedit.convert.completeness import check_complete
-from megatron_attnedit.convert.grouped_experts import group_shapes
+from megatron_attnedit.convert.grouped_experts import ExpertLayout, expert_shapes
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.legacy_grid import EMBEDDING, ITERATION, OUTPUT, LegacyGrid
 from megatron_attnedit.convert.output import write_at
@@ -49,7 +49,7 @@ class LegacyWriter:
         rows: The whole table.
         grid: What to write.
         dtype: Type of all tensors.
-        grouped: Experts as Megatron holds them with ``--moe-grouped-gemm``.
+        experts: How Megatron will hold them.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class LegacyWriter:
         grid: LegacyGrid,
         dtype: torch.dtype,
         *,
-        grouped: bool,
+        experts: ExpertLayout,
     ) -> None:
         self._directory, self._grid, self._dtype = directory, grid, dtype
-        self._grouped = grouped
+        self._experts = experts
         self._shapes = grid.shapes(rows)
         self._offsets: dict[Path, dict[str, int]] = {}
 
@@ -74,9 +74,8 @@ class LegacyWriter:
         for tp, pp, ep in self._grid.ranks():
             file = self._file(tp, pp, ep)
             file.parent.mkdir()
-            shapes = self._shapes[pp, ep]
-            if self._grouped:
-                shapes = group_shapes(shapes, self._grid.local_experts)
+            count = self._grid.local_experts
+            shapes = expert_shapes(self._shapes[pp, ep], count, self._experts)
             with FakeTensorMode():
                 content = {
                     "args": self._grid.args(),
@@ -97,7 +96,7 @@ class LegacyWriter:
             row = piece.row
             for tp in range(self._grid.tp):
                 shard = row.to_megatron(tensors, tp_rank=tp, tp_size=self._grid.tp)
-                if self._grouped and row.in_expert:
+                if self._experts is ExpertLayout.GROUPED and row.in_expert:
                     shard = shard.t()
                 data = as_bytes(shard.contiguous())
                 for pp, ep, local in self._grid.homes(row.megatron_param):
@@ -174,7 +173,7 @@ class LegacyReader:
             content = _load(file, mmap=True)
             _check_args(content.get("args"), hf, file)
             model = content["model"]
-            tensors = {key: value for key, value in model.items() if isinstance(value, Tensor)}
+            tensors = {key: value for key, value in model.items() if _is_parameter(key, value)}
             held = self._models[tp, pp, ep] = self._grid.one_by_one(tensors)
             found = {name: tuple(tensor.shape) for name, tensor in held.items()}
             check_complete(expected[pp, ep], found, where=str(file), ignored={}, padded=padded)
@@ -202,6 +201,11 @@ class LegacyReader:
         pp, ep, local = self._grid.homes(piece.row.megatron_param)[0]
         shards = [self._models[tp, pp, ep][local] for tp in range(self._grid.tp)]
         return piece.cut(piece.row.to_hf(shards))
+
+
+def _is_parameter(name: str, value: object) -> bool:
+    """Layers of Transformer Engine keep a tensor of their own state besides."""
+    return isinstance(value, Tensor) and "._extra_state" not in name
 
 
 def _check_args(args: object, hf: HFConfig, file: Path) -> None:

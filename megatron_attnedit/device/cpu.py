@@ -155,6 +155,8 @@ def _patch_tensor() -> None:
 @functools.cache
 def install() -> None:
     """Put the stand-in in place; modules loaded before and after this call get it."""
+    # Its optimizers and norms take the place of torch's where it is installed, and need a GPU.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     # mcore's jit_fuser is torch.compile: on a CPU that costs 3-23 s of compilation per shape.
     torch.compiler.set_stance("force_eager")
     hook = _StandInHook(_torch_for_megatron())

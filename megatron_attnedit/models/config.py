@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.transformer_engine import check_transformer_impl
 
 
 @torch.no_grad()
@@ -25,6 +26,7 @@ def transformer_config(
     *,
     recompute: str = "none",
     moe_grouped_gemm: bool = False,
+    transformer_impl: str = "local",
     gradient_accumulation_fusion: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of the teacher; its student runs under the same.
@@ -36,13 +38,16 @@ def transformer_config(
         recompute: What backward computes again instead of keeping: ``none``, ``selective`` (core
             attention) or ``full`` (whole layers).
         moe_grouped_gemm: All experts of a rank in one grouped matmul; bfloat16 only.
+        transformer_impl: Whose norms, MLPs and experts: ``local`` (this program's and Megatron's)
+            or ``transformer_engine``.
         gradient_accumulation_fusion: Weight gradients straight into the main gradients, which the
             parameters must have when backward runs.
 
     Raises:
-        UserError: the grid cannot cut this model.
+        UserError: the grid cannot cut this model, or Transformer Engine cannot be used.
     """
     parallel.check_model(hf)
+    check_transformer_impl(transformer_impl)
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -66,7 +71,10 @@ def transformer_config(
         # Losses are sums over tokens, divided once by their number (all ranks, all micro-batches).
         calculate_per_token_loss=True,
         # Of experts, mcore fuses it in sequential ones only, which then round unlike grouped ones.
-        bias_activation_fusion=not hf.num_experts,
+        # Transformer Engine's grouped ones have it, too.
+        bias_activation_fusion=not hf.num_experts
+        or (moe_grouped_gemm and transformer_impl == "transformer_engine"),
+        transformer_impl=transformer_impl,
         # These need Transformer Engine or Apex.
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -29,6 +29,7 @@ from megatron_attnedit.core_attention.module import CoreAttention
 from megatron_attnedit.models.experts import reduce_apart, send_nothing
 from megatron_attnedit.models.grid import place_of_this_process
 from megatron_attnedit.models.grouped_experts import GroupedMoELayer
+from megatron_attnedit.models.transformer_engine import layer_norm, use_transformer_engine
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -44,9 +45,11 @@ def teacher_layer_spec(config: TransformerConfig, *, attention_backend: str) -> 
         normalization=config.normalization,
     )
     layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.input_layernorm = layer.pre_mlp_layernorm = layer_norm(config, RMSNorm)
     layer.sharded_state_dict_keys_map = {}
-    if config.moe_grouped_gemm:
+    if config.transformer_impl == "transformer_engine":
+        use_transformer_engine(layer, config)
+    elif config.moe_grouped_gemm:
         layer.mlp = GroupedMoELayer
     layer.self_attention.module = CausalSelfAttention
     attention = layer.self_attention.submodules
@@ -82,7 +85,9 @@ def _build_chunk(
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     model = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm),
+        TransformerBlockSubmodules(
+            layer_specs=[spec] * count, layer_norm=layer_norm(config, RMSNorm)
+        ),
         vocab_size=padded_vocab_size(hf.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=hf.max_position_embeddings,
         position_embedding_type="rope",
@@ -172,9 +177,10 @@ def load_from_hf(
 def can_be_recorded(config: TransformerConfig) -> bool:
     """Are the teacher's shapes known beforehand, and does nothing wait while it is recorded?
 
-    Experts get as many tokens as the router sends them, which only a grouped product of those of
-    one process needs not know. Recording waits for the device, and an interleaved pipeline's device
-    for what a process sends that may be recording, too. Context parallelism was not tried.
+    Experts get as many tokens as the router sends them, which only this program's grouped product
+    of those of one process needs not know. Recording waits for the device, and an interleaved
+    pipeline's device for what a process sends that may be recording, too. Context parallelism was
+    not tried.
     """
     interleaved = config.virtual_pipeline_model_parallel_size is not None
     sizes = (
@@ -182,7 +188,8 @@ def can_be_recorded(config: TransformerConfig) -> bool:
         config.expert_tensor_parallel_size,
         config.tensor_model_parallel_size,
     )
-    known = config.moe_grouped_gemm and max(sizes) == 1
+    ours = config.moe_grouped_gemm and config.transformer_impl == "local"
+    known = ours and max(sizes) == 1
     experts = config.num_moe_experts and not known
     return not (interleaved or experts or config.context_parallel_size > 1)
 

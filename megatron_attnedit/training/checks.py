@@ -99,6 +99,7 @@ def check_grid(
         torch.bfloat16 if recipe.bf16 else torch.float32,
         recompute=recipe.recomputation,
         moe_grouped_gemm=recipe.moe_grouped_gemm,
+        transformer_impl=recipe.transformer_impl,
     )
     parallel.check_student(student, recipe.seq_length)
     check_fp8_sizes(recipe, hf, student, parallel)

@@ -10,6 +10,7 @@ from megatron_attnedit.distill.layerwise import NORMALISATIONS
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_output_folder
 from megatron_attnedit.models.grid import ParallelConfig, num_microbatches
+from megatron_attnedit.models.transformer_engine import TRANSFORMER_IMPLS
 from megatron_attnedit.training.data_options import DataOptions
 from megatron_attnedit.training.options import check_options, flag_name, option
 from megatron_attnedit.training.precision_options import PrecisionOptions, ShareInFp8
@@ -75,6 +76,11 @@ class Recipe(TaskOptions, DataOptions, PrecisionOptions):
     expert_tensor_parallel_size: int = option(1, "processes that share each expert", minimum=1)
     gradient_accumulation_fusion: bool = option(True, "weight gradients right into main gradients")
     moe_grouped_gemm: bool = option(False, "all experts in one grouped matmul; needs --bf16")
+    transformer_impl: str = option(
+        "local",
+        "norms, MLPs and experts: this program's and Megatron's, or Transformer Engine's",
+        TRANSFORMER_IMPLS,
+    )
     use_distributed_optimizer: bool = option(
         False, "cut optimizer state over data-parallel processes"
     )

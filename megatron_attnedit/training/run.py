@@ -125,6 +125,7 @@ def _prepare(
         attention_backend=backend,
         recompute=recipe.recomputation,
         moe_grouped_gemm=recipe.moe_grouped_gemm,
+        transformer_impl=recipe.transformer_impl,
         gradient_accumulation_fusion=recipe.gradient_accumulation_fusion,
     )
     check_teacher_of(recipe, checked.before, teacher.fingerprint)

@@ -210,6 +210,8 @@ def test_grouped_experts_without_experts(model, tmp_path):
     flag = "--moe-grouped-gemm"
     refused(model, tmp_path / "out", flag, "no experts", format="torch", moe_grouped_gemm=True)
     refused(model, tmp_path / "out", flag, "torch_dist", moe_grouped_gemm=True)
+    flag = "--transformer-impl transformer_engine: without --moe-grouped-gemm"
+    refused(model, tmp_path / "out", flag, transformer_impl="transformer_engine")
 
 
 def test_edited_weights_of_a_student_of_which_all_was_trained(tmp_path):

@@ -12,7 +12,7 @@ from megatron_attnedit.core_attention.backends import attention_backend
 from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.windows import to_window_size
 from megatron_attnedit.device.recording import WARMUP, Recorded
-from tests.numerics.test_gpu import HEADS, TOLERANCES, compare_runs, write_inputs
+from tests.numerics.test_gpu import HEADS, TOLERANCES, compare_runs, needs_te, write_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -29,6 +29,10 @@ KERNELS = [
     *itertools.product(["flex"], [MLA], [None], [0], [False, True], HALF),
     *itertools.product(["flex"], [GQA], [None, 128], [0], [False, True], TOLERANCES),
     *itertools.product(["flex"], [GQA], [128], [4, 200], [False], HALF),
+    *(
+        pytest.param("te", heads, window, 0, False, torch.bfloat16, marks=needs_te)
+        for heads, window in itertools.product(HEADS, [None, 128])
+    ),
 ]
 
 

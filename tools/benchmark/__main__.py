@@ -61,6 +61,12 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     )
     speed.add_argument("--moe-grouped-gemm", action="store_true", help="experts in one product")
     speed.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        default="local",
+        help="this program's side: norms, MLPs and experts (default: %(default)s)",
+    )
+    speed.add_argument(
         "--optimizer-cpu-offload", action="store_true", help="optimizer states on the host"
     )
     speed.add_argument(
@@ -211,6 +217,7 @@ def workload(args: argparse.Namespace, config: dict[str, Any]) -> Any:
         micro_batches=args.micro_batches,
         trainable=args.trainable,
         moe_grouped_gemm=args.moe_grouped_gemm,
+        transformer_impl=args.transformer_impl,
         recompute=args.recompute,
         optimizer_cpu_offload=args.optimizer_cpu_offload,
         runs_student=args.student_inputs,

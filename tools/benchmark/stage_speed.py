@@ -102,6 +102,8 @@ def describe(work: Workload) -> str:
     ]
     if work.hf.num_experts:
         parts.append("grouped experts" if work.moe_grouped_gemm else "sequential experts")
+    if work.transformer_impl != "local":
+        parts.append("Transformer Engine")
     if work.stage == 2 and work.trainable == "all":
         parts.append("everything trained")
     if work.runs_student:

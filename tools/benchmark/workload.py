@@ -40,6 +40,7 @@ class Workload:
         micro_batches: Per optimizer step and copy of the model, one sample each.
         trainable: ``attention`` or ``all`` (stage 2).
         moe_grouped_gemm: Experts in one grouped matrix product.
+        transformer_impl: See the recipe.
         recompute: See the recipe.
         parallel: The grid; what is left of the processes is data parallelism.
         use_distributed_optimizer: See the recipe.
@@ -60,6 +61,7 @@ class Workload:
     micro_batches: int = 1
     trainable: str = "attention"
     moe_grouped_gemm: bool = False
+    transformer_impl: str = "local"
     recompute: str = "none"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     use_distributed_optimizer: bool = True
@@ -194,6 +196,7 @@ def _config(work: Workload) -> TransformerConfig:
         torch.bfloat16,
         recompute=work.recompute,
         moe_grouped_gemm=work.moe_grouped_gemm,
+        transformer_impl=work.transformer_impl,
         gradient_accumulation_fusion=True,
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -95,6 +96,50 @@ def test_read_back_or_refused(tmp_path, family, cases):
             same_files(make(out, tmp_path / f"back{case}", "hf"), model)
         for folder in tmp_path.iterdir():
             shutil.rmtree(folder)
+
+
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 5,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "tie_word_embeddings": False,
+    "num_experts": 4,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 6,
+    "norm_topk_prob": False,
+}
+
+
+def test_experts_as_transformer_engine_holds_them(tmp_path):
+    """Names and numbers are those of experts one by one, named otherwise; and they are read."""
+    model = write_model(tmp_path / "model", **EXPERTS)
+    grid = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}
+    single = make(model, tmp_path / "single", "torch", **grid)
+    flags = {**grid, "moe_grouped_gemm": True, "transformer_impl": "transformer_engine"}
+    grouped = make(model, tmp_path / "grouped", "torch", **flags)
+    for file in single.rglob("model_optim_rng.pt"):
+        expected = _load(file, mmap=False)["model"]
+        found = _load(grouped / file.relative_to(single), mmap=False)["model"]
+        assert sum(".experts.linear_fc" in name for name in found) == 2 * 2 * 2
+        renamed = {
+            re.sub(r"local_experts\.(\d+)\.(linear_fc\d\.weight)", r"\2\1", name): tensor
+            for name, tensor in expected.items()
+        }
+        assert found.keys() == renamed.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in renamed.items())
+        # As Transformer Engine leaves it: state of its own besides the weights.
+        content = _load(grouped / file.relative_to(single), mmap=False)
+        for name in ("linear_fc1._extra_state", "linear_fc2._extra_state"):
+            content["model"][f"decoder.layers.0.mlp.experts.{name}"] = torch.empty(0).byte()
+        torch.save(content, grouped / file.relative_to(single))
+    for name in ("attnedit.json", "complete.json", "manifest.json"):
+        (grouped / "iter_0000001" / name).unlink()
+    same_files(make(grouped, tmp_path / "back", "hf", teacher=str(model)), model)
 
 
 def equal_shards(folder, tp):

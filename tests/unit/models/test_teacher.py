@@ -15,6 +15,8 @@ GROUPED = {"num_moe_experts": 8, "moe_grouped_gemm": True}
         ({}, True),
         ({"num_moe_experts": 8}, False),
         (GROUPED, True),
+        (GROUPED | {"transformer_impl": "transformer_engine"}, False),
+        ({"transformer_impl": "transformer_engine"}, True),
         (GROUPED | {"expert_model_parallel_size": 2}, False),
         (GROUPED | {"expert_tensor_parallel_size": 2}, False),
         ({"tensor_model_parallel_size": 2}, True),
@@ -27,6 +29,7 @@ def test_what_can_be_recorded(fields, possible):
     usual = {
         "num_moe_experts": None,
         "moe_grouped_gemm": False,
+        "transformer_impl": "local",
         "expert_model_parallel_size": 1,
         "expert_tensor_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
