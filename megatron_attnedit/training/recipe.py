@@ -76,11 +76,7 @@ class Recipe(TaskOptions, DataOptions, PrecisionOptions):
     expert_tensor_parallel_size: int = option(1, "processes that share each expert", minimum=1)
     gradient_accumulation_fusion: bool = option(True, "weight gradients right into main gradients")
     moe_grouped_gemm: bool = option(False, "all experts in one grouped matmul; needs --bf16")
-    transformer_impl: str = option(
-        "local",
-        "norms, MLPs and experts: this program's and Megatron's, or Transformer Engine's",
-        TRANSFORMER_IMPLS,
-    )
+    transformer_impl: str = option("local", "whose norms, MLPs and experts", TRANSFORMER_IMPLS)
     use_distributed_optimizer: bool = option(
         False, "cut optimizer state over data-parallel processes"
     )

@@ -27,7 +27,7 @@ pytestmark = MARKS
 def test_preempted_by_another_job(submit, tmp_path):
     save = tmp_path / "run"
     job = submit("stage1", "recipe.yaml", "--save", save, "--train-iters", 30)
-    job.wait(lambda: trained(save, 3), 60)
+    job.wait(lambda: trained(save, 3), 180)
     job.preempt(3)
     job.wait_for_state("COMPLETED")
     events = assert_each_iteration_once(save, 30)
@@ -40,7 +40,7 @@ def test_preempted_by_another_job(submit, tmp_path):
 def test_signalled_and_requeued(submit, tmp_path):
     save = tmp_path / "run"
     job = submit("stage2", "recipe.yaml", "--save", save, "--train-iters", 12)
-    job.wait(lambda: trained(save, 3), 60)
+    job.wait(lambda: trained(save, 3), 180)
     job.run("scancel", "--batch", "--signal", "USR1", job.id)
     job.wait_for_state("COMPLETED")
     events = assert_each_iteration_once(save, 12)
@@ -54,7 +54,7 @@ def test_requeued_by_an_administrator(submit, tmp_path):
     """SLURM ends the job by SIGTERM and queues it itself."""
     save = tmp_path / "run"
     job = submit("stage1", "recipe.yaml", "--save", save, "--train-iters", 12)
-    job.wait(lambda: trained(save, 3), 60)
+    job.wait(lambda: trained(save, 3), 180)
     job.run("scontrol", "requeue", job.id)
     job.wait_for_state("COMPLETED")
     events = assert_each_iteration_once(save, 12)
@@ -85,7 +85,7 @@ def test_signalled_while_it_starts(submit, tmp_path):
     """No crash is counted, and the next start trains."""
     save = tmp_path / "run"
     job = submit("stage1", "recipe.yaml", "--save", save, "--train-iters", 3, ATTNEDIT_CRASHES="0")
-    job.wait(lambda: "dry run of" in job.log, 60)
+    job.wait(lambda: "dry run of" in job.log, 180)
     time.sleep(0.5)
     job.run("scancel", "--batch", "--signal", "USR1", job.id)
     job.wait_for_state("COMPLETED")
@@ -108,7 +108,7 @@ def test_two_nodes(submit, tmp_path):
         options=PAIR,
         ATTNEDIT_DEVICES="1",
     )
-    job.wait(lambda: trained(save, 3), 60)
+    job.wait(lambda: trained(save, 3), 180)
     job.run("scancel", "--batch", "--signal", "USR1", job.id)
     job.wait_for_state("COMPLETED")
     events = assert_each_iteration_once(save, 12)
@@ -132,7 +132,7 @@ def test_a_dead_rank_ends_the_other_node(submit, tmp_path):
         ATTNEDIT_DEVICES="1",
         ATTNEDIT_CRASHES="0",
     )
-    job.wait(lambda: trained(save, 3), 60)
+    job.wait(lambda: trained(save, 3), 180)
     start = time.monotonic()
     job.wait_for_state("FAILED")
     print(f"{time.monotonic() - start:.0f} s from a rank's death to the job's end")

@@ -19,7 +19,7 @@ from megatron_attnedit.attention.mla.module import assemble_heads
 from megatron_attnedit.attention.rotary import normed_and_rotated
 from megatron_attnedit.checkpoint.run_folder import damage
 from megatron_attnedit.checkpoint.writer import CheckpointWriter
-from megatron_attnedit.core_attention.backends import attention_backend, te
+from megatron_attnedit.core_attention.backends import attention_backend
 from megatron_attnedit.core_attention.windows import to_window_size
 from megatron_attnedit.device import add_weight_gradient
 from megatron_attnedit.distill.divergences import divergence_and_gradient
@@ -35,7 +35,6 @@ from tests.support.inputs import make_inputs
 from tests.support.inputs import recipe as small_recipe
 
 pytestmark = pytest.mark.gpu
-needs_te = pytest.mark.skipif(not te.is_installed(), reason="Transformer Engine is not installed")
 
 # Relative, per tensor, against the float32 reference on the same device: rounding of the inputs
 # and of the probabilities in bfloat16; float32 without TF32.
@@ -51,12 +50,6 @@ KERNELS = [
     *itertools.product(["flex"], HEADS[:1], [1000], [None, 128], [torch.bfloat16]),
     *itertools.product(["flex"], HEADS[1:2], [1000], [None, 128], TOLERANCES),
     ("flex", HEADS[2], 63, 5000, torch.bfloat16),
-    *(
-        pytest.param(*case, marks=needs_te)
-        for case in itertools.product(
-            ["te"], HEADS, [63, 1000], [None, 2, 128, 5000], [torch.bfloat16]
-        )
-    ),
 ]
 
 
@@ -101,16 +94,7 @@ def test_sinks(backend, queries, window, sinks, dtype):
 
 @pytest.mark.parametrize("window", [None, 128])
 @pytest.mark.parametrize("queries", [17, 500])
-@pytest.mark.parametrize(
-    "backend, d",
-    [
-        ("sdpa", 192),
-        ("flash", 128),
-        ("flex", 128),
-        pytest.param("te", 192, marks=needs_te),
-        pytest.param("te", 128, marks=needs_te),
-    ],
-)
+@pytest.mark.parametrize("backend, d", [("sdpa", 192), ("flash", 128), ("flex", 128)])
 def test_fewer_queries_than_keys(backend, d, window, queries):
     """As under context parallelism."""
     generator = torch.Generator("cuda").manual_seed(0)

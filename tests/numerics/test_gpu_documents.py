@@ -12,7 +12,8 @@ from megatron_attnedit.core_attention.backends import attention_backend
 from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.windows import to_window_size
 from megatron_attnedit.device.recording import WARMUP, Recorded
-from tests.numerics.test_gpu import HEADS, TOLERANCES, compare_runs, needs_te, write_inputs
+from tests.numerics.test_gpu import HEADS, TOLERANCES, compare_runs, write_inputs
+from tests.numerics.test_transformer_engine import needs_te
 
 pytestmark = pytest.mark.gpu
 

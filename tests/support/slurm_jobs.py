@@ -61,7 +61,7 @@ class Job:
             assert time.monotonic() < deadline, f"{self.state()}\n{self.log}"
             time.sleep(0.3)
 
-    def wait_for_state(self, *states: str, seconds: float = 120) -> None:
+    def wait_for_state(self, *states: str, seconds: float = 300) -> None:
         self.wait(lambda: self.state() in states, seconds)
 
 

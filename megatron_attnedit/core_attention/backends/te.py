@@ -2,34 +2,34 @@
 
 import functools
 import importlib
-import sys
+import logging
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
 from megatron_attnedit.core_attention.documents import Span
-from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import one_line
 
-
-def is_installed() -> bool:
-    """Can it be found?"""
-    return find_spec("transformer_engine") is not None
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def problem() -> str | None:
-    """Why this machine cannot run it."""
-    if bootstrap().device.type != "cuda" and sys.modules.get("transformer_engine") is None:
-        return "Transformer Engine needs an NVIDIA GPU"
-    if not is_installed():
-        return "Transformer Engine is not installed"
+def is_installed() -> bool:
+    """Can it be imported? On a CPU it cannot."""
+    if find_spec("transformer_engine") is None:
+        return False
     try:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
-        return f"Transformer Engine cannot be imported: {one_line(error)}"
-    return None
+        logger.warning("Transformer Engine cannot be imported: %s", one_line(error))
+        return False
+    return True
+
+
+def problem() -> str | None:
+    """Why this machine cannot run it."""
+    return None if is_installed() else "Transformer Engine is not installed for this device"
 
 
 @functools.lru_cache(maxsize=32)
