@@ -35,14 +35,22 @@ def project(
         weights: The teacher's attention of that layer.
         teacher: Its configuration.
     """
+    q, k, v = raw_heads(inputs, weights, teacher)
+    if teacher.qk_norm:
+        q = _rms_norm(q, weights["q_layernorm.weight"], teacher.rms_norm_eps)
+        k = _rms_norm(k, weights["k_layernorm.weight"], teacher.rms_norm_eps)
+    return q, k, v
+
+
+def raw_heads(
+    inputs: Tensor, weights: Mapping[str, Tensor], teacher: HFConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same before QK-norm."""
     flat = [inputs @ weight.t() for weight in split_qkv(weights, teacher)]
     if teacher.qkv_bias:
         biases = _layout(teacher).split(weights["linear_qkv.bias"])
         flat = [t + bias for t, bias in zip(flat, biases, strict=True)]
     q, k, v = (t.unflatten(-1, (-1, teacher.head_dim)) for t in flat)
-    if teacher.qk_norm:
-        q = _rms_norm(q, weights["q_layernorm.weight"], teacher.rms_norm_eps)
-        k = _rms_norm(k, weights["k_layernorm.weight"], teacher.rms_norm_eps)
     return q, k, v
 
 

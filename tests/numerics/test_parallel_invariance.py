@@ -150,10 +150,11 @@ def test_sink_tokens(inputs, one_process, tmp_path, grid):
     ],
 )
 def test_chosen_frequencies(inputs, one_process, tmp_path, stage, grid):
-    """Lists of each layer, wherever the layer and its tokens are."""
+    """Lists of each layer, wherever the layer and its tokens are; norms of all heads' keys."""
     folder, name = inputs["dense"], "mla_chosen"
     if not (folder / name).exists():
-        make_student(folder, name, "mla", {"mla_rotary": "chosen"}, calibration=folder / "data")
+        flags = {"mla_rotary": "chosen", "qk_norm": "exact"}
+        make_student(folder, name, "mla", flags, calibration=folder / "data")
     expected = one_process(stage, "dense", name)
     world_size, flags, _ = GRIDS[grid]
     answers = processes.run(

@@ -26,6 +26,7 @@ STUDENTS = {
     "mla": ("mla", {}),
     "mla, value head not the query's size": ("mla", {"qk_head_dim": 16, "qk_pos_emb_head_dim": 8}),
     "mla, chosen frequencies": ("mla", {"qk_pos_emb_head_dim": 12, "mla_rotary": "chosen"}),
+    "mla, QK-norm": ("mla", {"qk_pos_emb_head_dim": 12, "qk_norm": "exact"}),
     "gate_swa": ("gate_swa", {"sliding_window": 8, "full_layers": "none"}),
     "gate_swa headwise": (
         "gate_swa",
@@ -89,7 +90,7 @@ def reference(case, hf, length):
         if student.rotary_pairs:
             pairs = torch.tensor(student.rotary_pairs[0])
             frequencies = hf.rope_theta ** (-2.0 * pairs / hf.head_dim)
-        out = mla_reference(weights, x, student, frequencies)
+        out = mla_reference(weights, x, student, frequencies, hf.rms_norm_eps)
     else:
         out = gate_swa_reference(
             weights,
@@ -165,6 +166,8 @@ def test_values_and_gradients(tmp_path, case, teacher, tp_size, sequence_paralle
     family, overrides = TEACHERS[teacher]
     if family == "qwen2" and "mla" in case:
         pytest.skip("refused: biases")
+    if family == "llama" and "QK-norm" in case:
+        pytest.skip("refused: no norm to keep")
     hf_dir = tiny_hf_dir(tmp_path / "hf", family, **overrides)
     hf = read_hf_config(hf_dir)
     expected_out, expected_x, expected_grads = reference(case, hf, length)

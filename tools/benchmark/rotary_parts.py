@@ -8,6 +8,7 @@ calibration text. Any Qwen3 or Llama-family directory that transformers loads is
 
 import argparse
 import gzip
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,12 @@ def parse_args() -> argparse.Namespace:
         help="latent+rotary part of students that are cut whole, such as 102+32 70+64",
     )
     add("--kinds", nargs="*", help="of --mla-rotary (default: all)")
+    add(
+        "--qk-norms",
+        nargs="*",
+        default=["folded"],
+        help="of --qk-norm, for students that are cut whole (default: folded)",
+    )
     add("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()
 
@@ -160,12 +167,17 @@ def rotary_cut(judge: Judge, count: int, kind: str) -> list[Callable[[Tensor], T
     ]
 
 
-def whole_cut(judge: Judge, latent: int, rotary: int, kind: str) -> Any:
+def whole_cut(judge: Judge, latent: int, rotary: int, kind: str, qk_norm: str) -> Any:
     """The attentions of a student right after its edit, and its share of the teacher's cache."""
     from megatron_attnedit.attention.mla.config import MLA
     from megatron_attnedit.attention.mla.plain import mla_output
 
-    flags = {"kv_lora_rank": latent, "qk_pos_emb_head_dim": rotary, "mla_rotary": kind}
+    flags = {
+        "kv_lora_rank": latent,
+        "qk_pos_emb_head_dim": rotary,
+        "mla_rotary": kind,
+        "qk_norm": qk_norm,
+    }
     student = MLA.from_flags(flags, judge.hf).measured_on(judge.hf, judge.layers)
 
     def attention(i: int) -> Callable[[Tensor], Tensor]:
@@ -173,7 +185,7 @@ def whole_cut(judge: Judge, latent: int, rotary: int, kind: str) -> Any:
 
         return lambda inputs: mla_output(weights, inputs, student, judge.hf, i)
 
-    share = (latent + rotary) / (2 * judge.hf.num_key_value_heads * judge.hf.head_dim)
+    share = student.cached / (2 * judge.hf.num_key_value_heads * judge.hf.head_dim)
     return [attention(i) for i in range(len(judge.layers))], share
 
 
@@ -195,12 +207,12 @@ def figures(judge: Judge, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"cut": "rotary part", "rotary": count, "kind": kind, "perplexity": found}
     for cut in args.cuts:
         latent, rotary = map(int, cut.split("+"))
-        for kind in kinds:
-            outputs, share = whole_cut(judge, latent, rotary, kind)
+        for kind, norm in itertools.product(kinds, args.qk_norms):
+            outputs, share = whole_cut(judge, latent, rotary, kind, norm)
             found = judge.perplexity(outputs)
             yield {
                 "cut": "latent and rotary part", "latent": latent, "rotary": rotary, "kind": kind,
-                "share": share, "perplexity": found, "ratio": found / teacher,
+                "qk_norm": norm, "share": share, "perplexity": found, "ratio": found / teacher,
             }  # fmt: skip
 
 

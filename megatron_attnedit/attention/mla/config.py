@@ -39,6 +39,10 @@ from megatron_attnedit.errors import UserError
 logger = logging.getLogger(__name__)
 
 HF_CLASSES = Path(__file__).parent / "hf"
+NO_KERNEL = (
+    "no engine has a kernel that multiplies scores by a number per token and key-value head, as "
+    "--qk-norm exact needs"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,14 +182,17 @@ class MLA(MLADims, StudentAttention):
         return rows.deepseek_v3_config(self, teacher)
 
     def describe(self) -> str:
-        return f"MLA {self.kv_lora_rank}+{self.qk_pos_emb_head_dim}"
+        norm = "+QK-norm" if self.qk_norm_groups else ""
+        return f"MLA {self.kv_lora_rank}+{self.qk_pos_emb_head_dim}{norm}"
 
     def score_flops(self, teacher: HFConfig, seq_length: int) -> float:
         width = self.query_dim + self.v_head_dim
         return 2 * self.num_attention_heads * width * mean_visible_keys(seq_length, None)
 
     def hf_modeling_files(self, teacher: HFConfig) -> Sequence[Path]:
-        names = ("modeling_mla", "modeling_moe_mla")[: 2 if teacher.num_experts else 1]
+        names = ["modeling_mla", "modeling_moe_mla", "modeling_qk_norm_mla"]
+        if not self.qk_norm_groups:
+            names = names[: 2 if teacher.num_experts else 1]
         return [HF_CLASSES / f"{name}.py" for name in names]
 
     def hf_zeros(self, teacher: HFConfig) -> Mapping[str, tuple[int, ...]]:
@@ -202,6 +209,8 @@ class MLA(MLADims, StudentAttention):
                 f"{2 * teacher.num_key_value_heads * teacher.head_dim})"
             )
         own = "trust_remote_code=True: decodes from the latent"
+        if self.qk_norm_groups:
+            return Engine("transformers", own), Engine("vllm", "", NO_KERNEL)
         how = f"as {rows.architecture(self, teacher)}"
         if self.rotary_pairs:
             how += ", with this package installed beside it, a plug-in"
@@ -219,15 +228,18 @@ class MLA(MLADims, StudentAttention):
         return nearest_served(*self._sizes())
 
     def padded(self, teacher: HFConfig, cached: int) -> tuple[Self, Padding]:
+        if self.qk_norm_groups:
+            raise UserError("--pad-for-serving: no engine serves a student with --qk-norm exact")
         return padding.padded(self, cached)
 
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
-        return teacher.num_hidden_layers * (self.kv_lora_rank + self.qk_pos_emb_head_dim)
+        return teacher.num_hidden_layers * self.cached
 
     def cached_layers(self, teacher: HFConfig) -> list[CachedLayers]:
-        padded = self._padded()
-        latent, _, rotary, _ = padded or (self.kv_lora_rank, 0, self.qk_pos_emb_head_dim, 0)
-        return [CachedLayers(teacher.num_hidden_layers, latent + rotary, heads=1)]
+        padded, numbers = self._padded(), self.cached
+        if padded and not self.qk_norm_groups:
+            numbers = padded.kv_lora_rank + padded.qk_pos_emb_head_dim
+        return [CachedLayers(teacher.num_hidden_layers, numbers, heads=1)]
 
     def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
         n, query = self.num_attention_heads, self.num_attention_heads * self.query_dim
@@ -237,6 +249,7 @@ class MLA(MLADims, StudentAttention):
             query=query,
             key_value=query + n * self.v_head_dim,
             output=n * self.v_head_dim,
+            besides=2 * query if self.qk_norm_groups else 0,  # what is normed
             num_heads=n,
         )
 
@@ -252,6 +265,11 @@ class MLA(MLADims, StudentAttention):
 
     def check_teacher(self, teacher: HFConfig) -> None:
         super().check_teacher(teacher)
+        if self.qk_norm_groups not in (0, teacher.num_key_value_heads):
+            raise UserError(
+                f"the student attention mla has qk_norm_groups {self.qk_norm_groups}, its teacher "
+                f"in {teacher.path} has {teacher.num_key_value_heads} key-value heads"
+            )
         pairs = self.rotary_pairs
         layers, most = teacher.num_hidden_layers, teacher.head_dim // 2
         if pairs and (len(pairs) != layers or max(map(max, pairs)) >= most):
@@ -266,6 +284,8 @@ class MLA(MLADims, StudentAttention):
         fields = super().to_dict()
         if not self.rotary_pairs:
             del fields["rotary"], fields["rotary_pairs"]
+        if not self.qk_norm_groups:
+            del fields["qk_norm_groups"]
         if not self.cuts:
             del fields["cuts"]
         return fields
@@ -275,4 +295,10 @@ class MLA(MLADims, StudentAttention):
             raise UserError(
                 f"--tensor-model-parallel-size {tp_size} does not divide the student's "
                 f"{self.num_attention_heads} attention heads"
+            )
+        groups = self.qk_norm_groups
+        if groups and groups % tp_size and tp_size % groups:
+            raise UserError(
+                f"--tensor-model-parallel-size {tp_size}: with --qk-norm exact it divides the "
+                f"{groups} key-value heads, or is a multiple of them"
             )

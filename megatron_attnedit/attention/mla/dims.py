@@ -31,6 +31,8 @@ class MLADims:
         rotary_pairs: Of each layer, the pairs of the teacher (0 turns fastest; one may stand more
             than once) whose frequencies the rotary part has, in their order; empty: the
             frequencies follow from ``rotary_base``.
+        qk_norm_groups: Key-value heads, of each of which a token's keys are normed together, and
+            queries by themselves; 0: no norm, or one that is folded into the maps.
     """
 
     num_attention_heads: int
@@ -42,10 +44,11 @@ class MLADims:
     rope_scaling_factor: float | None = None
     latent_scale: int = 1
     rotary_pairs: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+    qk_norm_groups: int = 0
 
     def __post_init__(self) -> None:
         for item in fields(MLADims):
-            if item.name == "rotary_pairs":
+            if item.name in ("rotary_pairs", "qk_norm_groups"):
                 continue
             value = getattr(self, item.name)
             flag = item.name.replace("_", "-")
@@ -57,6 +60,12 @@ class MLADims:
         scale = self.latent_scale  # a power of two is exact in every type
         if isinstance(scale, bool) or scale & (scale - 1):
             raise UserError(f"latent_scale {shown(scale)}: expected a power of two")
+        groups = self.qk_norm_groups
+        if type(groups) is not int or groups < 0 or (groups and self.num_attention_heads % groups):
+            raise UserError(
+                f"qk_norm_groups {shown(groups)}: expected 0 or a divisor of the "
+                f"{self.num_attention_heads} heads"
+            )
         for pairs in self.rotary_pairs:
             whole = all(type(pair) is int and 0 <= pair < LARGEST_SIZE for pair in pairs)
             if not whole or 2 * len(pairs) != self.qk_pos_emb_head_dim:
@@ -71,6 +80,11 @@ class MLADims:
         return LATENT_NORM_EPS / self.latent_scale**2
 
     @property
+    def cached(self) -> int:
+        """Numbers in the cache of a token in a layer."""
+        return self.kv_lora_rank + self.qk_pos_emb_head_dim + self.qk_norm_groups
+
+    @property
     def query_dim(self) -> int:
         """Size of a query head and of a key head."""
         return self.qk_head_dim + self.qk_pos_emb_head_dim
@@ -78,7 +92,9 @@ class MLADims:
     def shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """Names and whole shapes of the parameters."""
         n = self.num_attention_heads
+        norm = {"qk_norm.weight": (n * self.query_dim,)} if self.qk_norm_groups else {}
         return {
+            **norm,
             "linear_q_proj.weight": (n * self.query_dim, hidden_size),
             "linear_kv_down_proj.weight": (
                 self.kv_lora_rank + self.qk_pos_emb_head_dim,

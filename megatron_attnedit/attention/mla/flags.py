@@ -13,6 +13,8 @@ DEFAULT_KV_FRACTION = 0.375
 AUTO = "auto"
 # The teacher's highest frequencies; chosen in each layer; chosen once, the same in all.
 ROTARY = ("geometric", "chosen", "chosen-once")
+# Into the linear maps; as it is.
+QK_NORMS = ("folded", "exact")
 
 
 def _defaults(teacher: HFConfig) -> dict[str, int]:
@@ -64,6 +66,18 @@ def _cuts(flags: Mapping[str, Any], teacher: HFConfig) -> tuple[tuple[int, int],
     return tuple((cut.latent, cut.rotary) for cut in cuts)
 
 
+def _qk_norm_groups(flags: Mapping[str, Any], teacher: HFConfig) -> int:
+    """Groups of heads that have a norm; 0 for none."""
+    kind = flags.get("qk_norm") or QK_NORMS[0]
+    if kind not in QK_NORMS:
+        raise UserError(f"--qk-norm {kind}: expected one of {', '.join(QK_NORMS)}")
+    if kind == QK_NORMS[0]:
+        return 0
+    if not teacher.qk_norm:
+        raise UserError(f"--qk-norm {kind}: {teacher.path} has no norm of queries and keys")
+    return teacher.num_key_value_heads
+
+
 def _count_or_auto(text: str) -> int | str:
     return text if text == AUTO else int(text)
 
@@ -90,6 +104,11 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
         "frequencies, which stock engines take; chosen, of each layer the components that are "
         "worth most, which needs this package's classes; chosen-once, the same frequencies in "
         "all layers, which transformers takes without them"
+    },
+    "qk_norm": {
+        "help": "of a teacher that norms queries and keys: folded (default), into the maps as "
+        "their best linear approximation; exact, one more cached number per token and "
+        "key-value head, which needs this package's classes and no engine takes"
     },
 }
 
@@ -126,6 +145,7 @@ def fields_from(flags: Mapping[str, Any], teacher: HFConfig) -> dict[str, Any]:
         "cuts": cuts,
         "num_attention_heads": teacher.num_attention_heads,
         "rope_scaling_factor": (teacher.rope_scaling or {}).get("factor"),
+        "qk_norm_groups": _qk_norm_groups(flags, teacher),
     }
     if flags.get("mla_fit"):
         found["fit"] = flags["mla_fit"]

@@ -24,6 +24,7 @@ from megatron_attnedit.attention.mla.positions import (
     mean_rotation,
     shared_rotary_key,
 )
+from megatron_attnedit.attention.mla.qk_norm_fit import before_norm, with_norm
 from megatron_attnedit.attention.plain import teacher_angles, teacher_output
 from megatron_attnedit.attention.teacher_weights import project, random_matrix
 from megatron_attnedit.convert.hf_config import HFConfig
@@ -74,6 +75,8 @@ def random_weights(
         for name, shape in dims.shapes(teacher.hidden_size).items()
     }
     weights["kv_layernorm.weight"] = torch.ones(dims.kv_lora_rank)
+    if dims.qk_norm_groups:
+        weights["qk_norm.weight"] = torch.ones(dims.num_attention_heads * dims.query_dim)
     weights["linear_proj.weight"] = teacher_weights["linear_proj.weight"].clone()
     return weights
 
@@ -113,6 +116,8 @@ def fit_to_teacher(
     flat = inputs.flatten(0, 1)
     q, k, v = project(flat, teacher_weights, teacher)
     rotation = _rotation(dims, q, k, teacher, len(inputs), layer_idx, fit, documents)
+    if dims.qk_norm_groups:  # the student's own norm follows
+        q, k = before_norm(flat, teacher_weights, teacher)
     down_rotary, q_rotary, k_missed = _rotary_part(dims, flat, q, k, rotation, layer_idx)
     q_content, k_content = _content(dims, as_pairs(q) * rotation, k_missed)
     # Where there is room for more, keys start at zero; queries do not, so that keys get a gradient.
@@ -133,20 +138,21 @@ def fit_to_teacher(
         down, up = fit_latent(
             dims.kv_lora_rank, flat, (k_content, key_metric, balance), (v, value_metric, 1.0)
         )
-        candidates.append(
-            {
-                **weights,
-                "linear_kv_down_proj.weight": torch.cat([down, down_rotary]),
-                "linear_kv_up_proj.weight": _to_all_heads(dims, up),
-            }
-        )
+        candidate = {
+            **weights,
+            "linear_kv_down_proj.weight": torch.cat([down, down_rotary]),
+            "linear_kv_up_proj.weight": _to_all_heads(dims, up),
+        }
+        if dims.qk_norm_groups:
+            candidate = with_norm(candidate, dims, flat, teacher_weights, teacher)
+        candidates.append(candidate)
     if not fit.attention:
         return candidates[0]
     target = teacher_output(inputs, teacher_weights, teacher, documents)
     angles = student_angles(dims, teacher, layer_idx, inputs)
-    few = documents and documents.samples(slice(FEW))
-    nearest = _nearest(candidates, inputs[:, :FEW], target[:, :FEW], dims, angles, few)
-    return _corrected(nearest, mla_heads(nearest, inputs, dims, angles, documents), target)
+    few, eps = documents and documents.samples(slice(FEW)), teacher.rms_norm_eps
+    nearest = _nearest(candidates, inputs[:, :FEW], target[:, :FEW], dims, angles, few, eps)
+    return _corrected(nearest, mla_heads(nearest, inputs, dims, angles, documents, eps), target)
 
 
 def rotary_keys(
@@ -299,13 +305,13 @@ def _nearest(
     dims: MLADims,
     angles: Tensor,
     documents: Documents | None,
+    qk_norm_eps: float,
 ) -> dict[str, Tensor]:
     """The candidate whose output is nearest to ``target`` ``[s, c, h]``."""
 
     def error(weights: dict[str, Tensor]) -> float:
-        heads = mla_heads(weights, inputs, dims, angles, documents)
-        output = heads @ weights["linear_proj.weight"].t()
-        return (output - target).square().sum().item()
+        heads = mla_heads(weights, inputs, dims, angles, documents, qk_norm_eps)
+        return (heads @ weights["linear_proj.weight"].t() - target).square().sum().item()
 
     return min(candidates, key=error)
 

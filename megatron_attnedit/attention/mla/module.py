@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_attnedit.attention.input_linear import input_linear
 from megatron_attnedit.attention.mla.dims import MLADims
+from megatron_attnedit.attention.mla.qk_norm import QKNorm
 from megatron_attnedit.attention.rotary import cos_sin, rotary_table
 from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.device import fused
@@ -135,6 +136,7 @@ class MLASelfAttention(MegatronModule):
         self.linear_proj = parallel(
             row, n * dims.v_head_dim, config.hidden_size, input_is_parallel=True
         )
+        self.qk_norm = QKNorm(config, dims, self.tp_group) if dims.qk_norm_groups else None
         self.rotary_pos_emb = rotary_embedding(dims, self.cp_group)
         if dims.rotary_pairs:
             # Where the teacher's table has this layer's angles; it has both halves, too.
@@ -188,6 +190,8 @@ class MLASelfAttention(MegatronModule):
         """
         dims = self.dims
         query, _ = self.linear_q_proj(hidden_states)  # [s, b, n * (d + r)]
+        if self.qk_norm is not None:
+            query = self.qk_norm.query(query)
         compressed = self.linear_kv_down_proj(hidden_states)  # [s or s/tp, b, c + r]
         latent, k_pos_emb = compressed.split([dims.kv_lora_rank, dims.qk_pos_emb_head_dim], dim=-1)
         kv, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))  # [s, b, n * (d + v)]
@@ -195,9 +199,11 @@ class MLASelfAttention(MegatronModule):
 
         cos, sin, at = self._rotation(query.shape[0], rotary_pos_emb, packed_seq_params)
         sizes = dims.qk_head_dim, dims.v_head_dim
-        heads = assemble_heads(query, kv, k_pos_emb, cos, sin, *sizes, at)
+        query, key, value = assemble_heads(query, kv, k_pos_emb, cos, sin, *sizes, at)
+        if self.qk_norm is not None:
+            key = self.qk_norm.key(key)
         core_attn_out = self.core_attention(
-            *heads, attention_mask, packed_seq_params=packed_seq_params
+            query, key, value, attention_mask, packed_seq_params=packed_seq_params
         )
         attn_output, _ = self.linear_proj(core_attn_out)
         return attn_output, None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_attnedit.attention.mla.dims import MLADims
+from megatron_attnedit.attention.mla.qk_norm import normed_keys, normed_queries
 from megatron_attnedit.attention.plain import attend, rotary_angles, teacher_angles
 from megatron_attnedit.attention.rotary import rotate
 from megatron_attnedit.convert.hf_config import HFConfig
@@ -31,7 +32,8 @@ def mla_output(
 ) -> Tensor:
     """The attention's output ``[s, c, h]`` for inputs of that shape."""
     angles = student_angles(dims, teacher, layer_idx, inputs)
-    return mla_heads(weights, inputs, dims, angles, documents) @ weights["linear_proj.weight"].t()
+    heads = mla_heads(weights, inputs, dims, angles, documents, teacher.rms_norm_eps)
+    return heads @ weights["linear_proj.weight"].t()
 
 
 def mla_heads(
@@ -40,6 +42,7 @@ def mla_heads(
     dims: MLADims,
     angles: Tensor,
     documents: Documents | None = None,
+    qk_norm_eps: float = 1e-6,
 ) -> Tensor:
     """What enters the output projection.
 
@@ -49,11 +52,15 @@ def mla_heads(
         dims: The student's sizes.
         angles: ``[s, 1, 1, r]``, see ``student_angles``.
         documents: Of the samples; None: all tokens of a sample see each other.
+        qk_norm_eps: Of its QK-norm, where it has one.
 
     Returns:
         ``[s, c, n * v]``.
     """
-    query = (inputs @ weights["linear_q_proj.weight"].t()).unflatten(-1, (-1, dims.query_dim))
+    query = inputs @ weights["linear_q_proj.weight"].t()
+    if dims.qk_norm_groups:
+        query = normed_queries(query, weights["qk_norm.weight"], qk_norm_eps, dims.query_dim)
+    query = query.unflatten(-1, (-1, dims.query_dim))
     compressed = inputs @ weights["linear_kv_down_proj.weight"].t()
     latent, k_pos_emb = compressed.split([dims.kv_lora_rank, dims.qk_pos_emb_head_dim], dim=-1)
     latent = torch.nn.functional.rms_norm(
@@ -70,5 +77,7 @@ def mla_heads(
     key = torch.cat(
         [kv[..., : dims.qk_head_dim], k_pos_emb.expand(-1, -1, kv.shape[2], -1)], dim=-1
     )
+    if dims.qk_norm_groups:
+        key = normed_keys(key, dims.qk_norm_groups, qk_norm_eps)
     value = kv[..., dims.qk_head_dim :]
     return attend(query, key, value, dims.query_dim**-0.5, documents)

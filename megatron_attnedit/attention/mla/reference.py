@@ -28,8 +28,17 @@ def rotate_by(t: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def rms_norm(t: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, without a weight."""
+    return t * (t.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+
+
 def mla_reference(
-    weights: Mapping[str, Tensor], x: Tensor, dims: MLADims, frequencies: Tensor | None = None
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    dims: MLADims,
+    frequencies: Tensor | None = None,
+    qk_norm_eps: float = 1e-6,
 ) -> Tensor:
     """The attention's output for input ``x`` ``[s, b, h]``, before the residual.
 
@@ -41,19 +50,24 @@ def mla_reference(
     q = (x @ weights["linear_q_proj.weight"].t()).unflatten(-1, (-1, dims.query_dim))
     compressed = x @ weights["linear_kv_down_proj.weight"].t()
     latent, k_rot = compressed[..., : dims.kv_lora_rank], compressed[..., dims.kv_lora_rank :]
-    latent = latent * (latent.pow(2).mean(-1, keepdim=True) + dims.latent_norm_eps).rsqrt()
-    latent = latent * weights["kv_layernorm.weight"]
+    latent = rms_norm(latent, dims.latent_norm_eps) * weights["kv_layernorm.weight"]
     kv = (latent @ weights["linear_kv_up_proj.weight"].t()).unflatten(
         -1, (-1, dims.qk_head_dim + dims.v_head_dim)
     )
     k_nope, v = kv[..., : dims.qk_head_dim], kv[..., dims.qk_head_dim :]
+    k_rot = k_rot.unsqueeze(2).expand(*k_nope.shape[:3], -1)
+    if dims.qk_norm_groups:
+        q = rms_norm(q, qk_norm_eps) * weights["qk_norm.weight"].unflatten(0, (-1, dims.query_dim))
+        k = torch.cat([k_nope, k_rot], dim=-1).unflatten(2, (dims.qk_norm_groups, -1))
+        k = rms_norm(k.flatten(3), qk_norm_eps).view(*k_nope.shape[:3], -1)
+        k_nope, k_rot = k[..., : dims.qk_head_dim], k[..., dims.qk_head_dim :]
     q_nope, q_rot = q[..., : dims.qk_head_dim], q[..., dims.qk_head_dim :]
     if frequencies is None:
         frequencies = frequencies_of(dims.rotary_base, dims.qk_pos_emb_head_dim // 2)
     q_rot, k_rot = rotate_by(q_rot, frequencies), rotate_by(k_rot, frequencies)
 
     scores = torch.einsum("sbnd,tbnd->bnst", q_nope, k_nope)
-    scores = (scores + torch.einsum("sbnd,tbd->bnst", q_rot, k_rot)) * dims.query_dim**-0.5
+    scores = (scores + torch.einsum("sbnd,tbnd->bnst", q_rot, k_rot)) * dims.query_dim**-0.5
     future = torch.ones(s, s, dtype=torch.bool).triu(1)
     probabilities = scores.masked_fill(future, float("-inf")).softmax(-1)
     out = torch.einsum("bnst,tbnd->sbnd", probabilities, v).flatten(2)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_attnedit.attention.mla.dims import MLADims
-from megatron_attnedit.attention.plain import teacher_frequencies
+from megatron_attnedit.attention.mla.plain import student_angles
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.layouts import InterleavedRotary, Layout, Same
 from megatron_attnedit.convert.param_rows import ParamRow
@@ -17,6 +17,8 @@ from megatron_attnedit.convert.param_rows import ParamRow
 ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM")  # dense, with experts
 # With frequencies of their own in each layer, which stock classes cannot have.
 LISTED_ARCHITECTURES = ("MLAForCausalLM", "MoEMLAForCausalLM")
+# With a norm that no stock class has.
+QK_NORM_ARCHITECTURES = ("QKNormMLAForCausalLM", "QKNormMoEMLAForCausalLM")
 
 
 def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[ParamRow]:
@@ -34,6 +36,8 @@ def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[Pa
         "linear_proj": ("o_proj", Same(), 1),
     }
     shapes = dims.shapes(hidden_size)
+    if dims.qk_norm_groups:
+        layouts["qk_norm"] = "qk_norm", layouts["linear_q_proj"][1], 0
     return [
         ParamRow(
             megatron_param=f"decoder.layers.{layer_idx}.self_attention.{name}.weight",
@@ -49,6 +53,8 @@ def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[Pa
 def architecture(dims: MLADims, teacher: HFConfig) -> str:
     """Name of the class that serves this student."""
     names = LISTED_ARCHITECTURES if dims.rotary_pairs else ARCHITECTURES
+    if dims.qk_norm_groups:
+        names = QK_NORM_ARCHITECTURES
     return names[bool(teacher.num_experts)]
 
 
@@ -57,25 +63,33 @@ def same_in_all_layers(dims: MLADims) -> bool:
     return len(set(dims.rotary_pairs)) == 1
 
 
+def frequency_lists(dims: MLADims, teacher: HFConfig) -> list[list[float]]:
+    """Radians per position of each layer's rotary part."""
+    half = dims.qk_pos_emb_head_dim // 2
+    angles = (
+        student_angles(dims, teacher, i, torch.empty(2)) for i in range(teacher.num_hidden_layers)
+    )
+    return [each[1, 0, 0, :half].tolist() for each in angles]
+
+
 def rotary_fields(dims: MLADims, teacher: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """``rope_parameters``, and the fields that only this package's classes read.
 
     One list for all layers is also written as a ``longrope`` whose factors are the same for every
     length, which stock transformers computes. Lists that differ have a ``rope_type`` that stock
-    classes stop at: they would compute something else.
+    classes stop at: they would compute something else. So they would with a norm of theirs.
     """
-    if not dims.rotary_pairs:
+    if not dims.rotary_pairs and not dims.qk_norm_groups:
         default = {"rope_type": "default", "rope_theta": dims.rotary_base}
         return {**(teacher.rope_scaling or default), "rope_theta": dims.rotary_base}, {}
-    frequencies = teacher_frequencies(teacher)
-    lists = [frequencies[list(pairs)].tolist() for pairs in dims.rotary_pairs]
+    lists = frequency_lists(dims, teacher)
     # Older transformers reads a factor of every type but the default one.
     rope: dict[str, Any] = {
         "rope_type": "listed",
         "rope_theta": teacher.rope_theta,
         "factor": 1.0,
     }
-    if same_in_all_layers(dims):
+    if same_in_all_layers(dims) and not dims.qk_norm_groups:
         # A base of 1: the factors alone are the wavelengths.
         factors = [inverse(frequency) for frequency in lists[0]]
         rope = {
@@ -104,12 +118,15 @@ def deepseek_v2_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
     transformers' own class does not, and would compute something else without an error. It stops
     at a ``topk_method`` that it does not know, which engines do not look at.
     """
+    file, prefix = "modeling_moe_mla", ""
+    if dims.qk_norm_groups:
+        file, prefix = "modeling_qk_norm_mla", "QKNorm"
     return {
         **deepseek_v3_config(dims, teacher),
         "model_type": "deepseek_v2",
         "auto_map": {
-            "AutoModel": "modeling_moe_mla.MoEMLAModel",
-            "AutoModelForCausalLM": "modeling_moe_mla.MoEMLAForCausalLM",
+            "AutoModel": f"{file}.{prefix}MoEMLAModel",
+            "AutoModelForCausalLM": f"{file}.{prefix}MoEMLAForCausalLM",
         },
         "first_k_dense_replace": 0,
         "moe_layer_freq": 1,
@@ -136,11 +153,15 @@ def zero_shared_experts(teacher: HFConfig) -> dict[str, tuple[int, ...]]:
 def deepseek_v3_config(dims: MLADims, teacher: HFConfig) -> dict[str, Any]:
     """``config.json``: dense layers only, so no expert exists."""
     rope, listed = rotary_fields(dims, teacher)
+    named = "modeling_mla.MLAForCausalLM"
+    if dims.qk_norm_groups:
+        named = "modeling_qk_norm_mla.QKNormMLAForCausalLM"
+        listed["qk_norm_groups"] = dims.qk_norm_groups
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
     return {
         "architectures": [architecture(dims, teacher)],
         "model_type": "deepseek_v3",
-        "auto_map": {"AutoModelForCausalLM": "modeling_mla.MLAForCausalLM"},
+        "auto_map": {"AutoModelForCausalLM": named},
         "vocab_size": teacher.vocab_size,
         "hidden_size": teacher.hidden_size,
         "intermediate_size": teacher.intermediate_size,

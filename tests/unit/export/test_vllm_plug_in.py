@@ -15,7 +15,12 @@ ROOT = Path(__file__).parents[3]
 ATTENTIONS = ROOT / "megatron_attnedit" / "attention"
 CLASSES = {
     "gate_swa": ("GateSWAForCausalLM", "GateSWAMoeForCausalLM"),
-    "mla": ("MLAForCausalLM", "MoEMLAForCausalLM"),
+    "mla": (
+        "MLAForCausalLM",
+        "MoEMLAForCausalLM",
+        "QKNormMLAForCausalLM",
+        "QKNormMoEMLAForCausalLM",
+    ),
 }
 
 # Stands in for vLLM, in a process in which this package's own dependencies are missing.

@@ -5,7 +5,12 @@ Stock DeepSeek classes load the same directories, so the Auto classes need no re
 """
 
 # Names in the ``auto_map`` of an export's ``config.json``.
-CAUSAL_LMS = ("modeling_mla.MLAForCausalLM", "modeling_moe_mla.MoEMLAForCausalLM")
+CAUSAL_LMS = (
+    "modeling_mla.MLAForCausalLM",
+    "modeling_moe_mla.MoEMLAForCausalLM",
+    "modeling_qk_norm_mla.QKNormMLAForCausalLM",
+    "modeling_qk_norm_mla.QKNormMoEMLAForCausalLM",
+)
 
 
 def register() -> None:

@@ -96,14 +96,23 @@ class LatentAttention(DeepseekV3Attention):
         query, key = rotate(query, key[:, None], *position_embeddings)
         return torch.cat([no_pe, query], dim=-1), self.kv_a_layernorm(latent)[:, None], key
 
-    def _attend(self, query: Tensor, latent: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-        """``[b, 1, h]``."""
+    def _attend(
+        self,
+        query: Tensor,
+        latent: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scales: Tensor | None = None,
+    ) -> Tensor:
+        """``[b, 1, h]``; ``scales`` ``[b, n, k]`` multiply the scores."""
         latent, key = latent[:, 0], key[:, 0]
         weight = self.kv_b_proj.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
         to_key, to_value = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         no_pe, rotary = query[:, :, 0].split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         absorbed = torch.einsum("bnd,ndc->bnc", no_pe, to_key)
         scores = torch.baddbmm(absorbed @ latent.mT, rotary, key.mT) * self.scaling  # [b, n, k]
+        if scales is not None:
+            scores = scores * scales
         if mask is not None:
             seen = mask[:, :, 0]  # [b or 1, 1, k]: true or 0 where the query may look
             if seen.dtype == torch.bool:
@@ -115,10 +124,12 @@ class LatentAttention(DeepseekV3Attention):
         return self.o_proj(heads.flatten(1)[:, None])
 
 
-def decode_from_latents(model: nn.Module) -> None:
-    """Give every layer of a decoder this file's attention."""
+def decode_from_latents(
+    model: nn.Module, attention: type[LatentAttention] = LatentAttention
+) -> None:
+    """Give every layer of a decoder an attention that does."""
     for i, layer in enumerate(model.layers):
-        layer.self_attn = LatentAttention(model.config, i)
+        layer.self_attn = attention(model.config, i)
 
 
 class Positions(nn.Module):

@@ -4,11 +4,13 @@ Other MLA students are DeepSeek's classes, which vLLM has.
 """
 
 ARCHITECTURES = ("MLAForCausalLM", "MoEMLAForCausalLM")
+# Registered to be refused in a sentence.
+REFUSED = ("QKNormMLAForCausalLM", "QKNormMoEMLAForCausalLM")
 
 
 def register() -> None:
     """Tell vLLM of the classes, which it imports when it needs them."""
     from vllm import ModelRegistry
 
-    for name in ARCHITECTURES:
+    for name in ARCHITECTURES + REFUSED:
         ModelRegistry.register_model(name, f"{__name__}.models:{name}")

@@ -73,4 +73,23 @@ class MoEMLAForCausalLM(DeepseekV2ForCausalLM):
         rotate_by_lists(self.model, vllm_config)
 
 
-__all__ = ["MLAForCausalLM", "MoEMLAForCausalLM"]
+class QKNormMLAForCausalLM(DeepseekV3ForCausalLM):
+    """A language model that is refused: without its norm it would answer something else."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        raise ValueError(
+            "--qk-norm exact: vLLM has no kernel that multiplies scores by a number per token and "
+            "key-value head; serve a student with --qk-norm folded, or run this in transformers"
+        )
+
+
+class QKNormMoEMLAForCausalLM(QKNormMLAForCausalLM):
+    """The same with experts."""
+
+
+__all__ = [
+    "MLAForCausalLM",
+    "MoEMLAForCausalLM",
+    "QKNormMLAForCausalLM",
+    "QKNormMoEMLAForCausalLM",
+]
