@@ -23,7 +23,7 @@ from megatron_attnedit.training.loop import train
 from megatron_attnedit.training.recipe import Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from megatron_attnedit.training.setup import load_teacher, start_processes, stop_processes
-from tests.numerics.test_gpu import HEADS, compare_with_reference
+from tests.numerics.test_gpu import HEADS, compare_runs, compare_with_reference, write_inputs
 from tests.support.attempts import metrics
 from tests.support.conversions import make, same_files
 from tests.support.inputs import make_inputs
@@ -115,6 +115,18 @@ def test_values_and_gradients(tmp_path, case):
         compare(tmp_path, *CASES[case], accelerator)
     finally:
         stop_processes()
+
+
+@pytest.mark.gpu
+@needs_te
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    "family, flags", [("qwen3", ["--record"]), ("qwen3_moe", ["--moe-grouped-gemm"])]
+)
+def test_a_run_equals_the_local_one_on_a_cpu(tmp_path, family, flags, stage):
+    inputs = write_inputs(tmp_path / "inputs", family)
+    flags = ["--bf16", "--transformer-impl", TE, *flags]
+    compare_runs(inputs, tmp_path, "mla", stage, flags, 2e-2)
 
 
 @pytest.mark.gpu
