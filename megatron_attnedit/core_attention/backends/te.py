@@ -17,11 +17,12 @@ logger = logging.getLogger(__name__)
 @functools.cache
 def is_installed() -> bool:
     """Can it be imported? On a CPU it cannot."""
-    if find_spec("transformer_engine") is None:
-        return False
     try:
+        if find_spec("transformer_engine") is None:
+            return False
         importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+    except (ImportError, OSError, RuntimeError, AssertionError, ValueError) as error:
+        # A ValueError of a stand-in that another package has put there.
         logger.warning("Transformer Engine cannot be imported: %s", one_line(error))
         return False
     return True
