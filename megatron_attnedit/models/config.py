@@ -10,7 +10,6 @@ from torch import Tensor
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.models.grid import ParallelConfig
-from megatron_attnedit.models.transformer_engine import check_transformer_impl
 
 
 @torch.no_grad()
@@ -44,10 +43,9 @@ def transformer_config(
             parameters must have when backward runs.
 
     Raises:
-        UserError: the grid cannot cut this model, or Transformer Engine cannot be used.
+        UserError: the grid cannot cut this model.
     """
     parallel.check_model(hf)
-    check_transformer_impl(transformer_impl)
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,

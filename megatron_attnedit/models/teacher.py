@@ -29,7 +29,11 @@ from megatron_attnedit.core_attention.module import CoreAttention
 from megatron_attnedit.models.experts import reduce_apart, send_nothing
 from megatron_attnedit.models.grid import place_of_this_process
 from megatron_attnedit.models.grouped_experts import GroupedMoELayer
-from megatron_attnedit.models.transformer_engine import layer_norm, use_transformer_engine
+from megatron_attnedit.models.transformer_engine import (
+    check_transformer_impl,
+    layer_norm,
+    use_transformer_engine,
+)
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -71,7 +75,11 @@ def build_teacher(
 
     Returns:
         The pieces of the model on this rank: one, or several when the pipeline is interleaved.
+
+    Raises:
+        UserError: Transformer Engine is asked for and cannot be used here.
     """
+    check_transformer_impl(config.transformer_impl)
     chunks = config.virtual_pipeline_model_parallel_size
     if chunks is None:
         return [_build_chunk(hf, config, None, attention_backend)]

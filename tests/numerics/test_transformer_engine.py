@@ -40,8 +40,13 @@ CASES = [
 needs_te = pytest.mark.skipif(not te.is_installed(), reason="Transformer Engine is not installed")
 
 
+def test_grouped_experts_on_stand_ins(tmp_path):
+    on_stand_ins(f"compare_all({str(tmp_path)!r}, cases.CASES[2:])")
+
+
+@pytest.mark.full
 def test_on_stand_ins(tmp_path):
-    on_stand_ins(f"compare_all({str(tmp_path)!r})")
+    on_stand_ins(f"compare_all({str(tmp_path)!r}, cases.CASES[:2])")
 
 
 @pytest.mark.full
@@ -135,10 +140,10 @@ def test_a_run_goes_from_one_to_the_other(tmp_path):
     train_on_both(str(tmp_path))
 
 
-def compare_all(folder):
-    """Of one process on the stand-ins."""
+def compare_all(folder, cases):
+    """In one process on the stand-ins."""
     accelerator = start_processes(ParallelConfig())
-    for number, case in enumerate(CASES):
+    for number, case in enumerate(cases):
         place = Path(folder) / str(number)
         place.mkdir()
         compare(place, *case, accelerator)
