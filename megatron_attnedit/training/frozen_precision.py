@@ -12,13 +12,11 @@ from megatron_attnedit.device import bootstrap, fp8
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.frozen_fp8 import rows_in_fp8
 from megatron_attnedit.models.grid import ParallelConfig
-from megatron_attnedit.training.precision_options import PrecisionOptions
+from megatron_attnedit.training.precision_options import PrecisionOptions, ShareInFp8
 from megatron_attnedit.training.run_state import Run
 from megatron_attnedit.training.stages import Stage2
 
 logger = logging.getLogger(__name__)
-
-LARGEST_SHARE = 0.1  # of the student's distance from the teacher that FP8 may add
 
 
 def check_fp8_device(options: PrecisionOptions) -> None:
@@ -71,11 +69,11 @@ def measure_fp8(run: Run) -> None:
     of the student that the run starts from: a run that is resumed finds the same.
 
     Raises:
-        UserError: the teacher's is above a tenth of the student's.
+        UserError: the teacher's is above the share of the student's that the recipe allows.
     """
     rounds = run.recipe.num_microbatches(parallel_state.get_data_parallel_world_size())
-    stage, found = run.stage, {}
-    assert isinstance(stage, Stage2)
+    stage, recipe, found = run.stage, run.recipe, {}
+    assert isinstance(stage, Stage2) and isinstance(recipe, ShareInFp8)
     for name, mode in (("fp8_teacher_kl", "teachers"), ("student_kl", "as_given")):
         stage.mode = mode
         losses = stage.validate(run.batches(run.valid_data, 0), rounds * run.recipe.eval_iters)
@@ -84,9 +82,11 @@ def measure_fp8(run: Run) -> None:
         "on the validation data the teacher in FP8 is {fp8_teacher_kl:.4g} nats from itself, "
         "the student {student_kl:.4g}"
     ).format(**found)
-    if not found["fp8_teacher_kl"] <= LARGEST_SHARE * found["student_kl"]:
+    share = recipe.frozen_precision_kl_share
+    if not found["fp8_teacher_kl"] <= share * found["student_kl"]:
         raise UserError(
-            f"--frozen-precision-until: {said}; expected at most {LARGEST_SHARE:g} of the student's"
+            f"--frozen-precision-until: {said}; --frozen-precision-kl-share {share:g} allows "
+            f"{share * found['student_kl']:.4g}"
         )
     logger.info("%s", said)
     run.lineage = run.writer.lineage = dataclasses.replace(run.lineage, measured=found)

@@ -56,6 +56,12 @@ class ShareInFp8(PrecisionOptions):
         minimum=0,
         maximum=1,
     )
+    frozen_precision_kl_share: float = option(
+        0.1,
+        "largest KL divergence of the teacher in fp8 from itself, as a share of the student's at "
+        "the start; above it the run is refused",
+        above=0,
+    )
 
     def check_share(self, valid_data_path: list[str], feature_matching_weight: float) -> None:
         """A share and a precision other than bf16 go together.

@@ -10,7 +10,6 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.frozen_fp8 import models_to_fp8
 from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.teacher import first_hidden, through_layers
-from megatron_attnedit.training import frozen_precision
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from megatron_attnedit.training.setup import load_teacher, start_processes
@@ -140,19 +139,16 @@ def test_stage_2_in_fp8_for_a_share_of_the_iterations(inputs, tmp_path, student)
 
 
 def refused(folder, save):
-    frozen_precision.LARGEST_SHARE = 1e-9
     try:
-        losses_of_run(2, folder, "mla", save, FP8 | HALF)
+        losses_of_run(2, folder, "mla", save, FP8 | HALF | {"frozen_precision_kl_share": 1e-9})
     except UserError as error:
         return str(error)
-    finally:
-        frozen_precision.LARGEST_SHARE = 0.1
 
 
 def test_a_teacher_too_far_from_itself_is_refused(inputs, tmp_path):
     (message,) = processes.run(1, refused, inputs, tmp_path)
     assert message.startswith("--frozen-precision-until: on the validation data the teacher in FP8")
-    assert "expected at most 1e-09 of the student's" in message
+    assert "; --frozen-precision-kl-share 1e-09 allows " in message
 
 
 @pytest.mark.full

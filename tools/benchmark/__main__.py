@@ -2,6 +2,7 @@
 """Measure this program against what it is compared with, both sides in one run.
 
 attention: kernels by themselves; a window against full attention.
+fp8:       products of an MLP in FP8, with what comes before them, against bfloat16.
 kl:        the chunked KL loss against kl_div on full logits, and against its matrix products.
 stage1:    layer-wise distillation against a plain transformers script, random weights.
 stage2:    model-level distillation against the same.
@@ -29,7 +30,7 @@ from megatron_attnedit.training.precision_options import FROZEN_PRECISIONS, LAYE
 
 def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     """What is timed, and on which samples."""
-    speed = parser.add_argument_group("attention, kl, stage1, stage2, scaling, decode")
+    speed = parser.add_argument_group("attention, fp8, kl, stage1, stage2, scaling, decode")
     speed.add_argument("--seq-length", type=int, default=4096, help="tokens (default: %(default)s)")
     speed.add_argument(
         "--windows",
@@ -42,8 +43,13 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
         "--micro-batches",
         type=int,
         default=1,
-        help="samples per optimizer step, one at a time; scaling: of each process "
-        "(default: %(default)s)",
+        help="micro-batches per optimizer step; scaling: of each process (default: %(default)s)",
+    )
+    speed.add_argument(
+        "--micro-batch-size",
+        type=int,
+        default=1,
+        help="stage1, stage2, scaling: samples of a micro-batch, on both sides (default: 1)",
     )
     speed.add_argument("--trainable", choices=("attention", "all"), default="attention")
     speed.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
@@ -123,6 +129,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "--suite",
         choices=(
             "attention",
+            "fp8",
             "kl",
             "stage1",
             "stage2",
@@ -207,6 +214,8 @@ def workload(args: argparse.Namespace, config: dict[str, Any]) -> Any:
             f"--document-length {args.document_length}: expected from 1 to --seq-length "
             f"{args.seq_length}, or 0 for samples of one document"
         )
+    if args.document_length and args.micro_batch_size > 1:
+        raise UserError("--document-length: packed samples come one at a time")
     if args.student_inputs and stage == 2:
         raise UserError("--student-inputs: of stage 1; in stage 2 there are no others")
     return Workload(
@@ -215,6 +224,7 @@ def workload(args: argparse.Namespace, config: dict[str, Any]) -> Any:
         stage=stage,
         seq_length=args.seq_length,
         micro_batches=args.micro_batches,
+        micro_batch_size=args.micro_batch_size,
         trainable=args.trainable,
         moe_grouped_gemm=args.moe_grouped_gemm,
         transformer_impl=args.transformer_impl,
@@ -285,8 +295,11 @@ def new_scratch(args: argparse.Namespace) -> Path:
 
 
 def kernels(args: argparse.Namespace, config: dict[str, Any]) -> Any:
+    from tools.benchmark.fp8_kernels import fp8_suite
     from tools.benchmark.kernels import attention_suite, kl_suite
 
+    if args.suite == "fp8":
+        return fp8_suite(args.seq_length, config["hidden_size"], config["intermediate_size"])
     if args.suite == "attention":
         return attention_suite(args.seq_length, tuple(args.windows), args.document_length)
     return kl_suite(args.seq_length, config["vocab_size"], config["hidden_size"])
@@ -300,7 +313,7 @@ def main() -> None:
         with stop_signals.held():  # so that --scratch is removed
             convert(args, config)
         return
-    suites = {"attention": kernels, "kl": kernels, "scaling": scaling}
+    suites = {"attention": kernels, "fp8": kernels, "kl": kernels, "scaling": scaling}
     with stop_signals.held() if args.suite == "checkpoint" else contextlib.nullcontext():
         rows = suites.get(args.suite, stage)(args, config)
     if os.environ.get("RANK", "0") != "0":

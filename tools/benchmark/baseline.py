@@ -61,7 +61,7 @@ def training_step(work: Workload) -> Callable[[], float]:
         micro_batch = _stage2(teacher, student)
     fused = bootstrap().fuses_adam
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), fused=fused)
-    batches = random_batches(work.hf, work.seq_length, work.micro_batches)
+    batches = random_batches(work.hf, work.seq_length, work.micro_batches, work.micro_batch_size)
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
@@ -105,8 +105,8 @@ def _stage1(teacher: Any, student: Any, edited: list[int]) -> Callable[[Tensor, 
         teacher.model.layers[i].self_attn.register_forward_hook(hook(i), with_kwargs=True)
 
     def micro_batch(tokens: Tensor, micro_batches: int) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        hidden = torch.empty(1, tokens.shape[1], config.hidden_size, device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        hidden = torch.empty(*tokens.shape, config.hidden_size, device=tokens.device)
         hidden = hidden.bfloat16()
         state.update(
             positions=rotary(hidden, positions),

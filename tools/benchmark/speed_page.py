@@ -50,6 +50,7 @@ SUITES = {
     "stage1": "Stage 1",
     "stage2": "Stage 2",
     "kl": "KL loss",
+    "fp8": "Products in FP8",
     "attention": "Attention kernels",
     "decode": "Decoding in transformers",
 }

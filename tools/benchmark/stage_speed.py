@@ -70,7 +70,7 @@ def predicted_peak_gb(work: Workload) -> float:
         stage=work.stage,
         bytes_per_number=2,
         seq_length=work.seq_length,
-        micro_batch_size=1,
+        micro_batch_size=work.micro_batch_size,
         num_microbatches=work.micro_batches,
         data_parallel_size=1,
         expert_data_parallel_size=1,
@@ -100,6 +100,8 @@ def describe(work: Workload) -> str:
         f"sequence {work.seq_length}",
         f"{work.micro_batches} micro-batches per step",
     ]
+    if work.micro_batch_size > 1:
+        parts[-1] = f"{work.micro_batches} micro-batches of {work.micro_batch_size} per step"
     if work.hf.num_experts:
         parts.append("grouped experts" if work.moe_grouped_gemm else "sequential experts")
     if work.transformer_impl != "local":

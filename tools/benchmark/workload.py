@@ -37,7 +37,8 @@ class Workload:
         student: What its attention becomes.
         stage: 1 or 2.
         seq_length: Tokens of a sample.
-        micro_batches: Per optimizer step and copy of the model, one sample each.
+        micro_batches: Per optimizer step and copy of the model.
+        micro_batch_size: Samples of each.
         trainable: ``attention`` or ``all`` (stage 2).
         moe_grouped_gemm: Experts in one grouped matrix product.
         transformer_impl: See the recipe.
@@ -59,6 +60,7 @@ class Workload:
     stage: int
     seq_length: int = 4096
     micro_batches: int = 1
+    micro_batch_size: int = 1
     trainable: str = "attention"
     moe_grouped_gemm: bool = False
     transformer_impl: str = "local"
@@ -76,7 +78,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Of an optimizer step, of one copy of the model."""
-        return self.seq_length * self.micro_batches
+        return self.seq_length * self.micro_batches * self.micro_batch_size
 
 
 @torch.no_grad()
@@ -98,21 +100,26 @@ def packed_documents(seq_length: int, document_length: int, sample: int) -> Docu
 
 
 def random_batches(
-    hf: HFConfig, seq_length: int, count: int, document_length: int = 0
+    hf: HFConfig, seq_length: int, count: int, size: int = 1, document_length: int = 0
 ) -> list[Batch]:
-    """Micro-batches of one sample each, the same on all processes of a copy of the model."""
+    """``count`` micro-batches of ``size`` samples, the same on all processes of a copy of the
+    model; packed documents are of one sample.
+    """
     device = bootstrap().device
     generator = torch.Generator(device).manual_seed(parallel_state.get_data_parallel_rank())
     batches: list[Batch] = []
     for _ in range(count):
-        ids = torch.randint(hf.vocab_size, (1, seq_length + 1), device=device, generator=generator)
-        mask = torch.ones(1, seq_length, device=device)
-        positions = torch.arange(seq_length, device=device)[None]
+        ids = torch.randint(
+            hf.vocab_size, (size, seq_length + 1), device=device, generator=generator
+        )
+        mask = torch.ones(size, seq_length, device=device)
+        positions = torch.arange(seq_length, device=device).expand(size, -1)
         number = len(batches)
         documents = (
             packed_documents(seq_length, document_length, number) if document_length else None
         )
-        batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, positions, [number], documents))
+        samples = list(range(number * size, (number + 1) * size))
+        batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, positions, samples, documents))
     return batches
 
 
@@ -121,7 +128,8 @@ def _recipe(work: Workload) -> Recipe:
         **dict.fromkeys(("teacher", "load", "save"), "-"),
         "train_data_path": ["-"],
         "seq_length": work.seq_length,
-        "global_batch_size": work.micro_batches,
+        "micro_batch_size": work.micro_batch_size,
+        "global_batch_size": work.micro_batches * work.micro_batch_size,
         "bf16": True,
         "lr": 1e-4,
         "use_distributed_optimizer": work.use_distributed_optimizer,
@@ -211,7 +219,10 @@ def _models(work: Workload, config: TransformerConfig, attention_backend: str) -
 
 
 def _step(work: Workload, stage: Stage, optimizer: MegatronOptimizer) -> Callable[[], float]:
-    batches = random_batches(work.hf, work.seq_length, work.micro_batches, work.document_length)
+    size = work.micro_batch_size
+    batches = random_batches(
+        work.hf, work.seq_length, work.micro_batches, size, work.document_length
+    )
 
     def step() -> float:
         optimizer.zero_grad()
