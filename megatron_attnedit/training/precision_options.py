@@ -33,14 +33,19 @@ class PrecisionOptions:
         """Are frozen linear layers in FP8, at least for a while?"""
         return self.frozen_precision != "bf16"
 
-    def check_precision(self, *, bf16: bool) -> None:
-        """FP8 products give bfloat16.
+    def check_precision(self, *, bf16: bool, transformer_impl: str) -> None:
+        """FP8 products give bfloat16, and replace Megatron's own layers.
 
         Raises:
             UserError: names the flag.
         """
         if self.frozen_precision == "fp8" and not bf16:
             raise UserError("--frozen-precision fp8 needs --bf16: FP8 products give bfloat16")
+        if self.in_fp8 and transformer_impl != "local":
+            raise UserError(
+                f"--frozen-precision {self.frozen_precision} does not go with --transformer-impl "
+                f"{transformer_impl}: both replace the frozen layers"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

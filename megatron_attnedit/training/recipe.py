@@ -146,7 +146,7 @@ class Recipe(TaskOptions, DataOptions, PrecisionOptions):
         check_options(self)
         self._check_samples()
         self.check_tasks()
-        self.check_precision(bf16=self.bf16)
+        self.check_precision(bf16=self.bf16, transformer_impl=self.transformer_impl)
         if self.keep_every and not self.keep_last:
             raise UserError(f"--keep-every {self.keep_every}: all stay without --keep-last")
         if 0 < self.loss_spike_factor <= 1:

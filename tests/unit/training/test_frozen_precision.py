@@ -25,6 +25,11 @@ VALID = {"valid_data_path": ["-"]}
     ("recipe", "fields", "message"),
     [
         (Stage1Recipe, {"frozen_precision": "fp8"}, "fp8 needs --bf16"),
+        (
+            Stage1Recipe,
+            EMULATED | {"transformer_impl": "transformer_engine"},
+            "does not go with --transformer-impl transformer_engine",
+        ),
         (Stage2Recipe, EMULATED | VALID, "until 0: stage 2 in fp8 needs a share above 0"),
         (Stage2Recipe, VALID | {"frozen_precision_until": 0.5}, "one in bf16 has none"),
         (Stage2Recipe, EMULATED | {"frozen_precision_until": 0.5}, "needs --valid-data-path"),
