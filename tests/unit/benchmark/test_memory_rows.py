@@ -45,7 +45,7 @@ def workloads():
             ("none", "selective", "full"),
         ):
             trainable, on_host = trained
-            yield Workload(
+            work = Workload(
                 hf=dataclasses.replace(whole, num_hidden_layers=count),
                 student=student,
                 stage=stage,
@@ -57,12 +57,32 @@ def workloads():
                 optimizer_cpu_offload=on_host,
                 runs_student=own,
             )
+            yield work
+            if (trainable, recompute) == ("attention", "none"):
+                yield from in_fp8_and_larger(work)
+
+
+def in_fp8_and_larger(work):
+    """The same with frozen layers in FP8, and with more samples at a time."""
+    for size, layers in itertools.product((1, 2, 4, 8), ("", "mlp", "all")):
+        precision = {"frozen_precision": "fp8", "frozen_precision_layers": layers} if layers else {}
+        if precision or size > 1:
+            yield dataclasses.replace(work, micro_batch_size=size, **precision)
 
 
 @pytest.fixture(scope="module")
 def by_case():
     """Workloads by suite and case."""
     return {(f"stage{work.stage}", describe(work)): work for work in workloads()}
+
+
+def test_fp8_saves_a_byte_a_number_in_stage_1_and_adds_one_in_stage_2():
+    hf = read_hf_config(ROOT / "examples" / "recipes" / "qwen3_8b")
+    mlps = 36 * 3 * 4096 * 12288 / 1e9
+    for stage, more in ((1, -mlps), (2, mlps)):
+        work = Workload(hf=hf, student=MLA.from_flags({}, hf), stage=stage)
+        in_fp8 = dataclasses.replace(work, frozen_precision="fp8")
+        assert predicted_peak_gb(in_fp8) == pytest.approx(predicted_peak_gb(work) + more, abs=0.011)
 
 
 def test_within_tolerance_of_every_measured_peak(by_case):
