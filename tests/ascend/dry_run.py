@@ -163,7 +163,7 @@ def in_python() -> dict[str, str]:
     return _environment(folder, ASCEND_HOME_PATH=str(folder))
 
 
-def run(environment: dict[str, str], function: str, *args: Any, timeout: int = 240) -> Any:
+def run(environment: dict[str, str], function: str, *args: Any, timeout: int = 600) -> Any:
     """Result of ``scenarios.function(*args)`` on a stand-in NPU.
 
     Args:
