@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_attnedit.evaluate.kv_cache import step
-from megatron_attnedit.evaluate.tasks.scores import mean_and_error
+from megatron_attnedit.evaluate.mean import mean_and_error
 
 PROMPT_TOKENS = 48
 NEW_TOKENS = 64

@@ -7,31 +7,7 @@ import math
 
 from torch import Tensor
 
-
-class Mean:
-    """Of numbers as they come, with its standard error."""
-
-    def __init__(self) -> None:
-        self._sum = self._squares = 0.0
-        self._count = 0
-
-    def add(self, numbers: Tensor) -> None:
-        """Count numbers in, of any shape."""
-        exact = numbers.cpu().double()
-        self._sum += exact.sum().item()
-        self._squares += exact.square().sum().item()
-        self._count += exact.numel()
-
-    def value(self) -> float:
-        """The mean."""
-        return self._sum / self._count
-
-    def stderr(self) -> float | None:
-        """``s / sqrt(n)`` with the sample's deviation; None for one number."""
-        if self._count < 2:
-            return None
-        variance = (self._squares - self._sum**2 / self._count) / (self._count - 1)
-        return math.sqrt(max(0.0, variance) / self._count)
+from megatron_attnedit.evaluate.mean import Mean
 
 
 class Perplexity:

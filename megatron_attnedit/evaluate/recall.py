@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_attnedit.evaluate.tasks.scores import mean_and_error
+from megatron_attnedit.evaluate.mean import mean_and_error
 
 KEY_TOKENS = 4
 VALUE_TOKENS = 8

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.errors import UserError
 
 LARGEST_INT = 2**31 - 1  # Megatron and torch count in 32 bits here and there
@@ -79,12 +80,6 @@ def option(
 def flag_name(name: str) -> str:
     """A field's flag."""
     return f"--{name.replace('_', '-')}"
-
-
-def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
-    text = str(value) if isinstance(value, int | float) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_options(fields: Any) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from megatron_attnedit.convert.json_files import shown
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import read_input
-from megatron_attnedit.training.options import flag_name, shown
+from megatron_attnedit.training.options import flag_name
 from megatron_attnedit.training.recipe import Recipe
 
 LARGEST_FILE = 256 * 1024  # bytes; YAML is read slowly, and a recipe is a page

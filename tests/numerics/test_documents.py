@@ -199,12 +199,31 @@ REST = [
 )
 def test_packed_on_a_grid(inputs, tmp_path, stage, student, grid):
     """Boundaries reach every process: of a pipeline, of a layer, of a sequence."""
+    compare_on_a_grid(inputs, tmp_path, stage, student, grid, {})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("grid", ["TP2 SP", "PP2", "CP2"])
+@pytest.mark.parametrize(
+    "stage, student", [("stage 1", "sink_logits"), ("stage 2", "mla"), ("stage 2", "sink_tokens")]
+)
+def test_packed_on_a_grid_by_the_reference(inputs, tmp_path, stage, student, grid):
+    compare_on_a_grid(inputs, tmp_path, stage, student, grid, {"attention_backend": "reference"})
+
+
+def compare_on_a_grid(inputs, tmp_path, stage, student, grid, flags):
+    """Packed is one at a time, and a leak that is planted in every process is seen."""
     arguments = gradients, stage, inputs, student
-    (expected,) = processes.run(1, *arguments, tmp_path / "one", ["apart"], {})
-    world_size, flags, _ = GRIDS[grid]
-    answers = processes.run(world_size, *arguments, tmp_path / "many", ["packed"], flags)
-    found = differences(inputs, student, [a["packed"] for a in answers], expected["apart"])
-    assert max(found.values()) <= BAR, found
+    (expected,) = processes.run(1, *arguments, tmp_path / "one", ["apart"], flags)
+    world_size, of_grid, _ = GRIDS[grid]
+    ways, flags = ["packed", "leaking"], {**of_grid, **flags}
+    answers = processes.run(world_size, *arguments, tmp_path / "many", ways, flags)
+    packed, leak = (
+        differences(inputs, student, [answer[way] for answer in answers], expected["apart"])
+        for way in ways
+    )
+    assert max(packed.values()) <= BAR, packed
+    assert leak["gradients"] > 100 * BAR, leak
 
 
 def teacher_logits(hf_dir, ids, documents):

@@ -6,9 +6,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_attnedit.evaluate.mean import mean_and_error
 from megatron_attnedit.evaluate.tasks.answers import Answers
 from megatron_attnedit.evaluate.tasks.long_tasks import LONG_TASKS, Question
-from megatron_attnedit.evaluate.tasks.scores import Score, mean_and_error, scored
+from megatron_attnedit.evaluate.tasks.scores import Score, scored
 from megatron_attnedit.evaluate.tasks.short_tasks import (
     CHOICE_TOKENS,
     LETTERS,

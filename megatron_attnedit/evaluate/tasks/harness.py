@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attnedit.errors import UserError, one_line
+from megatron_attnedit.evaluate.mean import mean_and_error
 from megatron_attnedit.evaluate.tasks.answers import Answers, LocalModel, Server
-from megatron_attnedit.evaluate.tasks.scores import Score, mean_and_error
+from megatron_attnedit.evaluate.tasks.scores import Score
 
 PACKAGE = "lm-eval"
 # For scores that are no mean of their items.

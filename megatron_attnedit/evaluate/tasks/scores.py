@@ -1,9 +1,10 @@
 """A score with its error, and a student's items against its teacher's."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from megatron_attnedit.evaluate.mean import mean_and_error
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,6 @@ def scored(
     """The mean of the items' values, and the standard error of it."""
     mean, stderr = mean_and_error(values)
     return Score(task, metric, len(values), mean, stderr, values, length, details=details)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error, ``s / sqrt(n)`` with the sample's deviation; None for one."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    squares = math.fsum((value - mean) ** 2 for value in values)
-    return mean, math.sqrt(squares / (len(values) - 1) / len(values))
 
 
 def against(student: Sequence[float], teacher: Sequence[float], sign: int = 1) -> dict[str, Any]:

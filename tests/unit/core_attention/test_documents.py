@@ -153,12 +153,26 @@ def test_a_leak_is_found(machines, backend, case, forgotten):
         assert differences(backend, LENGTHS, case, span) > 100 * BAR
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("lengths", [[[100, 28, 1, 171], [300, 0, 0, 0]], [[1] * 300]])
-def test_flex(monkeypatch, case, lengths):
+@pytest.fixture
+def flex_here(monkeypatch):
     """As torch computes it here: without gradients, for which it has a kernel on a GPU only."""
     monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
     monkeypatch.setattr(flex, "_compiled_with_sink", lambda: flex.with_sink)
+
+
+@pytest.mark.parametrize("case", CASES[:2])
+def test_a_leak_through_flex_is_found(flex_here, case):
+    size = None if case[0] is None else to_window_size(case[0])
+    qkv = heads([[100, 200]])
+    span = documents_of([[101, 199]]).span(0, 0, 300)
+    attend = attention_backend("flex", size, documents_with=(16, 16))
+    expected = one_at_a_time([[100, 200]], size)(*qkv)
+    assert furthest([attend(*qkv, size, SCALE, documents=span)], [expected]) > 100 * BAR
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("lengths", [[[100, 28, 1, 171], [300, 0, 0, 0]], [[1] * 300]])
+def test_flex(flex_here, case, lengths):
     window, sinks, logits = case
     size = None if window is None else to_window_size(window)
     given = {"sink": LOGITS} if logits else {}

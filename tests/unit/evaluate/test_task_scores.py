@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.evaluate.mean import Mean, mean_and_error
 from megatron_attnedit.evaluate.tasks.answers import LocalModel, Server
 from megatron_attnedit.evaluate.tasks.generated import run
 from megatron_attnedit.evaluate.tasks.long_tasks import LONG_TASKS, share_of
-from megatron_attnedit.evaluate.tasks.scores import Score, against, mean_and_error, scored
+from megatron_attnedit.evaluate.tasks.scores import Score, against, scored
 from megatron_attnedit.evaluate.tasks.short_tasks import LETTERS, SHORT_TASKS, choice, letter_of
 from megatron_attnedit.evaluate.tasks.source import Source
 from megatron_attnedit.evaluate.tasks.tables import letter_rows, rows
@@ -27,6 +28,20 @@ def test_a_mean_has_the_error_of_a_sample():
     assert mean == pytest.approx(statistics.mean(values))
     assert stderr == pytest.approx(statistics.stdev(values) / math.sqrt(5))
     assert mean_and_error([0.5]) == (0.5, None)
+
+
+def test_a_mean_in_pieces_is_that_of_all():
+    """Far from 0, where a sum of squares would have no digits left."""
+    values = [1e8 + i % 7 for i in range(50)]
+    mean = Mean()
+    for start, end in ((0, 3), (3, 4), (4, 50)):
+        mean.add(torch.tensor(values[start:end], dtype=torch.float64))
+    stderr = statistics.stdev(values) / 50**0.5
+    assert mean.value() == statistics.mean(values)
+    assert mean.stderr() == pytest.approx(stderr, rel=1e-9)
+    for numbers in ([math.inf, 1.0], [2.0]):
+        mean.add(torch.tensor(numbers))
+    assert mean.value() == math.inf
 
 
 @pytest.mark.parametrize("sign", [1, -1])
