@@ -211,3 +211,13 @@ def compare_blocks(found, directory, teacher, ranks):
         ServingSize(gpu_memory=80, serving_tensor_parallel_size=ranks, block_size=block), tokens,
     )  # fmt: skip
     return held, 2 * planned.held_bytes
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_norm_that_no_kernel_has_is_refused(tmp_path, path, request):
+    tiny_hf_dir(tmp_path / "hf", "qwen3", max_position_embeddings=1024, **WIDE)
+    make_student(tmp_path, "student", "mla", MLA | {"qk_norm": "exact"})
+    out = make(tmp_path / "student", tmp_path / "out", "hf", dtype="float32")
+    plug_in = request.getfixturevalue("plug_in") if path == PATHS[0] else None
+    with pytest.raises(AssertionError, match="--qk-norm exact: vLLM has no"):
+        ask(out, [1, 2, 3], settings_of("mla", path), tmp_path, plug_in=plug_in)
