@@ -302,6 +302,7 @@ def test_only_megatron_sees_the_stand_in():
 
 def test_another_megatron_is_refused():
     code = (
+        "from megatron_attnedit.device import without_triton; without_triton.install()\n"
         "import megatron.core; megatron.core.__version__ = '0.99.0'\n"
         "from megatron_attnedit.device import bootstrap\n"
         "from megatron_attnedit.errors import run_tool\n"
