@@ -49,6 +49,11 @@ def find_model(url: str) -> tuple[str, dict[str, Any]]:
 def call(url: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
     """What a server answers to a GET, or to a POST of a JSON body.
 
+    Args:
+        url: Whole address.
+        timeout_s: Of connecting and of each read, seconds.
+        body: Posted as JSON; None: a GET.
+
     Raises:
         Refused: with an error.
         UserError: nothing, or what is no JSON.

@@ -85,7 +85,13 @@ def _of_all_processes(mine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_hf(opened: Opened, config: ConversionConfig, folder: Path) -> None:
-    """A Hugging Face directory; an imported model gets the shards that it had."""
+    """A Hugging Face directory; an imported model gets the shards that it had.
+
+    Args:
+        opened: What is written.
+        config: Type, padding and the card's report.
+        folder: New; the caller gives it its name.
+    """
     dtype = config.dtype or opened.hf.dtype
     file_of = read_index(opened.hf.path)
     kept = opened.base is None and dtype == opened.hf.dtype
@@ -122,7 +128,13 @@ def _write_config(opened: Opened, dtype: str, folder: Path) -> None:
 
 
 def write_megatron(opened: Opened, config: ConversionConfig, output: Path) -> None:
-    """One iteration's folder, and the file that names it."""
+    """One iteration's folder, and the file that names it.
+
+    Args:
+        opened: What is written.
+        config: Format, type and layout.
+        output: New folder.
+    """
     iteration = ITERATION if config.format == "torch" else 0
     folder = run_folder.iteration_dir(output, iteration)
     rows, dtype = opened.rows, config.dtype or opened.hf.dtype
@@ -161,7 +173,13 @@ def _write_hf_files(opened: Opened, dtype: str, folder: Path) -> None:
 
 
 def write_edited(opened: Opened, config: ConversionConfig, file: Path) -> None:
-    """Only what is new in the student, with its lineage in the header."""
+    """Only what is new in the student, with its lineage in the header.
+
+    Args:
+        opened: The student.
+        config: Type of the tensors.
+        file: New ``.safetensors`` file.
+    """
     rows = edited_rows(opened.hf, opened.lineage.attention())
     dtype = config.dtype or opened.dtype(rows[0])
     writer = HFWriter(

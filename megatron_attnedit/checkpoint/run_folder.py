@@ -199,7 +199,13 @@ KEEP_ALL = Retention()
 
 
 def retire(directory: Path, retention: Retention, newest: int) -> None:
-    """Delete what need not stay, now that ``newest`` is complete; one process."""
+    """Delete what need not stay, now that ``newest`` is complete; one process.
+
+    Args:
+        directory: The run's folder.
+        retention: Which checkpoints stay.
+        newest: Iteration of the newest complete one, which always stays.
+    """
     known = [iteration for iteration in iterations(directory) if iteration <= newest]
     for iteration in retention.superfluous(known):
         path = iteration_dir(directory, iteration)

@@ -151,6 +151,12 @@ def logit_difference(
 ) -> tuple[float, float]:
     """Largest logit and difference, both absolute; both models are loaded whole, in float32.
 
+    Args:
+        a: Hugging Face directory or checkpoint.
+        b: The other one.
+        text: Text file, whose first tokens are read.
+        teacher: Where students' teachers are, if not where their lineages name them.
+
     Raises:
         UserError: the text cannot be read or has no tokens, or the vocabularies differ.
     """

@@ -42,6 +42,12 @@ HASHES = ".hashes-"  # of one process's files, until the marker has them
 def save(directory: Path, iteration: int, state: dict[str, Any], lineage: Lineage) -> Path:
     """Write one checkpoint and make it the latest; collective.
 
+    Args:
+        directory: The run's folder.
+        iteration: How many iterations the state has seen.
+        state: Sharded state, by name.
+        lineage: What the checkpoint was made of.
+
     Raises:
         UserError: the disk is full, for example.
     """

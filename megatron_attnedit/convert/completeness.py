@@ -54,6 +54,11 @@ def check_complete(
 def check_finite(tensor: Tensor, *, where: str, name: str) -> None:
     """Refuse NaN and Inf; also what was not filled, because targets start as NaN.
 
+    Args:
+        tensor: Any type and shape.
+        where: File or directory, for the message.
+        name: The tensor's, for the message.
+
     Raises:
         UserError: names the tensor.
     """

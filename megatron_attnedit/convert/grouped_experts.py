@@ -35,7 +35,14 @@ class ExpertLayout(Enum):
 def expert_by_expert(
     name: str, param: Tensor, count: int, hidden_size: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """A view of each of ``count`` grouped experts under its own name; other parameters as is."""
+    """A view of each of ``count`` grouped experts under its own name; other parameters as is.
+
+    Args:
+        name: Of the parameter.
+        param: Grouped weights of this rank, or anything else.
+        count: Experts on this rank.
+        hidden_size: Of the model.
+    """
     if found := _OF_TRANSFORMER_ENGINE.fullmatch(name):
         prefix, linear, expert = found.groups()
         yield f"{prefix}.local_experts.{expert}.{linear}.weight", param
@@ -52,7 +59,13 @@ def expert_by_expert(
 def expert_shapes(
     shapes: Mapping[str, tuple[int, ...]], count: int, layout: ExpertLayout
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a rank's parameters when its ``count`` experts are held in that way."""
+    """Names and shapes of a rank's parameters when its ``count`` experts are held in that way.
+
+    Args:
+        shapes: By name, one expert at a time.
+        count: Experts on this rank.
+        layout: How they are held.
+    """
     result: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         found = _ONE_BY_ONE.fullmatch(name)

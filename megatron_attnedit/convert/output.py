@@ -145,7 +145,13 @@ def _put_in_place(output: Path, overwrite: bool) -> None:
 
 
 def write_at(file: Path, offset: int, data: memoryview) -> None:
-    """Put bytes in their place in an existing file."""
+    """Put bytes in their place in an existing file.
+
+    Args:
+        file: Large enough already.
+        offset: Of the first byte.
+        data: The bytes.
+    """
     with open(file, "r+b", buffering=0) as stream:
         stream.seek(offset)
         while len(data):  # one call writes at most 2 GiB

@@ -81,7 +81,13 @@ def pieces_of(row: ParamRow) -> Iterator[Piece]:
 
 
 def same_numbers(row: ParamRow, read: Read, other: Read) -> bool:
-    """Whether two sources hold the same in a row, in the first one's type."""
+    """Whether two sources hold the same in a row, in the first one's type.
+
+    Args:
+        row: The parameter.
+        read: Reads of the first source.
+        other: Reads of the second.
+    """
     return all(
         torch.equal(ours, theirs.to(ours.dtype))
         for piece in pieces_of(row)
@@ -103,7 +109,13 @@ def read_ahead(pieces: Iterable[Piece], read: Read) -> Iterator[tuple[Piece, lis
 
 
 def share_of(rows: Sequence[ParamRow], rank: int, size: int) -> list[ParamRow]:
-    """The rows that one of ``size`` processes converts: like numbers of bytes, order kept."""
+    """The rows that one of ``size`` processes converts: like numbers of bytes, order kept.
+
+    Args:
+        rows: Of the whole model.
+        rank: Of this process.
+        size: Processes.
+    """
     loads = [0] * size
     mine = []
     for row in sorted(rows, key=lambda row: -Piece(row).numel):

@@ -36,6 +36,11 @@ def uniform_full_layers(num_layers: int) -> tuple[int, ...]:
 def parse_layers(text: str, *, num_layers: int, flag: str) -> tuple[int, ...]:
     """``"0,4,9"`` to ``(0, 4, 9)``; ``"none"`` to ``()``.
 
+    Args:
+        text: As given.
+        num_layers: Of the model; indices start at 0.
+        flag: For the message.
+
     Raises:
         UserError: not numbers, out of range, or a layer named twice.
     """

@@ -125,7 +125,13 @@ def _backend(tokenizer: Tokenizer) -> Any:
 
 
 def tokens_of(tokenizer: Tokenizer, text: str, spans: Iterable[tuple[int, int]]) -> Sample:
-    """Token ids of a text, and which begin in one of the spans."""
+    """Token ids of a text, and which begin in one of the spans.
+
+    Args:
+        tokenizer: Fast, so that it has offsets.
+        text: A rendered conversation.
+        spans: Start and end, in characters, of what counts.
+    """
     encoding = _backend(tokenizer).encode(text, add_special_tokens=False)
     starts = np.array([start for start, _ in encoding.offsets], np.int64)
     mask = np.zeros(len(starts), np.uint8)

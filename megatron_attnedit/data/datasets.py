@@ -217,6 +217,11 @@ def build_datasets(
     ``torch.distributed`` initialised. The order depends on the config and on ``train_samples``
     (Megatron shuffles whole epochs together), so a resumed run must ask for the same number.
 
+    Args:
+        config: Files, blend, seed and sample length.
+        train_samples: At least so many of training.
+        valid_samples: At least so many of validation; 0: none.
+
     Raises:
         UserError: files are missing, too short, or of another tokenizer than the model's.
     """
@@ -237,6 +242,11 @@ def check_datasets(
     config: DataConfig, *, train_samples: int, valid_samples: int
 ) -> tuple[Checked, Checked | None]:
     """Find out before anything is loaded whether ``build_datasets`` can be.
+
+    Args:
+        config: Files, blend, seed and sample length.
+        train_samples: As many as the run reads.
+        valid_samples: The same of validation.
 
     Returns:
         Prefixes, weights and tokenizer of the training data, and of the validation data.

@@ -17,6 +17,11 @@ from megatron_attnedit.errors import UserError
 def check_loss_mask(prefix: str, described: dict[str, Any], flag: str) -> None:
     """The mask that the description promises is there, as long as the tokens, document by document.
 
+    Args:
+        prefix: Of the data.
+        described: What ``PREFIX.json`` holds.
+        flag: For the message.
+
     Raises:
         UserError: not so; or there is one that the description does not have.
     """

@@ -17,6 +17,11 @@ from megatron_attnedit.export.hf import causal_lm_class
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Load a causal language model for evaluation, without running code from the directory.
 
+    Args:
+        directory: Hugging Face directory.
+        dtype: Of the weights in memory.
+        device: Where they go.
+
     Raises:
         UserError: it cannot be loaded, or its weights are incomplete or damaged.
     """
@@ -53,6 +58,11 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any
 
 def check_length(model: Any, directory: Path, seq_length: int) -> None:
     """Refuse windows that are longer than what a model was made for.
+
+    Args:
+        model: As transformers loaded it.
+        directory: For the message.
+        seq_length: Tokens of a window.
 
     Raises:
         UserError: they are.

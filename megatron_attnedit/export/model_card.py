@@ -248,7 +248,7 @@ def _serving(hf: HFConfig, attention: StudentAttention) -> Iterator[str]:
     yield (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)\n```'
     )
     flags = ""
     if any(layers.window for layers in attention.cached_layers(hf)):

@@ -147,7 +147,16 @@ def kept_by_layers(
     *,
     last: bool,
 ) -> float:
-    """Bytes that stage 2's student keeps of a micro-batch; ``last``: the final norm is there."""
+    """Bytes that stage 2's student keeps of a micro-batch; ``last``: the final norm is there.
+
+    Args:
+        hf: The model.
+        student: Its attention.
+        parallel: The parallel layout.
+        work: Micro-batch, sequence and stage.
+        layers: Indices of the layers on this process.
+        last: Whether the final norm is there, too.
+    """
     final_norm = Sizes.of(parallel, work).own(hf.hidden_size) if last else 0.0
     return final_norm + sum(kept_bytes(hf, student, parallel, work, layer) for layer in layers)
 
@@ -256,7 +265,14 @@ def mlp_forward_bytes(hf: HFConfig, parallel: ParallelConfig, sizes: Sizes) -> f
 
 
 def kl_bytes(hf: HFConfig, parallel: ParallelConfig, work: Workload, sizes: Sizes) -> float:
-    """Bytes beyond the hidden states that the chunked divergence takes."""
+    """Bytes beyond the hidden states that the chunked divergence takes.
+
+    Args:
+        hf: The model.
+        parallel: The parallel layout.
+        work: Micro-batch, sequence and chunk.
+        sizes: Tokens and bytes on this process.
+    """
     chunk = min(work.kl_chunk_tokens, sizes.tokens)
     logits = chunk * hf.vocab_size / sizes.tp * KL_BYTES_PER_LOGIT * sizes.number / 2
     # The whole sequence of both models, where it is cut, and the gradient of the student's.

@@ -137,7 +137,17 @@ def trained_on_process(
     first: bool,
     last: bool,
 ) -> Trained:
-    """Counted as mcore lays it out; ``first`` and ``last``: are embedding and head there?"""
+    """Counted as mcore lays it out; ``first`` and ``last``: are embedding and head there?
+
+    Args:
+        hf: The model.
+        student: Its attention.
+        parallel: The parallel layout.
+        work: What trains, and with which optimizer.
+        layers: Indices of the layers on this process.
+        first: Whether the embedding is there.
+        last: Whether the head is there.
+    """
     table = student_rows(hf, student) if work.trainable == "all" else edited_rows(hf, student)
     trained = _shards(table, hf, parallel, layers, first, last)
     buffers = []

@@ -61,6 +61,11 @@ class RunSize:
 def check_count(flag: str, value: int, least: int = 1) -> None:
     """Refuse a number of which there cannot be so many.
 
+    Args:
+        flag: For the message.
+        value: As given.
+        least: The smallest that is accepted.
+
     Raises:
         UserError: names the flag.
     """
@@ -77,6 +82,13 @@ def plan(
     context: int,
 ) -> Plan:
     """Sizes of a run on a grid, everything but the edited attentions frozen.
+
+    Args:
+        teacher: Its configuration.
+        student: The attention in its place.
+        parallel: The parallel layout.
+        size: Processes, batch and sequence.
+        context: Tokens in the cache.
 
     Raises:
         UserError: the grid cannot cut this teacher, this student, this batch, or does not fill the

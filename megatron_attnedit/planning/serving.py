@@ -95,6 +95,12 @@ def serve_student(
 ) -> Served:
     """The student on these GPUs, requests of ``context`` tokens.
 
+    Args:
+        teacher: Its configuration.
+        student: The attention in its place.
+        size: GPUs, their memory, and how prompts are read.
+        context: Tokens of a request.
+
     Raises:
         UserError: the GPUs cannot share the heads, or their weights leave no room for a request.
     """
@@ -172,7 +178,14 @@ def _held_blocks(kind: CachedLayers, size: ServingSize, context: int) -> int:
 def engine_flags(
     teacher: HFConfig, student: StudentAttention, size: ServingSize, context: int
 ) -> str:
-    """Flags of ``vllm serve`` for this plan."""
+    """Flags of ``vllm serve`` for this plan.
+
+    Args:
+        teacher: Its configuration.
+        student: The attention in its place.
+        size: GPUs, their memory, and how prompts are read.
+        context: Tokens of a request.
+    """
     flags = [f"--max-model-len {context}"]
     if size.serving_tensor_parallel_size > 1:
         flags.append(f"--tensor-parallel-size {size.serving_tensor_parallel_size}")
