@@ -104,6 +104,10 @@ def test_stock_classes_and_engines_stop(student):
     if config["model_type"] == "deepseek_v3":
         with pytest.raises(KeyError, match="listed"):
             DeepseekV3ForCausalLM.from_pretrained(out)
+    model = load(out)
+    model.config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match="--qk-norm exact: vLLM has no attention"):
+        model(tokens(length=8))
     with pytest.raises(UserError, match="--pad-for-serving: no engine serves"):
         make(student, student.parent / "padded", "hf", pad_for_serving=0)
 
