@@ -23,7 +23,10 @@ from megatron_attnedit.errors import UserError, run_tool
 
 # Numbers of the rotary part in the first table.
 ROTARY_PARTS = (24, 32, 48, 64)
+INPUTS = ("teacher", "student")
 Layer = tuple[Mapping[str, Tensor], Tensor]
+# From a layer's index, its teacher's weights and inputs to the student's attention.
+FitLayer = Callable[[int, Mapping[str, Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,6 +59,17 @@ def parse_args() -> argparse.Namespace:
         default=["folded"],
         help="of --qk-norm, for students that are cut whole (default: folded)",
     )
+    add("--fits", nargs="*", default=[None], help="of --mla-fit (default: its own)")
+    add(
+        "--inputs",
+        nargs="*",
+        choices=INPUTS,
+        default=INPUTS[:1],
+        help="what a layer of a student that is cut whole is fitted to: what enters it in the "
+        "teacher (default), or in the student whose layers before it are fitted already",
+    )
+    add("--calibration-text", type=Path, help="of what is measured and fitted (default: --text)")
+    add("--device", default="cpu", help="default: %(default)s")
     add("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()
 
@@ -99,19 +113,24 @@ class Judge:
         directory: The teacher.
         calibration: ``[c, s + 1]``.
         judged: ``[n, s + 1]``.
+        device: Where all is computed.
     """
 
-    def __init__(self, directory: Path, calibration: Tensor, judged: Tensor) -> None:
+    def __init__(
+        self, directory: Path, calibration: Tensor, judged: Tensor, device: str = "cpu"
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
         from megatron_attnedit.convert.families import attention_rows
         from megatron_attnedit.convert.hf_config import read_hf_config
 
-        self.hf, self.judged = read_hf_config(directory), judged
+        self.hf, self.judged = read_hf_config(directory), judged.to(device)
+        self.calibration = calibration[:, :-1].to(device)
         self.model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, trust_remote_code=False
-        ).eval()
-        state, inputs = self.model.state_dict(), self._inputs(calibration[:, :-1])
+        )
+        self.model = self.model.eval().to(device)
+        state, inputs = self.model.state_dict(), self._inputs(self.calibration)
         self.layers: list[Layer] = []
         for i in range(self.hf.num_hidden_layers):
             weights = {
@@ -136,6 +155,23 @@ class Judge:
         for handle in handles:
             handle.remove()
         return {i: torch.cat(parts).transpose(0, 1) for i, parts in found.items()}
+
+    @torch.no_grad()
+    def fitted(self, fit: FitLayer, *, on_own_inputs: bool) -> list[Callable[[Tensor], Tensor]]:
+        """All layers' attentions, each fitted to what enters it in the teacher or the student."""
+        model = self.model.model
+        states = [model.embed_tokens(window[None]) for window in self.calibration]
+        outputs = []
+        for i, (weights, inputs) in enumerate(self.layers):
+            layer = model.layers[i]
+            if on_own_inputs:
+                inputs = torch.cat([layer.input_layernorm(x) for x in states]).transpose(0, 1)
+            outputs.append(fit(i, weights, inputs))
+            if on_own_inputs:
+                own, layer.self_attn = layer.self_attn, PlainAttention(outputs[-1])
+                states = [_first(layer(x)) for x in states]
+                layer.self_attn = own
+        return outputs
 
     @torch.no_grad()
     def perplexity(self, outputs: list[Callable[[Tensor], Tensor]] | None = None) -> float:
@@ -167,35 +203,33 @@ def rotary_cut(judge: Judge, count: int, kind: str) -> list[Callable[[Tensor], T
     ]
 
 
-def whole_cut(judge: Judge, latent: int, rotary: int, kind: str, qk_norm: str) -> Any:
+def whole_cut(
+    judge: Judge, flags: Mapping[str, Any], inputs: str
+) -> tuple[list[Callable[[Tensor], Tensor]], float]:
     """The attentions of a student right after its edit, and its share of the teacher's cache."""
     from megatron_attnedit.attention.mla.config import MLA
     from megatron_attnedit.attention.mla.plain import mla_output
 
-    flags = {
-        "kv_lora_rank": latent,
-        "qk_pos_emb_head_dim": rotary,
-        "mla_rotary": kind,
-        "qk_norm": qk_norm,
-    }
     student = MLA.from_flags(flags, judge.hf).measured_on(judge.hf, judge.layers)
 
-    def attention(i: int) -> Callable[[Tensor], Tensor]:
-        weights = student.init_from_teacher(*_with(judge, i), i)
-
-        return lambda inputs: mla_output(weights, inputs, student, judge.hf, i)
+    def attention(
+        i: int, teacher: Mapping[str, Tensor], seen: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        weights = student.init_from_teacher(teacher, judge.hf, seen, i)
+        return lambda x: mla_output(weights, x, student, judge.hf, i)
 
     share = student.cached / (2 * judge.hf.num_key_value_heads * judge.hf.head_dim)
-    return [attention(i) for i in range(len(judge.layers))], share
+    return judge.fitted(attention, on_own_inputs=inputs == INPUTS[1]), share
 
 
-def _with(judge: Judge, i: int) -> tuple[Any, Any, Tensor]:
-    weights, inputs = judge.layers[i]
-    return weights, judge.hf, inputs
+def _first(output: Any) -> Tensor:
+    """Of a layer of transformers, which are tuples in older versions."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def figures(judge: Judge, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row at a time."""
+    from megatron_attnedit.attention.mla.config import MLA
     from megatron_attnedit.attention.mla.flags import ROTARY
 
     kinds = args.kinds or ROTARY
@@ -207,12 +241,16 @@ def figures(judge: Judge, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"cut": "rotary part", "rotary": count, "kind": kind, "perplexity": found}
     for cut in args.cuts:
         latent, rotary = map(int, cut.split("+"))
-        for kind, norm in itertools.product(kinds, args.qk_norms):
-            outputs, share = whole_cut(judge, latent, rotary, kind, norm)
+        choices = itertools.product(kinds, args.fits, args.qk_norms, args.inputs)
+        for kind, fit, norm, inputs in choices:
+            sizes = {"kv_lora_rank": latent, "qk_pos_emb_head_dim": rotary}
+            flags = {**sizes, "mla_rotary": kind, "mla_fit": fit, "qk_norm": norm}
+            outputs, share = whole_cut(judge, flags, inputs)
             found = judge.perplexity(outputs)
             yield {
                 "cut": "latent and rotary part", "latent": latent, "rotary": rotary, "kind": kind,
-                "qk_norm": norm, "share": share, "perplexity": found, "ratio": found / teacher,
+                "fit": fit or MLA.fit, "qk_norm": norm, "inputs": inputs, "share": share,
+                "perplexity": found, "ratio": found / teacher,
             }  # fmt: skip
 
 
@@ -222,9 +260,14 @@ def main() -> None:
     from megatron_attnedit.files import write_output
 
     args = parse_args()
-    count = args.calibration_windows + args.windows
-    ids = windows_of(args.text, load_tokenizer(args.teacher), count, args.seq_length)
-    judge = Judge(args.teacher, *ids.split([args.calibration_windows, args.windows]))
+    tokenizer, seen = load_tokenizer(args.teacher), args.calibration_windows
+    if args.calibration_text:
+        calibration = windows_of(args.calibration_text, tokenizer, seen, args.seq_length)
+        judged = windows_of(args.text, tokenizer, args.windows, args.seq_length)
+    else:
+        ids = windows_of(args.text, tokenizer, seen + args.windows, args.seq_length)
+        calibration, judged = ids.split([seen, args.windows])
+    judge = Judge(args.teacher, calibration, judged, args.device)
     rows = []
     for row in figures(judge, args):
         rows.append(row)

@@ -60,7 +60,7 @@ class MLA(MLADims, StudentAttention):
     FLAGS: ClassVar[Mapping[str, Mapping[str, Any]]] = FLAGS
     # Not the value heads: padded for serving, they are larger than the teacher's.
     of_teacher: ClassVar[Mapping[str, str]] = {"num_attention_heads": "num_attention_heads"}
-    fit: str = "attention"
+    fit: str = "attended"
     rotary: str = "geometric"
     cuts: tuple[tuple[int, int], ...] = ()
 

@@ -96,8 +96,8 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     "qk_pos_emb_head_dim": {"type": int, "help": "rotary part, cached once per token"},
     "v_head_dim": {"type": int, "help": "value head; the teacher's head size"},
     "mla_fit": {
-        "help": "start from the teacher: attention (default), covariance, pca or svd; each "
-        "looks at less of the teacher than the one before"
+        "help": "start from the teacher: attended (default), attention, covariance, pca or svd; "
+        "each looks at less of the teacher than the one before"
     },
     "mla_rotary": {
         "help": "what turns with position: geometric (default), the teacher's highest "

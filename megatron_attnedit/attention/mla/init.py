@@ -16,7 +16,8 @@ from megatron_attnedit.attention.mla.components import (
     shared_keys,
 )
 from megatron_attnedit.attention.mla.dims import MLADims
-from megatron_attnedit.attention.mla.latent import fit_latent, regress
+from megatron_attnedit.attention.mla.latent import LatentFit, Part, regress, solve
+from megatron_attnedit.attention.mla.moments import AllAlike, Moments, attended
 from megatron_attnedit.attention.mla.plain import mla_heads, student_angles
 from megatron_attnedit.attention.mla.positions import (
     as_pairs,
@@ -34,8 +35,10 @@ from megatron_attnedit.core_attention.documents import Documents
 BALANCES = (0.5, 1.0, 2.0, 4.0)
 # Samples by which those are compared, and positions averaged: enough for a few numbers.
 FEW = 8
-# Of the correction to the output projection, which is fitted to few tokens for its size.
-OUTPUT_RIDGE = 0.1
+# Of the correction to the output projection, which is fitted to few tokens for its size: the one
+# that is best on samples that are kept from it, one of so many.
+OUTPUT_RIDGES = (0.1, 0.01, 1.0, 10.0)
+JUDGED = 8
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class Fit:
             fit to the weights alone.
         metrics: Errors of keys and values count by what queries and output projection make of
             them.
-        attention: Where the teacher looks, and the output of the whole attention.
+        attention: Where the teacher looks on average, and the output of the whole attention.
+        queries: Errors of a token's key and value count as its queries look at it.
     """
 
     text: bool
     metrics: bool
     attention: bool
+    queries: bool = False
 
 
 FITS = {
@@ -60,6 +65,7 @@ FITS = {
     "pca": Fit(text=True, metrics=False, attention=False),  # TransMLA, arXiv:2502.07864
     "covariance": Fit(text=True, metrics=True, attention=False),  # CARE
     "attention": Fit(text=True, metrics=True, attention=True),
+    "attended": Fit(text=True, metrics=True, attention=True, queries=True),
 }
 
 
@@ -116,6 +122,7 @@ def fit_to_teacher(
     flat = inputs.flatten(0, 1)
     q, k, v = project(flat, teacher_weights, teacher)
     rotation = _rotation(dims, q, k, teacher, len(inputs), layer_idx, fit, documents)
+    moments = _moments(q, k, teacher, len(inputs), fit, documents)
     if dims.qk_norm_groups:  # the student's own norm follows
         q, k = before_norm(flat, teacher_weights, teacher)
     down_rotary, q_rotary, k_missed = _rotary_part(dims, flat, q, k, rotation, layer_idx)
@@ -129,19 +136,21 @@ def fit_to_teacher(
         "linear_q_proj.weight": regress(
             flat, torch.cat([q_no_pe, q_rotary], dim=-1).flatten(1) * rescale
         ),
-        "kv_layernorm.weight": q.new_ones(dims.kv_lora_rank),
         "linear_proj.weight": inherited.clone(),
     }
     key_metric, value_metric = _metrics(q_content, v, inherited, fit)
+    # A norm over whole keys does see what all keys share.
+    keys = Part(k_content, key_metric, "tokens" if dims.qk_norm_groups else "keys")
+    values = Part(v, value_metric, "values")
+    latent_fit = LatentFit(flat, keys, values, moments, steady=fit.queries)
     candidates = []
     for balance in BALANCES if fit.attention else (1.0,):
-        down, up = fit_latent(
-            dims.kv_lora_rank, flat, (k_content, key_metric, balance), (v, value_metric, 1.0)
-        )
+        latent = latent_fit.at(dims.kv_lora_rank, balance)
         candidate = {
             **weights,
-            "linear_kv_down_proj.weight": torch.cat([down, down_rotary]),
-            "linear_kv_up_proj.weight": _to_all_heads(dims, up),
+            "linear_kv_down_proj.weight": torch.cat([latent.down, down_rotary]),
+            "kv_layernorm.weight": latent.norm,
+            "linear_kv_up_proj.weight": _to_all_heads(dims, latent.up),
         }
         if dims.qk_norm_groups:
             candidate = with_norm(candidate, dims, flat, teacher_weights, teacher)
@@ -237,13 +246,26 @@ def _rotary_part(
     return down, as_reals(q_rotary), k_pairs
 
 
+def _moments(
+    q: Tensor, k: Tensor, teacher: HFConfig, length: int, fit: Fit, documents: Documents | None
+) -> Moments:
+    """How tokens count, of ``[t, n, d]`` and ``[t, g, d]`` in samples of ``length``."""
+    if not fit.queries:
+        return AllAlike(len(q) // length)
+    return attended(q, k, _half_angles(teacher, q, length), documents)
+
+
+def _half_angles(teacher: HFConfig, like: Tensor, length: int) -> Tensor:
+    """``[s, d/2]`` of the positions."""
+    return teacher_angles(teacher, like[:length])[:, 0, 0, : teacher.head_dim // 2]
+
+
 def measured_rotation(
     q: Tensor, k: Tensor, teacher: HFConfig, length: int, documents: Documents | None = None
 ) -> Tensor:
     """``mean_rotation`` ``[n, d/2]`` of ``[t, n, d]`` and ``[t, g, d]``, samples of ``length``."""
     q, k = (t.unflatten(0, (length, -1))[:, :FEW] for t in (q, k))
-    angles = teacher_angles(teacher, q)[:, 0, 0, : teacher.head_dim // 2]
-    return mean_rotation(q, k, angles, documents)
+    return mean_rotation(q, k, _half_angles(teacher, q, length), documents)
 
 
 def _to_all_heads(dims: MLADims, up: Tensor) -> Tensor:
@@ -317,8 +339,29 @@ def _nearest(
 
 
 def _corrected(weights: dict[str, Tensor], heads: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """With an output projection that makes the most of what the heads give."""
+    """With an output projection that makes the most of what the heads give.
+
+    Args:
+        weights: Of the layer.
+        heads: ``[s, c, n * v]``, what they give.
+        target: ``[s, c, h]``, the teacher's output.
+    """
     linear_proj = weights["linear_proj.weight"]
-    missing = (target - heads @ linear_proj.t()).flatten(0, 1)
-    correction = regress(heads.flatten(0, 1), missing, OUTPUT_RIDGE)
+    missing = target - heads @ linear_proj.t()
+    correction = regress(heads.flatten(0, 1), missing.flatten(0, 1), _best_ridge(heads, missing))
     return {**weights, "linear_proj.weight": linear_proj + correction}
+
+
+def _best_ridge(inputs: Tensor, targets: Tensor) -> float:
+    """With which a regression on most samples comes closest on the others; ``[s, c, ...]`` both."""
+    judged = inputs.shape[1] // JUDGED
+    if not judged:
+        return OUTPUT_RIDGES[0]
+    x, y = (t[:, judged:].flatten(0, 1) for t in (inputs, targets))
+    gram, cross = x.t() @ x, x.t() @ y
+
+    def error(ridge: float) -> float:
+        fitted = solve(gram, cross, ridge)
+        return (inputs[:, :judged] @ fitted.t() - targets[:, :judged]).square().sum().item()
+
+    return min(OUTPUT_RIDGES, key=error)

@@ -127,6 +127,7 @@ def test_a_fit_that_looks_at_the_attention_is_closer():
         )
         errors[name] = ((output - target).square().sum() / target.square().sum()).item()
     assert errors["attention"] < 0.8 * errors["covariance"] < 0.8 * errors["svd"]
+    assert errors["attended"] < errors["attention"]
 
 
 def test_an_unknown_fit_is_refused(tmp_path):
