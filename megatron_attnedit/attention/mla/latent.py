@@ -48,16 +48,16 @@ class Part(NamedTuple):
     Attributes:
         targets: What the latent should give, ``[t, g, d]``.
         metric: ``[g, d, d]``, with which an error is multiplied.
-        count: Which of ``Moments`` tells how tokens count.
+        counted_as: Which of ``Moments`` tells how tokens count.
     """
 
     targets: Tensor
     metric: Tensor
-    count: Literal["keys", "values", "tokens"]
+    counted_as: Literal["keys", "values", "tokens"]
 
     def moment(self, moments: Moments) -> Moment:
         """Of its errors."""
-        found: Moment = getattr(moments, self.count)
+        found: Moment = getattr(moments, self.counted_as)
         return found
 
 

@@ -88,9 +88,10 @@ class Attended:
     def keys(self, x: Tensor, y: Tensor) -> Tensor:
         x, y = self._samples(x), self._samples(y)
         total = x.new_zeros(x.shape[-1], y.shape[-1])
+        x_mean, y_mean = x.mean((0, 1)), y.mean((0, 1))
         for p, a, b in zip(self.probabilities, x, y, strict=True):
-            centre = self.alike * (a - a.mean(0)).t() @ (b - b.mean(0)) * len(p) / len(a)
-            total += (a * p.sum(0)[:, None]).t() @ b - (p @ a).t() @ (p @ b) + centre
+            alike = (a - x_mean).t() @ (b - y_mean) * (self.alike * len(p) / len(a))
+            total += (a * p.sum(0)[:, None]).t() @ b - (p @ a).t() @ (p @ b) + alike
         return total
 
     def values(self, x: Tensor, y: Tensor) -> Tensor:

@@ -68,9 +68,9 @@ def test_errors_count_as_the_queries_see_them():
     weights = p.sum(1).t()
     tokens = torch.einsum("sc,sca,scb->ab", weights, x, y)
     torch.testing.assert_close(weighted.tokens(*flat), tokens, rtol=1e-4, atol=1e-4)
-    # All tokens alike besides: as many as there are queries, keys about their sample's mean.
+    # All tokens alike besides: as many as there are queries, keys about their mean.
     mixed = Attended(p, alike=0.5)
-    centred = [t - t.mean(0) for t in (x, y)]
+    centred = [t - t.mean((0, 1)) for t in (x, y)]
     for name, expected, (a, b) in (("keys", keys, centred), ("values", values, (x, y))):
         alike = torch.einsum("sca,scb->ab", a, b) * 0.5 * 5 / LENGTH
         found = getattr(mixed, name)(*flat)
