@@ -16,8 +16,9 @@ from megatron_attnedit.attention.mla.components import (
     shared_keys,
 )
 from megatron_attnedit.attention.mla.dims import MLADims
-from megatron_attnedit.attention.mla.latent import LatentFit, Part, regress, solve
+from megatron_attnedit.attention.mla.latent import LatentFit, Part, regress
 from megatron_attnedit.attention.mla.moments import AllAlike, Moments, attended
+from megatron_attnedit.attention.mla.output_fit import corrected, nearest
 from megatron_attnedit.attention.mla.plain import mla_heads, student_angles
 from megatron_attnedit.attention.mla.positions import (
     as_pairs,
@@ -35,10 +36,6 @@ from megatron_attnedit.core_attention.documents import Documents
 BALANCES = (0.5, 1.0, 2.0, 4.0)
 # Samples by which those are compared, and positions averaged: enough for a few numbers.
 FEW = 8
-# Of the correction to the output projection, which is fitted to few tokens for its size: the one
-# that is best on samples that are kept from it, one of so many.
-OUTPUT_RIDGES = (0.1, 0.01, 1.0, 10.0)
-JUDGED = 8
 
 
 @dataclass(frozen=True)
@@ -160,8 +157,8 @@ def fit_to_teacher(
     target = teacher_output(inputs, teacher_weights, teacher, documents)
     angles = student_angles(dims, teacher, layer_idx, inputs)
     few, eps = documents and documents.samples(slice(FEW)), teacher.rms_norm_eps
-    nearest = _nearest(candidates, inputs[:, :FEW], target[:, :FEW], dims, angles, few, eps)
-    return _corrected(nearest, mla_heads(nearest, inputs, dims, angles, documents, eps), target)
+    best = nearest(candidates, inputs[:, :FEW], target[:, :FEW], dims, angles, few, eps)
+    return corrected(best, mla_heads(best, inputs, dims, angles, documents, eps), target)
 
 
 def rotary_keys(
@@ -318,50 +315,3 @@ def _root(matrices: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrices.double())
     floor = values.amax(-1, keepdim=True) * 1e-4
     return ((vectors * values.clamp_min(floor).sqrt().unsqueeze(-2)) @ vectors.mT).float()
-
-
-def _nearest(
-    candidates: list[dict[str, Tensor]],
-    inputs: Tensor,
-    target: Tensor,
-    dims: MLADims,
-    angles: Tensor,
-    documents: Documents | None,
-    qk_norm_eps: float,
-) -> dict[str, Tensor]:
-    """The candidate whose output is nearest to ``target`` ``[s, c, h]``."""
-
-    def error(weights: dict[str, Tensor]) -> float:
-        heads = mla_heads(weights, inputs, dims, angles, documents, qk_norm_eps)
-        return (heads @ weights["linear_proj.weight"].t() - target).square().sum().item()
-
-    return min(candidates, key=error)
-
-
-def _corrected(weights: dict[str, Tensor], heads: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """With an output projection that makes the most of what the heads give.
-
-    Args:
-        weights: Of the layer.
-        heads: ``[s, c, n * v]``, what they give.
-        target: ``[s, c, h]``, the teacher's output.
-    """
-    linear_proj = weights["linear_proj.weight"]
-    missing = target - heads @ linear_proj.t()
-    correction = regress(heads.flatten(0, 1), missing.flatten(0, 1), _best_ridge(heads, missing))
-    return {**weights, "linear_proj.weight": linear_proj + correction}
-
-
-def _best_ridge(inputs: Tensor, targets: Tensor) -> float:
-    """With which a regression on most samples comes closest on the others; ``[s, c, ...]`` both."""
-    judged = inputs.shape[1] // JUDGED
-    if not judged:
-        return OUTPUT_RIDGES[0]
-    x, y = (t[:, judged:].flatten(0, 1) for t in (inputs, targets))
-    gram, cross = x.t() @ x, x.t() @ y
-
-    def error(ridge: float) -> float:
-        fitted = solve(gram, cross, ridge)
-        return (inputs[:, :judged] @ fitted.t() - targets[:, :judged]).square().sum().item()
-
-    return min(OUTPUT_RIDGES, key=error)

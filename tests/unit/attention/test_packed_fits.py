@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_attnedit.attention.gate_swa.config import GateSWA
-from megatron_attnedit.attention.mla import init, latent, moments
+from megatron_attnedit.attention.mla import latent, moments, output_fit
 from megatron_attnedit.attention.mla.cache_cut import Cut, best_cut
 from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.attention.mla.plain import mla_output
@@ -34,7 +34,7 @@ def test_mla(tmp_path, monkeypatch, flags):
     # Of few samples as of many: all queries are asked, none is kept from a part of the fit.
     monkeypatch.setattr(moments, "QUERIES", COUNT * LENGTH)
     monkeypatch.setattr(latent, "FEW", COUNT)
-    monkeypatch.setattr(init, "JUDGED", 2 * COUNT)
+    monkeypatch.setattr(output_fit, "JUDGED", 2 * COUNT)
     hf, weights = teacher_of(tmp_path)
     # Queries that look at the first keys of a sample, so that it matters whose they are.
     apart = normed_inputs(hf, COUNT * LENGTH, seed=0).unflatten(0, (LENGTH, COUNT))
