@@ -150,5 +150,6 @@ PY
 if [ -n "$keep" ]; then
     echo "Serving on $url/v1 until Ctrl-C"
     while kill -0 "$server" 2>/dev/null; do sleep 1; done
+    fail "$model: the server ended by itself (log: $log)"
 fi
 rm -f "$log" # of a server that did what it should
