@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 WARMUP = 2  # calls in which kernels are compiled and chosen
-_all: "weakref.WeakSet[Recorded]" = weakref.WeakSet()
+_all: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def recording_stream(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_random_numbers() -> Iterator[None]:
+def no_random_numbers() -> Iterator[None]:
     """Megatron's sequence-parallel layers switch the generator's state, which a recording cannot.
 
     They do whether they draw or not; without dropout nothing that is recorded draws.
@@ -54,6 +54,38 @@ def _no_random_numbers() -> Iterator[None]:
         del tracker.fork
 
 
+def remember(recorded: Any) -> None:
+    """Have ``forget_recordings`` call its ``forget``."""
+    _all.add(recorded)
+
+
+def capture(work: Callable[[], object], device: torch.device, *, beside: Any = None) -> Any:
+    """A CUDA graph of what some work queues, which does not run now.
+
+    Args:
+        work: Must not wait for the device.
+        device: That it queues on.
+        beside: A graph that is always replayed before this one; both share their memory.
+    """
+    module = torch.get_device_module(device)
+    graph = module.CUDAGraph()
+    pool = None if beside is None else beside.pool()
+    # Other threads, such as the one that watches collectives, may go on calling the driver.
+    graphing = module.graph(
+        graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"
+    )
+    with no_random_numbers(), graphing:
+        work()
+    return graph
+
+
+def scratch() -> list[Tensor]:
+    """Scratch memory that mcore has now; it drops it when it needs more of it."""
+    from megatron.core.parallel_state import get_global_memory_buffer
+
+    return list(get_global_memory_buffer().buffer.values())
+
+
 def forget_recordings() -> None:
     """Free every recording. NCCL waits for those of its work before it lets a process leave."""
     for recorded in _all:
@@ -65,27 +97,30 @@ class _Recording:
     inputs: list[Any]
     graph: Any
     output: Tensor
-    scratch: list[Tensor]  # kept: mcore drops its scratch memory when it wants more of it
+    scratch: list[Tensor]
 
 
-def _shape(given: Any) -> Any:
+def shape_of(given: Any) -> Any:
+    """Shapes and types of an argument: a tensor, None, or a dataclass of these."""
     if isinstance(given, Tensor):
         return given.shape, given.dtype
-    return None if given is None else (type(given), *map(_shape, vars(given).values()))
+    return None if given is None else (type(given), *map(shape_of, vars(given).values()))
 
 
-def _clone(given: Any) -> Any:
+def clone(given: Any) -> Any:
+    """Of an argument, in memory of its own."""
     if given is None or isinstance(given, Tensor):
         return None if given is None else given.clone()
-    return dataclasses.replace(given, **{n: _clone(value) for n, value in vars(given).items()})
+    return dataclasses.replace(given, **{n: clone(value) for n, value in vars(given).items()})
 
 
-def _copy(fixed: Any, given: Any) -> None:
+def copy_into(fixed: Any, given: Any) -> None:
+    """Overwrite a ``clone``."""
     if isinstance(given, Tensor):
         fixed.copy_(given)
     elif given is not None:
         for name, value in vars(given).items():
-            _copy(getattr(fixed, name), value)
+            copy_into(getattr(fixed, name), value)
 
 
 class Recorded:
@@ -106,11 +141,11 @@ class Recorded:
         self.function = function
         self._calls: Counter[Any] = Counter()
         self._recordings: dict[Any, _Recording] = {}
-        _all.add(self)
+        remember(self)
 
     def __call__(self, *inputs: Any) -> Tensor:
         """Run or replay; the first argument is a tensor."""
-        key = tuple(map(_shape, inputs))
+        key = tuple(map(shape_of, inputs))
         if key not in self._recordings:
             self._calls[key] += 1
             if self._calls[key] <= WARMUP:
@@ -119,7 +154,7 @@ class Recorded:
             self._recordings[key] = self._record(inputs)
         recording = self._recordings[key]
         for fixed, given in zip(recording.inputs, inputs, strict=True):
-            _copy(fixed, given)
+            copy_into(fixed, given)
         recording.graph.replay()
         return recording.output
 
@@ -128,14 +163,6 @@ class Recorded:
         self._recordings.clear()
 
     def _record(self, inputs: tuple[Any, ...]) -> _Recording:
-        from megatron.core.parallel_state import get_global_memory_buffer
-
-        fixed = [_clone(given) for given in inputs]
-        device = fixed[0].device
-        module = torch.get_device_module(device)
-        graph = module.CUDAGraph()
-        # Other threads, such as the one that watches collectives, may go on calling the driver.
-        graphing = module.graph(graph, stream=_stream(device), capture_error_mode="thread_local")
-        with _no_random_numbers(), graphing:
-            output = self.function(*fixed)
-        return _Recording(fixed, graph, output, list(get_global_memory_buffer().buffer.values()))
+        fixed, made = [clone(given) for given in inputs], []
+        graph = capture(lambda: made.append(self.function(*fixed)), fixed[0].device)
+        return _Recording(fixed, graph, made[0], scratch())

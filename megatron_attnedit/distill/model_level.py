@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from megatron_attnedit.core_attention.documents import Documents
-from megatron_attnedit.device import Recorded
+from megatron_attnedit.device import CapturedLayers, Recorded
 from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.feature_matching import FeatureMatching
 from megatron_attnedit.distill.kl import chunked_divergence, chunked_lm_loss
 from megatron_attnedit.distill.masks import local_token_mask
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.teacher import backbone, first_hidden, output_weight, through_layers
+from megatron_attnedit.models.teacher import first_hidden, output_weight, through_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,14 @@ class ModelLevelDistillation(MegatronModule):
         num_matched: Layers of the whole model that feature matching compares: those not shared.
         record: Record the teacher and replay it (see ``device.Recorded``); without feature
             matching, which wants what is between its layers.
+        capture_student: Capture the student's layers, forward and backward, as well (see
+            ``device.CapturedLayers``).
         fp8: Teacher and student with their frozen layers in FP8 (see ``models.frozen_fp8``).
 
     Attributes:
         mode: Which pair runs: ``as_given``, ``fp8``, or ``teachers``: the teacher as given and, in
             the student's place, in FP8.
+        capture_student: As above.
     """
 
     def __init__(
@@ -87,13 +90,14 @@ class ModelLevelDistillation(MegatronModule):
         vocab_size: int,
         num_matched: int,
         record: bool = False,
+        capture_student: bool = False,
         fp8: tuple[GPTModel, GPTModel] | None = None,
     ) -> None:
         super().__init__(config=teacher.config)
         self.model_type = teacher.model_type
         self.teacher = teacher
         self.student = student
-        self.mode = "as_given"
+        self.mode, self.capture_student = "as_given", capture_student
         self._pairs: dict[str, tuple[GPTModel, GPTModel]] = {"as_given": (teacher, student)}
         if fp8:
             self._pairs |= {"fp8": fp8, "teachers": (teacher, fp8[0])}
@@ -101,9 +105,11 @@ class ModelLevelDistillation(MegatronModule):
         self.vocab_size = vocab_size
         self._trained = trained
         self._teacher_runs: dict[GPTModel, Callable[..., Tensor]] = {}
-        for model, _ in self._pairs.values():
+        self._student_runs: dict[GPTModel, CapturedLayers] = {}
+        for model, mine in self._pairs.values():
             run = functools.partial(through_layers, model)
             self._teacher_runs[model] = Recorded(run) if record else run
+            self._student_runs[mine] = CapturedLayers(functools.partial(through_layers, mine))
         self.features: FeatureMatching | None = None
         if config.feature_matching_weight:
             self.features = FeatureMatching(
@@ -177,7 +183,10 @@ class ModelLevelDistillation(MegatronModule):
         with torch.no_grad():
             entering = first_hidden(teacher, tokens, position_ids)
             teacher_hidden = self._teacher_runs[teacher](entering, documents)
-        student_hidden = backbone(student, tokens, position_ids, documents)
+        entering = first_hidden(student, tokens, position_ids)
+        layers = self._student_runs[student]
+        run = layers if self.capture_student else layers.function
+        student_hidden = run(entering, documents)
         if self.features:
             self.features.stop()
         return torch.cat([student_hidden, teacher_hidden.detach()], dim=1)

@@ -76,6 +76,19 @@ def _records(recipe: Recipe, models: Models) -> bool:
     return recipe.record and possible
 
 
+def _captures_student(recipe: Stage2Recipe, *, records: bool) -> bool:
+    """With ``--record``, forward and backward of stage 2's student, unless something forbids it."""
+    forbids = {
+        "--overlap-grad-reduce": recipe.overlap_grad_reduce,  # a replay calls no hooks
+        "--overlap-param-gather": recipe.overlap_param_gather,
+        "--recompute full": recipe.recompute == "full",  # sets random states
+    }
+    found = [flag for flag, given in forbids.items() if given]
+    if records and found:
+        logger.warning("warning: --record is for the teacher alone with %s", " and ".join(found))
+    return records and not found
+
+
 def _layer_wise(recipe: Stage1Recipe, models: Models) -> Built:
     modules = [
         LayerwiseDistillation(
@@ -111,6 +124,8 @@ def _model_level(recipe: Stage2Recipe, models: Models) -> Built:
     if recipe.in_fp8:
         layers = recipe.frozen_precision_layers
         fp8 = fp8_copies(models.teacher, models.student, layers, edits=models.attention.edits)
+    records = _records(recipe, models)
+    captures = _captures_student(recipe, records=records)
     modules = [
         ModelLevelDistillation(
             teacher,
@@ -119,7 +134,8 @@ def _model_level(recipe: Stage2Recipe, models: Models) -> Built:
             config=config,
             vocab_size=models.hf.vocab_size,
             num_matched=num_matched,
-            record=_records(recipe, models),
+            record=records,
+            capture_student=captures,
             fp8=pair,
         )
         for teacher, student, trained, pair in zip(

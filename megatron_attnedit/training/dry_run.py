@@ -20,6 +20,7 @@ from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.planning.activations import Workload
 from megatron_attnedit.planning.communication_volume import Traffic, traffic_of_stages
 from megatron_attnedit.planning.memory import RESERVE_BYTES, RankMemory, memory_of_stages
+from megatron_attnedit.planning.micro_batch import largest_micro_batch
 from megatron_attnedit.training.checks import (
     check_data,
     check_grid,
@@ -86,7 +87,7 @@ def dry_run(cls: type[Recipe], description: str, argv: list[str] | None = None) 
     values = {**(read_recipe_file(cls, file) if file else {}), **given}
     found = plan_run(cls, values, flags, world_size)
     report = [*_grid_lines(found), *_schedule_lines(found)]
-    report += [*_memory_lines(found), *_traffic_lines(found)]
+    report += [*_memory_lines(found), *_micro_batch_lines(found, limit), *_traffic_lines(found)]
     print("\n".join(report), flush=True)
     if target:
         write_output(target, json.dumps(_as_json(found), indent=2) + "\n")
@@ -261,6 +262,18 @@ def _memory_lines(found: DryRun) -> list[str]:
         most = max(memory.host for memory in found.memory)
         lines.append(f"           and {most / GIB:.1f} GiB of the host's, for each process")
     return lines
+
+
+def _micro_batch_lines(found: DryRun, device_memory_gib: float) -> list[str]:
+    """The largest micro-batch that fits, where it is not the recipe's."""
+    arguments = found.hf, found.student, found.parallel, found.work
+    largest = largest_micro_batch(*arguments, device_memory_gib * GIB)
+    if largest is None or largest.size == found.work.micro_batch_size:
+        return []
+    return [
+        f"           --micro-batch-size {largest.size} is the largest that {device_memory_gib:g} "
+        f"GiB have room for: {largest.bytes / GIB:.2f}"
+    ]
 
 
 def _traffic_lines(found: DryRun) -> list[str]:

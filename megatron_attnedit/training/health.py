@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
 
-from megatron_attnedit.device import bootstrap
+from megatron_attnedit.device import LateNumbers, bootstrap
 from megatron_attnedit.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,14 +32,26 @@ def agree(*numbers: int) -> list[int]:
     return [int(number) for number in found.tolist()]
 
 
-def gradients_are_finite(models: Sequence[DistributedDataParallel]) -> bool:
-    """This rank's, in one pass over Megatron's flat buffers."""
-    return all(
-        bool(torch.isfinite(torch.stack(torch.aminmax(buffer.grad_data))).all())
+def queue_agreement(bad_gradient: Tensor, stop_code: int) -> LateNumbers:
+    """``agree`` on two numbers without waiting for them; collective."""
+    found = torch.zeros(2, dtype=torch.int32, device=bad_gradient.device)
+    found[0] = bad_gradient
+    found[1].fill_(stop_code)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return LateNumbers(found)
+
+
+def bad_gradient(models: Sequence[DistributedDataParallel]) -> Tensor:
+    """Is one of this rank's not finite? In one pass over Megatron's flat buffers."""
+    ends = [
+        torch.stack(torch.aminmax(buffer.grad_data)).float()
         for model in models
         for buffer in [*model.buffers, *model.expert_parallel_buffers]
         if buffer.grad_data.numel()
-    )
+    ]
+    if not ends:
+        return torch.zeros((), dtype=torch.bool, device=bootstrap().device)
+    return ~torch.isfinite(torch.stack(ends)).all()
 
 
 @dataclass
@@ -61,11 +74,16 @@ class Health:
     mean: float = 0.0
     seen: int = 0
 
-    def judge(self, loss: float, models: Sequence[DistributedDataParallel]) -> int:
-        """This rank's verdict on an iteration; the worst of all ranks counts."""
+    def judge(self, loss: float, bad_gradient: bool) -> int:
+        """The verdict on an iteration.
+
+        Args:
+            loss: The same on all ranks.
+            bad_gradient: Has any rank a gradient that is not finite?
+        """
         if not math.isfinite(loss):
             return BAD_LOSS
-        if not gradients_are_finite(models):
+        if bad_gradient:
             return BAD_GRADIENT
         is_spike = self.spike_factor and self.seen >= WARM_UP
         return SPIKE if is_spike and loss > self.spike_factor * self.mean else FINE

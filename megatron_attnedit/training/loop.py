@@ -2,17 +2,19 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.core import parallel_state
 
 from megatron_attnedit.data.datasets import Batch
-from megatron_attnedit.training.health import BAD_LOSS, FINE, agree
+from megatron_attnedit.device import LateNumbers
+from megatron_attnedit.training.health import BAD_LOSS, FINE, agree, bad_gradient, queue_agreement
 from megatron_attnedit.training.heartbeat import FAILED, FINISHED, STOPPED
 from megatron_attnedit.training.random_state import gather_states
 from megatron_attnedit.training.resuming import start_or_resume
 from megatron_attnedit.training.run_state import Run
+from megatron_attnedit.training.update import apply_update, prepare_update
 
 logger = logging.getLogger(__name__)
 
@@ -63,29 +65,30 @@ def train(run: Run) -> str:
 
 
 def step(run: Run, train_batches: Iterator[Batch], num_microbatches: int) -> None:
-    """One iteration."""
+    """One iteration. All is queued before the first look at a number, which waits for all."""
     run.optimizer.zero_grad()
     metrics = run.stage.train_step(train_batches, num_microbatches)
+    squares = prepare_update(run.optimizer)
     run.check_owner()
-    verdict, run.stop_code = agree(
-        run.health.judge(metrics["loss"], run.stage.models), run.stopping.code()
-    )
+    agreed = queue_agreement(bad_gradient(run.stage.models), run.stopping.code())
+    is_bad, run.stop_code = agreed.tolist()
+    verdict = run.health.judge(metrics["loss"], bool(is_bad))
     if verdict == FINE:
-        update(run, metrics)
+        update(run, metrics, squares)
     else:
         skip(run, verdict, metrics["loss"])
     run.log.step()
 
 
-def update(run: Run, metrics: dict[str, Any]) -> None:
+def update(run: Run, metrics: Mapping[str, Any], squares: LateNumbers | None) -> None:
     """Apply the gradients."""
     run.health.accept(metrics["loss"])
     lr = run.optimizer.param_groups[0]["lr"]
-    _, grad_norm, _ = run.optimizer.step()
+    grad_norm = apply_update(run.optimizer, squares)
     run.schedule.step(increment=1)
     run.iteration += 1
     if run.iteration % run.recipe.log_interval == 0 or run.iteration == run.recipe.train_iters:
-        run.log.train(run.iteration, {**metrics, "lr": lr, "grad_norm": float(grad_norm or 0.0)})
+        run.log.train(run.iteration, {**metrics, "lr": lr, "grad_norm": grad_norm})
 
 
 def skip(run: Run, verdict: int, loss: float) -> None:
@@ -116,7 +119,7 @@ def validate(run: Run) -> None:
         return
     rounds = run.recipe.num_microbatches(parallel_state.get_data_parallel_world_size())
     metrics = run.stage.validate(run.batches(run.valid_data, 0), rounds * run.recipe.eval_iters)
-    run.log.validation(run.iteration, metrics)
+    run.log.validation(run.iteration, dict(metrics))
 
 
 def save(run: Run) -> None:

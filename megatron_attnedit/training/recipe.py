@@ -92,9 +92,9 @@ class Recipe(TaskOptions, DataOptions, PrecisionOptions):
     attention_backend: str = option("auto", "attention kernel", ("auto", *ATTENTION_BACKENDS))
     record: bool = option(
         False,
-        "record once and replay, in stage 1 a micro-batch, in stage 2 the teacher: NVIDIA; no "
-        "context parallelism, no virtual stages; experts only if grouped and without tensor or "
-        "expert parallelism",
+        "capture as CUDA graphs and replay, in stage 1 a micro-batch, in stage 2 the teacher and "
+        "(without overlap and --recompute full) the student: NVIDIA; no context parallelism, no "
+        "virtual stages; experts only if grouped and without tensor or expert parallelism",
     )
 
     log_interval: int = option(10, "iterations between log lines", minimum=1)

@@ -84,6 +84,9 @@ def sum_over_ranks(sums: Tensor, *, token_shards: bool) -> Tensor:
     sums = sums.clone()
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    group = parallel_state.get_tensor_model_parallel_group()
     if token_shards:
-        dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
+        dist.all_reduce(sums, group=group)
+    elif group.size() > 1:  # alike but for rounding; what is decided by them is decided by all
+        dist.broadcast(sums, src=parallel_state.get_tensor_model_parallel_src_rank(), group=group)
     return sums

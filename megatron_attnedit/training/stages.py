@@ -1,28 +1,30 @@
 """One iteration and one validation of each stage, on Megatron's schedules.
 
 A stage gives the loop ``train_step`` (gradients ready, not yet applied) and ``validate``; both
-return plain numbers under the names that are logged. Sums over tokens are reduced over all ranks
-and divided once.
+return numbers under the names that are logged; a look at them waits for the device. Sums over
+tokens are reduced over all ranks and divided once.
 """
 
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_attnedit.data.datasets import Batch
+from megatron_attnedit.device import LateMetrics, LateNumbers
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelDistillation, nonfinite_layers
 from megatron_attnedit.training.schedule import run_schedule, sum_of_reports, sum_over_ranks
 from megatron_attnedit.training.student_inputs import StudentInputs
+from megatron_attnedit.training.update import finalize_model_grads
 
-Metrics = dict[str, Any]
+Metrics = Mapping[str, Any]
 
 
 class Stage(Protocol):
@@ -120,16 +122,18 @@ class Stage1:
         return sum_over_ranks(sums, token_shards=config.sequence_parallel)
 
     def _metrics(self, sums: Tensor) -> Metrics:
-        losses = (sums[:, 0] / sums[:, 1].clamp_min(1e-12)).tolist()
-        self._layer_losses = {str(i + 1): losses[i] for i in self.edited}
-        mean = sum(self._layer_losses.values()) / len(self.edited)
-        return {"loss": mean, "layer_losses": self._layer_losses}
+        def made_of(losses: list[float]) -> dict[str, Any]:
+            self._layer_losses = {str(i + 1): losses[i] for i in self.edited}
+            mean = sum(self._layer_losses.values()) / len(self.edited)
+            return {"loss": mean, "layer_losses": self._layer_losses}
+
+        return LateMetrics(LateNumbers(sums[:, 0] / sums[:, 1].clamp_min(1e-12)), made_of)
 
     def train_step(self, batches: Iterator[Batch], num_microbatches: int) -> Metrics:
         for model in self.models:
             model.zero_grad_buffer()
         sums = self._run(batches, num_microbatches, training=True)
-        finalize_model_grads(list(self.models))
+        finalize_model_grads(self.models)
         for module in self.modules:
             module.normalise_gradients(sums)
         return self._metrics(sums)
@@ -219,16 +223,20 @@ class Stage2:
         module = self.modules[-1]
         names = ["tokens", *module.loss_names(with_lm_loss=with_lm_loss)]
         device = next(module.parameters()).device
-        totals = sum_of_reports(parts, torch.zeros(len(names), device=device)).tolist()
-        tokens = max(totals[0], 1.0)
-        means = {n: total / tokens for n, total in zip(names[1:], totals[1:], strict=True)}
-        loss = means["logits distillation loss"]
+        totals = sum_of_reports(parts, torch.zeros(len(names), device=device))
         if module.features:
             mine = torch.stack([m.features.total for m in self.modules if m.features]).sum(0)
             total = sum_over_ranks(mine, token_shards=module.config.sequence_parallel)
-            means["feature matching loss"] = total.item() / tokens
-            loss += means["feature matching loss"]
-        return {"loss": loss, **means}
+            names.append("feature matching loss")
+            totals = torch.cat([totals, total.reshape(1)])
+
+        def made_of(totals: list[float]) -> dict[str, Any]:
+            tokens = max(totals[0], 1.0)
+            means = {n: total / tokens for n, total in zip(names[1:], totals[1:], strict=True)}
+            matching = means.get("feature matching loss", 0.0)
+            return {"loss": means["logits distillation loss"] + matching, **means}
+
+        return LateMetrics(LateNumbers(totals), made_of)
 
     def train_step(self, batches: Iterator[Batch], num_microbatches: int) -> Metrics:
         for model in self.models:
@@ -236,7 +244,7 @@ class Stage2:
         return self._run(batches, num_microbatches, training=True)
 
     def validate(self, batches: Iterator[Batch], num_microbatches: int) -> Metrics:
-        metrics = self._run(batches, num_microbatches, training=False)
+        metrics = dict(self._run(batches, num_microbatches, training=False))
         for model in ("student", "teacher"):
             loss = torch.tensor(metrics[f"{model} lm loss"])
             metrics[f"{model} perplexity"] = loss.exp().item()

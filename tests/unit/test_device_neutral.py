@@ -12,8 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DEVICE = Path("megatron_attnedit/device")
-# Compiled kernels that the accelerator chooses only where it compiles.
-COMPILED = {Path("megatron_attnedit/core_attention/backends/flex.py")}
+# Compiled kernels that the accelerator chooses only where it compiles, and those tried beside them.
+COMPILED = {
+    Path("megatron_attnedit/core_attention/backends/flex.py"),
+    Path("tools/benchmark/attention_variants.py"),
+}
 # First weights are fitted, and exports padded, on the host.
 HOST = {
     Path(f"megatron_attnedit/attention/mla/{name}.py") for name in ("init", "latent", "padding")

@@ -3,6 +3,7 @@
 
 attention: kernels by themselves; a window against full attention.
 fp8:       products of an MLP in FP8, with what comes before them, against bfloat16.
+kernels:   other kernels for MLA's head sizes and for windows, beside those in use.
 kl:        the chunked KL loss against kl_div on full logits, and against its matrix products.
 stage1:    layer-wise distillation against a plain transformers script, random weights.
 stage2:    model-level distillation against the same.
@@ -50,6 +51,11 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         help="stage1, stage2, scaling: samples of a micro-batch, on both sides (default: 1)",
+    )
+    speed.add_argument(
+        "--compare-capture",
+        action="store_true",
+        help="stage2: a second row whose student is not captured, beside the same baseline",
     )
     speed.add_argument("--trainable", choices=("attention", "all"), default="attention")
     speed.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
@@ -130,6 +136,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         choices=(
             "attention",
             "fp8",
+            "kernels",
             "kl",
             "stage1",
             "stage2",
@@ -261,7 +268,7 @@ def stage(args: argparse.Namespace, config: dict[str, Any]) -> Any:
         from tools.benchmark.decode import decode_suite
 
         return decode_suite(work, args.contexts, args.batch_sizes)
-    return [compare(work, with_baseline=not args.no_baseline)]
+    return compare(work, with_baseline=not args.no_baseline, capture=args.compare_capture)
 
 
 def scaling(args: argparse.Namespace, config: dict[str, Any]) -> Any:
@@ -300,6 +307,10 @@ def kernels(args: argparse.Namespace, config: dict[str, Any]) -> Any:
 
     if args.suite == "fp8":
         return fp8_suite(args.seq_length, config["hidden_size"], config["intermediate_size"])
+    if args.suite == "kernels":
+        from tools.benchmark.attention_variants import variants_suite
+
+        return variants_suite(args.seq_length, tuple(args.windows), args.micro_batch_size)
     if args.suite == "attention":
         return attention_suite(args.seq_length, tuple(args.windows), args.document_length)
     return kl_suite(args.seq_length, config["vocab_size"], config["hidden_size"])
@@ -313,7 +324,8 @@ def main() -> None:
         with stop_signals.held():  # so that --scratch is removed
             convert(args, config)
         return
-    suites = {"attention": kernels, "fp8": kernels, "kl": kernels, "scaling": scaling}
+    suites = {"attention": kernels, "fp8": kernels, "kernels": kernels, "kl": kernels}
+    suites["scaling"] = scaling
     with stop_signals.held() if args.suite == "checkpoint" else contextlib.nullcontext():
         rows = suites.get(args.suite, stage)(args, config)
     if os.environ.get("RANK", "0") != "0":

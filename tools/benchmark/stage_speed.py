@@ -1,6 +1,7 @@
 """Both stages beside their baseline."""
 
 import dataclasses
+import functools
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -44,24 +45,46 @@ def floor_of(work: Workload) -> float:
     )
 
 
-def compare(work: Workload, *, with_baseline: bool = True) -> dict[str, Any]:
-    """One row; the baseline of packed documents is this program on samples of one document."""
+def compare(
+    work: Workload, *, with_baseline: bool = True, capture: bool = False
+) -> list[dict[str, Any]]:
+    """One row; the baseline of packed documents is this program on samples of one document.
+
+    Args:
+        work: What both sides do.
+        with_baseline: Measure the other side, too.
+        capture: Measure this side a second time, its student not captured, beside the same.
+    """
     rate = matmul_rate()
     floor = floor_of(work)
-    our_figures = _measured(lambda: workload.build_training(work).step, work.tokens, floor, rate)
-    their_figures = None
-    if with_baseline and work.document_length:
+    variants = [work, dataclasses.replace(work, captures_student=False)] if capture else [work]
+    ours = []
+    for variant in variants:
         stop_processes()  # each side joins its own groups
+        build = functools.partial(_built_step, variant)
+        ours.append(_measured(build, work.tokens, floor, rate))
+    theirs = _baseline(work, floor, rate) if with_baseline else None
+    rows = []
+    for variant, figures in zip(variants, ours, strict=True):
+        found = row(f"stage{work.stage}", describe(variant), figures, theirs)
+        found["matmul_tflops"] = round(rate / 1e12, 1)
+        found["predicted_peak_gb"] = round(predicted_peak_gb(variant), 2)
+        rows.append(found)
+    return rows
+
+
+def _built_step(work: Workload) -> Callable[[], float]:
+    return workload.build_training(work).step
+
+
+def _baseline(work: Workload, floor: float, rate: float) -> dict[str, Any] | None:
+    if work.document_length:
+        stop_processes()
         whole = dataclasses.replace(work, document_length=0)
-        their_figures = _measured(
-            lambda: workload.build_training(whole).step, work.tokens, floor_of(whole), rate
-        )
-    elif with_baseline and not work.runs_student:
-        their_figures = _measured(lambda: baseline.training_step(work), work.tokens, floor, rate)
-    found = row(f"stage{work.stage}", describe(work), our_figures, their_figures)
-    found["matmul_tflops"] = round(rate / 1e12, 1)
-    found["predicted_peak_gb"] = round(predicted_peak_gb(work), 2)
-    return found
+        return _measured(functools.partial(_built_step, whole), work.tokens, floor_of(whole), rate)
+    if work.runs_student:
+        return None
+    return _measured(lambda: baseline.training_step(work), work.tokens, floor, rate)
 
 
 def predicted_peak_gb(work: Workload) -> float:
@@ -116,6 +139,8 @@ def describe(work: Workload) -> str:
         parts.append(f"recompute {work.recompute}")
     if work.optimizer_cpu_offload:
         parts.append("optimizer on the host")
+    if not work.captures_student:
+        parts.append("student not captured")
     if work.frozen_precision != "bf16":
         parts.append(f"frozen {work.frozen_precision} ({work.frozen_precision_layers})")
     return ", ".join(parts)

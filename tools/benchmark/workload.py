@@ -26,6 +26,7 @@ from megatron_attnedit.training.optimizer import wrap
 from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.setup import start_processes
 from megatron_attnedit.training.stages import Stage
+from megatron_attnedit.training.update import apply_update, prepare_update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class Workload:
             positions of their own; 0: a sample is one document.
         frozen_precision: See the recipe; in stage 2, that of all iterations.
         frozen_precision_layers: See the recipe.
+        captures_student: Stage 2's, where it can be (see ``device.CapturedLayers``).
     """
 
     hf: HFConfig
@@ -74,6 +76,7 @@ class Workload:
     document_length: int = 0
     frozen_precision: str = "bf16"
     frozen_precision_layers: str = "mlp"
+    captures_student: bool = True
 
     @property
     def tokens(self) -> int:
@@ -91,19 +94,24 @@ def fill_with_noise(module: nn.Module) -> None:
             param.normal_(std=0.02)
 
 
-def packed_documents(seq_length: int, document_length: int, sample: int) -> Documents:
-    """Of one sample, whose first document is cut somewhere else in each; on the CPU."""
-    index = torch.arange(seq_length) + sample * 211 % document_length
-    ids = (index // document_length).int()
-    first = index[0] * (ids == 0)  # the rest of a document counts from nought
-    return Documents.of_samples([ids], [index % document_length - first])
+def packed_documents(
+    seq_length: int, document_length: int, sample: int, count: int = 1
+) -> Documents:
+    """Of samples, whose first document is cut somewhere else in each; on the CPU."""
+    ids, positions = [], []
+    for number in range(sample, sample + count):
+        index = torch.arange(seq_length) + number * 211 % document_length
+        ids.append((index // document_length).int())
+        first = index[0] * (ids[-1] == 0)  # the rest of a document counts from nought
+        positions.append(index % document_length - first)
+    return Documents.of_samples(ids, positions)
 
 
 def random_batches(
     hf: HFConfig, seq_length: int, count: int, size: int = 1, document_length: int = 0
 ) -> list[Batch]:
     """``count`` micro-batches of ``size`` samples, the same on all processes of a copy of the
-    model; packed documents are of one sample.
+    model.
     """
     device = bootstrap().device
     generator = torch.Generator(device).manual_seed(parallel_state.get_data_parallel_rank())
@@ -116,7 +124,9 @@ def random_batches(
         positions = torch.arange(seq_length, device=device).expand(size, -1)
         number = len(batches)
         documents = (
-            packed_documents(seq_length, document_length, number) if document_length else None
+            packed_documents(seq_length, document_length, number * size, size)
+            if document_length
+            else None
         )
         samples = list(range(number * size, (number + 1) * size))
         batches.append(Batch(ids[:, :-1], ids[:, 1:], mask, positions, samples, documents))
@@ -190,6 +200,8 @@ def build_training(work: Workload, *, attention_backend: str = "auto") -> Traini
     for part in (module for parts in trained for module in parts):
         part.requires_grad_(True)
     built = build(recipe, Models(work.hf, work.student, teachers, students, trained))
+    for module in built.modules if work.stage == 2 else ():
+        module.capture_student &= work.captures_student
     models, optimizer, _ = wrap(built.modules, recipe)
     stage = built.stage_of(models)
     step = _step(work, stage, optimizer)
@@ -227,7 +239,7 @@ def _step(work: Workload, stage: Stage, optimizer: MegatronOptimizer) -> Callabl
     def step() -> float:
         optimizer.zero_grad()
         metrics = stage.train_step(iter(batches), work.micro_batches)
-        optimizer.step()
+        apply_update(optimizer, prepare_update(optimizer))
         return float(metrics["loss"])
 
     return step

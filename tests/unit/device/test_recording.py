@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from megatron_attnedit.device import Recorded, forget_recordings
-from megatron_attnedit.device.recording import WARMUP, _clone, _Recording
+from megatron_attnedit.device.recording import WARMUP, _Recording, clone
 
 
 def test_forgotten_recordings_are_freed_and_made_anew(monkeypatch):
@@ -39,7 +39,7 @@ def test_a_dataclass_of_tensors_is_copied_into_what_was_recorded(monkeypatch):
     """The recording reads the memory that it was made with; other shapes are recorded anew."""
 
     def record(self, inputs):
-        fixed = [_clone(given) for given in inputs]
+        fixed = [clone(given) for given in inputs]
         out = torch.zeros(())
         replay = lambda: out.copy_(self.function(*fixed))  # noqa: E731
         made.append(fixed)

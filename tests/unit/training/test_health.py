@@ -16,39 +16,42 @@ from megatron_attnedit.training.health import (
     SPIKE,
     WARM_UP,
     Health,
+    bad_gradient,
 )
 from megatron_attnedit.training.stopping import SIGNALS, Stopping
 
 
-def model(*values):
-    buffer = SimpleNamespace(grad_data=torch.tensor(values))
-    return SimpleNamespace(buffers=[buffer], expert_parallel_buffers=[])
+def bad(*gradients):
+    """Of models with these in their buffers."""
+    buffers = [SimpleNamespace(grad_data=torch.tensor(values)) for values in gradients]
+    models = [SimpleNamespace(buffers=[b], expert_parallel_buffers=[]) for b in buffers]
+    return bool(bad_gradient(models))
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_loss_that_is_not_finite(loss):
-    assert Health().judge(loss, [model(1.0)]) == BAD_LOSS
+    assert Health().judge(loss, bad([1.0])) == BAD_LOSS
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_gradient_that_is_not_finite(bad):
-    assert Health().judge(1.0, [model(1.0, 2.0), model(0.0, bad, 1.0)]) == BAD_GRADIENT
-    assert Health().judge(1.0, [model(1.0, 3e38), model()]) == FINE
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_gradient_that_is_not_finite(value):
+    assert Health().judge(1.0, bad([1.0, 2.0], [0.0, value, 1.0])) == BAD_GRADIENT
+    assert Health().judge(1.0, bad([1.0, 3e38], [])) == FINE
 
 
 def test_spikes_are_judged_by_the_running_mean():
     health = Health(spike_factor=3.0)
     for _ in range(WARM_UP - 1):
         health.accept(2.0)
-        assert health.judge(1e9, []) == FINE
+        assert health.judge(1e9, bad()) == FINE
     health.accept(2.0)
     assert health.mean == pytest.approx(2.0)
-    assert health.judge(6.1, []) == SPIKE
-    assert health.judge(5.9, []) == FINE
+    assert health.judge(6.1, bad()) == SPIKE
+    assert health.judge(5.9, bad()) == FINE
     other = Health(spike_factor=3.0)
     other.load(health.state())
     assert other == health
-    assert Health(seen=WARM_UP, mean=2.0).judge(1e9, []) == FINE  # off
+    assert Health(seen=WARM_UP, mean=2.0).judge(1e9, bad()) == FINE  # off
 
 
 def test_skipping_has_a_cap():
