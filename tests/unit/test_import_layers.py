@@ -18,6 +18,7 @@ LAYERS = [
     "device",
     "convert",
     "core_attention",
+    "fitting",
     "attention",
     "models",
     "planning",

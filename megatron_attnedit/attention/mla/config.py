@@ -17,7 +17,6 @@ from megatron_attnedit.attention.engines import Engine
 from megatron_attnedit.attention.kept import KeptNumbers
 from megatron_attnedit.attention.mla import init, padding, rows
 from megatron_attnedit.attention.mla.cache_cut import Cut, Sample, best_cut, judging_layers
-from megatron_attnedit.attention.mla.components import most_worth
 from megatron_attnedit.attention.mla.dims import LATENT_SCALE, MLADims
 from megatron_attnedit.attention.mla.flags import FLAGS, ROTARY, fields_from, frequency_fields
 from megatron_attnedit.attention.mla.plain import mla_output
@@ -35,6 +34,7 @@ from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.windows import mean_visible_keys
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.fitting.components import most_worth
 
 logger = logging.getLogger(__name__)
 

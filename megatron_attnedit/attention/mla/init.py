@@ -10,27 +10,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_attnedit.attention.mla.components import (
-    lost_use,
-    principal_components,
-    shared_keys,
-)
 from megatron_attnedit.attention.mla.dims import MLADims
-from megatron_attnedit.attention.mla.latent import LatentFit, Part, regress
-from megatron_attnedit.attention.mla.moments import AllAlike, Moments, attended
 from megatron_attnedit.attention.mla.output_fit import corrected, nearest
 from megatron_attnedit.attention.mla.plain import mla_heads, student_angles
-from megatron_attnedit.attention.mla.positions import (
-    as_pairs,
-    as_reals,
-    mean_rotation,
-    shared_rotary_key,
-)
 from megatron_attnedit.attention.mla.qk_norm_fit import before_norm, with_norm
 from megatron_attnedit.attention.plain import teacher_angles, teacher_output
 from megatron_attnedit.attention.teacher_weights import project, random_matrix
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.core_attention.documents import Documents
+from megatron_attnedit.fitting.components import (
+    lost_use,
+    principal_components,
+    shared_keys,
+)
+from megatron_attnedit.fitting.latent import LatentFit, Part, regress
+from megatron_attnedit.fitting.moments import AllAlike, Moments, attended
+from megatron_attnedit.fitting.positions import (
+    as_pairs,
+    as_reals,
+    mean_rotation,
+    shared_rotary_key,
+)
 
 # How much an error in keys counts against one in values; each layer takes the best.
 BALANCES = (0.5, 1.0, 2.0, 4.0)

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from megatron_attnedit.attention.mla.dims import MLADims
-from megatron_attnedit.attention.mla.latent import regress, solve
 from megatron_attnedit.attention.mla.plain import mla_heads
 from megatron_attnedit.core_attention.documents import Documents
+from megatron_attnedit.fitting.latent import regress, solve
 
 # Of the correction to the output projection, which is fitted to few tokens for its size: the one
 # that is best on samples that are kept from it, one of so many.

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_attnedit.attention.mla.dims import MLADims
-from megatron_attnedit.attention.mla.qk_norm_shares import shares_of_keys, shares_of_queries
 from megatron_attnedit.attention.teacher_weights import raw_heads
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.fitting.qk_norm_shares import shares_of_keys, shares_of_queries
 
 
 def before_norm(

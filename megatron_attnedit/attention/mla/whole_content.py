@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megatron_attnedit.attention.mla.dims import MLADims
 from megatron_attnedit.attention.mla.init import measured_rotation, rotary_keys
-from megatron_attnedit.attention.mla.positions import as_pairs, as_reals
 from megatron_attnedit.attention.plain import attend, teacher_angles
 from megatron_attnedit.attention.teacher_weights import project
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.fitting.positions import as_pairs, as_reals
 
 
 def whole_content(

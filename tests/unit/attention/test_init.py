@@ -15,13 +15,13 @@ from megatron_attnedit.attention.gate_swa.reference import gate_swa_reference
 from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.attention.mla.init import FITS
 from megatron_attnedit.attention.mla.plain import mla_heads, student_angles
-from megatron_attnedit.attention.mla.positions import mean_rotation
 from megatron_attnedit.attention.mla.reference import mla_reference
 from megatron_attnedit.attention.plain import teacher_output as plain_output
 from megatron_attnedit.attention.teacher_weights import random_matrix
 from megatron_attnedit.convert.families import attention_rows
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
+from megatron_attnedit.fitting.positions import mean_rotation
 from tests.support.models import tiny_hf_dir
 
 EMBEDDED_TEACHER = Path("examples/embedded_teacher/model")

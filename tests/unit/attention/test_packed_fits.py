@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from megatron_attnedit.attention.gate_swa.config import GateSWA
-from megatron_attnedit.attention.mla import latent, moments, output_fit
+from megatron_attnedit.attention.mla import output_fit
 from megatron_attnedit.attention.mla.cache_cut import Cut, best_cut
 from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.attention.mla.plain import mla_output
 from megatron_attnedit.attention.plain import teacher_output
 from megatron_attnedit.core_attention.documents import Documents
+from megatron_attnedit.fitting import latent, moments
 from tests.unit.attention.test_init import normed_inputs, teacher_of
 
 # Eight documents, no more than any part of a fit looks at, of one length: apart they are a batch.

@@ -5,8 +5,8 @@ import torch
 from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.attention.mla.qk_norm import normed_keys, normed_queries
 from megatron_attnedit.attention.mla.qk_norm_fit import with_norm
-from megatron_attnedit.attention.mla.qk_norm_shares import shares_of_keys, shares_of_queries
 from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.fitting.qk_norm_shares import shares_of_keys, shares_of_queries
 from tests.support.models import tiny_hf_dir
 
 

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_attnedit.attention.mla.positions import as_pairs, as_reals
 from megatron_attnedit.core_attention.documents import Documents
+from megatron_attnedit.fitting.positions import as_pairs, as_reals
 
 # Of a sample, evenly spread, that are asked where they look.
 QUERIES = 64

@@ -5,15 +5,15 @@ import itertools
 import pytest
 import torch
 
-from megatron_attnedit.attention.mla.components import (
+from megatron_attnedit.attention.mla.config import MLA
+from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.errors import UserError
+from megatron_attnedit.fitting.components import (
     lost_use,
     most_worth,
     principal_components,
     shared_keys,
 )
-from megatron_attnedit.attention.mla.config import MLA
-from megatron_attnedit.convert.hf_config import read_hf_config
-from megatron_attnedit.errors import UserError
 from tests.support.models import tiny_hf_dir
 
 TOKENS, HEADS, GROUPS, PAIRS = 200, 6, 3, 4

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_attnedit.attention.mla import moments
-from megatron_attnedit.attention.mla.latent import LatentFit, Part
-from megatron_attnedit.attention.mla.moments import AllAlike, Attended, attended
 from megatron_attnedit.core_attention.documents import Documents
+from megatron_attnedit.fitting import moments
+from megatron_attnedit.fitting.latent import LatentFit, Part
+from megatron_attnedit.fitting.moments import AllAlike, Attended, attended
 
 LENGTH, SAMPLES, HEADS, GROUPS, HEAD = 12, 2, 4, 2, 6
 

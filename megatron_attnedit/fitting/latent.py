@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_attnedit.attention.mla.dims import LATENT_NORM_EPS
-from megatron_attnedit.attention.mla.moments import Moments
+from megatron_attnedit.fitting.moments import Moments
 
 RIDGE = 1e-4
+NORM_EPS = 1e-6  # nothing beside a latent of size 1
 # The latent's norm divides each token by its size. What suffers least from that is tried out: the
 # directions as they are, half whitened, whitened; and beside each of them one number that is
 # nearly the same for all tokens, none or so many times as large as the rest together.
@@ -160,7 +160,7 @@ def _with_steady(down: Tensor, ones: Tensor, size: float) -> tuple[Tensor, Tenso
 
 
 def _normed(inputs: Tensor, down: Tensor, norm: Tensor) -> Tensor:
-    return torch.nn.functional.rms_norm(inputs @ down.t(), norm.shape, norm, eps=LATENT_NORM_EPS)
+    return torch.nn.functional.rms_norm(inputs @ down.t(), norm.shape, norm, eps=NORM_EPS)
 
 
 def _regress(inputs: Tensor, targets: Tensor, moment: Moment) -> Tensor:

@@ -1,0 +1,1 @@
+"""Mathematics of fits to what a teacher computes: tensors in, tensors out, of no one attention."""
