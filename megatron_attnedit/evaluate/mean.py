@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -44,5 +45,5 @@ class Mean:
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Both of numbers that are all there."""
     mean = Mean()
-    mean.add(torch.tensor(values, dtype=torch.float64))
+    mean.add(torch.from_numpy(numpy.asarray(values, dtype=float)))
     return mean.value(), mean.stderr()

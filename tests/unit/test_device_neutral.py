@@ -19,7 +19,8 @@ COMPILED = {
 }
 # First weights are fitted, and exports padded, on the host.
 HOST = {
-    Path(f"megatron_attnedit/attention/mla/{name}.py") for name in ("init", "latent", "padding")
+    Path("megatron_attnedit/fitting/latent.py"),
+    *(Path(f"megatron_attnedit/attention/mla/{name}.py") for name in ("init", "padding")),
 }
 FORBIDDEN = {
     "cuda": "a device's own module",
