@@ -59,7 +59,7 @@ if python -c "import sys; from torch.cpu import _is_amx_tile_supported, _is_avx5
 sys.exit(not (_is_amx_tile_supported() or _is_avx512_bf16_supported()))" 2>/dev/null; then
     dtype=(--bf16) # half as fast again where processors multiply bfloat16, twice with matrix units
 fi
-# What fits a 7M-parameter teacher: a cache of 204 numbers per token and layer instead of 512; and
+# What fits a 7M-parameter teacher: a cache of 204 elements per token and layer instead of 512; and
 # trying every layer takes seconds.
 mla_flags=()
 gate_swa_flags=()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 BAD_INPUT = 2  # exit code: running again without a change fails again
-STOPPED = 75  # exit code, EX_TEMPFAIL: asked to stop, checkpoint written; run again to go on
+STOPPED = 75  # exit code, EX_TEMPFAIL: asked to stop, checkpoint written; run again to continue
 
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message
 

@@ -83,7 +83,7 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _in_a_fork() -> None:
-    """A forked helper goes on noting (its parent ends it), but tells its parent nothing."""
+    """A forked helper continues noting (its parent ends it), but tells its parent nothing."""
     global _watch
     if _watch is not None:
         signal.set_wakeup_fd(-1)

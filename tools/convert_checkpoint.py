@@ -62,7 +62,7 @@ def add_import_flags(importer: argparse.ArgumentParser) -> None:
         "--format",
         choices=("torch_dist", "torch"),
         default="torch_dist",
-        help="torch_dist loads on any grid; torch (mp_rank_*, MindSpeed-LLM) on the one given "
+        help="torch_dist loads on any layout; torch (mp_rank_*, MindSpeed-LLM) on the one given "
         "(default: %(default)s)",
     )
     for size in ("tensor", "pipeline", "expert"):

@@ -2,7 +2,7 @@
 """Write a model's own answers to prompts: data to train its students on, or a student's own.
 
 Answers come from a running server with OpenAI's chat interface, such as vLLM's, or from a model
-that this program loads with transformers. Started again, it goes on where it was.
+that this program loads with transformers. Started again, it continues where it was.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check a grid and show what a student would cache and cost, without building anything."""
+"""Check a layout, show what a student would cache and cost, without building anything."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ def main() -> None:
     bootstrap()
     from megatron_attnedit.attention.registry import student_attention_class
     from megatron_attnedit.convert.hf_config import read_hf_config
-    from megatron_attnedit.models.grid import ParallelConfig
+    from megatron_attnedit.models.parallel_layout import ParallelConfig
     from megatron_attnedit.planning.plan import RunSize, plan
     from megatron_attnedit.planning.serving import ServingSize
 
@@ -130,9 +130,9 @@ def parser_for(*groups: type) -> argparse.ArgumentParser:
     for stage in (1, 2):
         parser.add_argument(
             f"--stage{stage}-tokens", type=int, default=0, metavar="N",
-            help=f"say how many GPU hours stage {stage} takes on so many tokens",
+            help=f"print how many GPU hours stage {stage} takes on so many tokens",
         )  # fmt: skip
-    for title, group in zip(("grid", "run", "serving"), groups, strict=True):
+    for title, group in zip(("parallel layout", "run", "serving"), groups, strict=True):
         add_flags_of(parser, title, group)
     add_student_flags(parser)
     parser.set_defaults(seq_length=None)  # depends on the teacher

@@ -11,7 +11,7 @@
 #   --part NAME       answers, or answers_validation, alone (default: both)
 #
 # Writes WORK/answers (data.jsonl and its card), WORK/data/answers and, of some more prompts,
-# WORK/data/answers_validation. Started again, it goes on where it was.
+# WORK/data/answers_validation. Started again, it continues where it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -109,7 +109,7 @@ alone() { # NAME ATTENTION LR: stage 2 for all the tokens
 own() { # NAME ATTENTION LR: the second half of stage 1 on more and more of the student's hidden states
     arm "$1_own_$3" train "$1_edit" "$2" --edit-of "$1_edit" \
         --stage1 "--train-iters $((stage1_iterations - half)) --lr 1e-3 $stage" \
-        --between "--train-iters $half --lr 1e-3 --student-input-end 1 $stage" \
+        --between "--train-iters $half --lr 1e-3 --scheduled-sampling-end 1 $stage" \
         --stage2 "$same --train-iters $stage2_iterations --lr $3 --eval-interval 20 $stage"
 }
 rates() { # START: its three learning rates of stage 2, the likeliest first
@@ -146,7 +146,7 @@ for n in 1 2 3; do
         own "$name" "${name%_*}" "$(rates "$name" | cut -d ' ' -f $n)"
     done
 done
-# Latent and rotary numbers per token and layer: the same cache cut in other ways, then larger ones.
+# Latent and rotary elements per token and layer: the same cache cut in other ways, then larger ones.
 for numbers in 118_16 70_64 230_32 352_32; do
     name=mla_cache_$numbers
     start "$name" mla "--kv-lora-rank ${numbers%_*} --qk-pos-emb-head-dim ${numbers#*_}"

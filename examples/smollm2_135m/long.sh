@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A longer last phase: a student that was trained on samples of 2048 tokens goes on with samples of
+# A longer last phase: a student that was trained on samples of 2048 tokens continues with samples of
 # 8192, all the positions that the teacher has, and is judged with it at every length.
 #
 #   bash examples/smollm2_135m/long.sh [options] mla|gate_swa

@@ -8,13 +8,13 @@
 #   --edit FLAGS      more flags for tools/edit_checkpoint.py, such as "--init random --seed 2"
 #   --stage1 FLAGS    more flags for stage 1, such as "--lr 2e-3 --train-iters 500"
 #   --between FLAGS   between the stages, stage 1 again on the student's own hidden states, with
-#                     flags such as "--train-iters 300 --student-input-end 1"
+#                     flags such as "--train-iters 300 --scheduled-sampling-end 1"
 #   --stage2 FLAGS    the same for stage 2, such as "--lr 1e-4 --seed 2 --trainable all"
 #   --no-stage1       stage 2 alone, from the edited student
 #   --no-stage2       stage 1 alone; with --no-stage1, the edited student as it is
 #   --edit-of NAME    no edit: that of another student
 #   --stage1-of NAME  no edit and no stage 1: those of another student
-#   --longer NAME     the same, and stage 2 goes on where NAME's had its oldest checkpoint, optimizer
+#   --longer NAME     the same, and stage 2 continues where NAME's had its oldest checkpoint, optimizer
 #                     and all: before the decay of the learning rate; give --stage2 "--train-iters N"
 #   --from DIR        no edit and no stage 1: stage 2 starts from the student in DIR
 #   --processes N     GPUs that train together, each on its share of the samples (default: 1)
@@ -54,7 +54,7 @@ if [ -z "$attention" ]; then
     exit 2
 fi
 if [ ${#between[@]} -gt 0 ] && [ -n "$longer$from" ]; then
-    echo "error: --between: comes before a stage 2 that starts anew; not with --longer or --from" >&2
+    echo "error: --between: comes before a stage 2 that restarts; not with --longer or --from" >&2
     exit 2
 fi
 if [ ! -f "$work/data/train.json" ]; then
@@ -66,7 +66,7 @@ run=$work/${name:-$attention}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 say() { printf '\n[%3d s] %s\n' "$SECONDS" "$*"; }
 
-# 102 + 32 numbers per token and layer instead of the teacher's 384: 34.9 %.
+# 102 + 32 elements per token and layer instead of the teacher's 384: 34.9 %.
 shape=(--kv-lora-rank 102 --qk-pos-emb-head-dim 32)
 if [ "$attention" = gate_swa ]; then shape=(--sliding-window 128); fi
 

@@ -1,7 +1,7 @@
 """What is done to heads before they meet: norm and rotary position embedding.
 
 d head size, f = d/2 frequencies; a rotary table holds angles ``[s, 1, 1, d]``, both halves alike.
-Where positions start anew in a sample, rows are taken in an order of its own: ``[s, b, 1, d]``.
+Where positions restart in a sample, rows are taken in an order of its own: ``[s, b, 1, d]``.
 """
 
 import functools

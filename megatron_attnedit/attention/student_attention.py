@@ -12,12 +12,12 @@ from torch import Generator, Tensor
 from typing_extensions import Self
 
 from megatron_attnedit.attention.cached_layers import CachedLayers
+from megatron_attnedit.attention.communication_volume import AttentionVolume
 from megatron_attnedit.attention.engines import Engine
-from megatron_attnedit.attention.kept import KeptNumbers
-from megatron_attnedit.attention.traffic import AttentionTraffic
+from megatron_attnedit.attention.saved_activations import SavedActivations
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.json_files import shown
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.errors import UserError
 
@@ -71,7 +71,7 @@ class StudentAttention(ABC):
         layers: Iterable[tuple[Mapping[str, Tensor], Tensor]],
         documents: Documents | None = None,
     ) -> Self:
-        """Completed by what is measured on the teacher before first weights are made.
+        """Completed by what is measured on the teacher before initial weights are made.
 
         Args:
             teacher: Its configuration.
@@ -90,7 +90,7 @@ class StudentAttention(ABC):
         """The module that replaces ``self_attention`` in an edited layer of that model."""
 
     @abstractmethod
-    def rows(self, teacher: HFConfig, layer_idx: int) -> list[ParamRow]:
+    def rows(self, teacher: HFConfig, layer_idx: int) -> list[ParamMapping]:
         """Names and layouts of an edited layer's attention in the exported checkpoint."""
 
     @abstractmethod
@@ -160,7 +160,7 @@ class StudentAttention(ABC):
 
     @abstractmethod
     def kv_values_per_token(self, teacher: HFConfig, context: int) -> float:
-        """Cached numbers per token of a context that long, all layers together."""
+        """Cached elements per token of a context that long, all layers together."""
 
     @abstractmethod
     def cached_layers(self, teacher: HFConfig) -> list[CachedLayers]:
@@ -172,11 +172,11 @@ class StudentAttention(ABC):
         return problems[0] if problems and all(problems) else None
 
     @abstractmethod
-    def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
+    def kept_numbers(self, teacher: HFConfig) -> SavedActivations:
         """What an edited layer's attention keeps for backward."""
 
     @abstractmethod
-    def traffic(self, teacher: HFConfig) -> AttentionTraffic:
+    def communication_volume(self, teacher: HFConfig) -> AttentionVolume:
         """What the processes exchange that share an edited layer's attention."""
 
     def check(self, *, tp_size: int, seq_length: int, cp_size: int = 1) -> None:  # noqa: B027

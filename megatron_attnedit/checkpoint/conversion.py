@@ -14,10 +14,10 @@ from megatron_attnedit.checkpoint.conversion_config import ConversionConfig
 from megatron_attnedit.checkpoint.engine_tensors import check_engine_tensors
 from megatron_attnedit.checkpoint.formats import write_edited, write_hf, write_megatron
 from megatron_attnedit.checkpoint.padded import padded
-from megatron_attnedit.checkpoint.reader import Opened, open_checkpoint
+from megatron_attnedit.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.output import is_first, new_directory, own, refuse_existing
-from megatron_attnedit.convert.pieces import my_share, same_numbers
+from megatron_attnedit.convert.slices import my_share, same_numbers
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.export.model_card import licence_file, model_card, name_of
 from megatron_attnedit.export.push import check_push, push
@@ -58,7 +58,7 @@ def convert(config: ConversionConfig) -> None:
             push(config.output, config.push)
 
 
-def _card(opened: Opened, config: ConversionConfig) -> str | None:
+def _card(opened: CheckpointReader, config: ConversionConfig) -> str | None:
     """Of a student that becomes a Hugging Face directory; made first, since it may be refused."""
     if opened.base is None:
         if config.report is not None:
@@ -97,7 +97,7 @@ def _processes() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _check(opened: Opened, config: ConversionConfig) -> None:
+def _check(opened: CheckpointReader, config: ConversionConfig) -> None:
     hf, source = opened.hf, opened.source
     if config.format == "edited" and opened.base is None:
         raise UserError(f"--input {config.source}: holds a teacher; nothing is edited in it")
@@ -119,7 +119,7 @@ def _check(opened: Opened, config: ConversionConfig) -> None:
         raise UserError(f"--moe-grouped-gemm: the model in {hf.path} has no experts")
 
 
-def _check_dtype(opened: Opened) -> None:
+def _check_dtype(opened: CheckpointReader) -> None:
     """What is stored otherwise than ``config.json`` says would be rounded without a word."""
     said = f"says {opened.hf.dtype}"
     if not opened.hf.names_dtype:
@@ -133,7 +133,7 @@ def _check_dtype(opened: Opened) -> None:
             )
 
 
-def _check_untouched(opened: Opened, base: Opened) -> None:
+def _check_untouched(opened: CheckpointReader, base: CheckpointReader) -> None:
     """An exported student of which only attention trained still holds its teacher's weights."""
     if opened.lineage.trainable != "attention":
         return

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_attnedit.convert.converter import check_tensor_parallel
 from megatron_attnedit.convert.grouped_experts import ExpertLayout
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.legacy_grid import LegacyGrid
+from megatron_attnedit.convert.legacy_layout import LegacyLayout
+from megatron_attnedit.convert.load_weights import check_tensor_parallel
 from megatron_attnedit.errors import UserError
 
 
@@ -22,7 +22,7 @@ class ConversionConfig:
             checkpoint that this program did not write, a directory with its ``config.json``.
         dtype: Type of the tensors; default: the teacher's, in edited weights the stored one.
         overwrite: Replace ``output`` if it exists.
-        tensor_model_parallel_size: Of the ``torch`` format, which fits one grid only.
+        tensor_model_parallel_size: Of the ``torch`` format, which fits one layout only.
         pipeline_model_parallel_size: Likewise.
         expert_model_parallel_size: Likewise.
         moe_grouped_gemm: Likewise: experts as Megatron holds them with that flag.
@@ -60,7 +60,9 @@ class ConversionConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{flag}: must be at least 1")
             if self.format != "torch" and getattr(self, name) > 1:
-                raise UserError(f"{flag}: any grid loads {self.format}; only torch fits one grid")
+                raise UserError(
+                    f"{flag}: any layout loads {self.format}; only torch fits one layout"
+                )
         if self.moe_grouped_gemm and self.format != "torch":
             raise UserError(f"--moe-grouped-gemm: {self.format} knows one layout of experts only")
         if self.transformer_impl != "local" and not self.moe_grouped_gemm:
@@ -83,14 +85,14 @@ class ConversionConfig:
             moe_grouped_gemm=self.moe_grouped_gemm, transformer_impl=self.transformer_impl
         )
 
-    def grid(self, hf: HFConfig) -> LegacyGrid:
+    def grid(self, hf: HFConfig) -> LegacyLayout:
         """Of the ``torch`` format.
 
         Raises:
             UserError: it cannot cut that model.
         """
         check_tensor_parallel(hf, self.tensor_model_parallel_size)
-        return LegacyGrid(
+        return LegacyLayout(
             self.tensor_model_parallel_size,
             self.pipeline_model_parallel_size,
             self.expert_model_parallel_size,

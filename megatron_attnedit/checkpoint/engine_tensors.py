@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_attnedit.checkpoint.reader import Opened
+from megatron_attnedit.checkpoint.reader import CheckpointReader
 from megatron_attnedit.convert.hf_checkpoint import HFReader
-from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
-from megatron_attnedit.convert.pieces import Piece, same_numbers
+from megatron_attnedit.convert.slices import TensorSlice, same_numbers
+from megatron_attnedit.convert.weight_mapping import ParamMapping, hf_shapes
 from megatron_attnedit.errors import UserError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -18,13 +18,15 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class EngineTensors:
     """A source of the model's rows, of its output layer under a name of its own, and of zeros."""
 
-    def __init__(self, opened: Opened, embedding: ParamRow, zeros: Mapping[str, object]) -> None:
+    def __init__(
+        self, opened: CheckpointReader, embedding: ParamMapping, zeros: Mapping[str, object]
+    ) -> None:
         self._opened, self._embedding, self._zeros = opened, embedding, zeros
 
-    def _is_head(self, row: ParamRow) -> bool:
+    def _is_head(self, row: ParamMapping) -> bool:
         return row.hf_params == (HEAD,) and self._opened.hf.tie_word_embeddings
 
-    def read(self, piece: Piece) -> list[Tensor]:
+    def read(self, piece: TensorSlice) -> list[Tensor]:
         """A piece of any row."""
         if piece.row.megatron_param in self._zeros:
             first, last = piece.megatron_rows()
@@ -33,12 +35,12 @@ class EngineTensors:
             piece = dataclasses.replace(piece, row=self._embedding)
         return self._opened.read(piece)
 
-    def dtype(self, row: ParamRow) -> str:
+    def dtype(self, row: ParamMapping) -> str:
         """Stored type of a row of the model."""
         return self._opened.dtype(self._embedding if self._is_head(row) else row)
 
 
-def with_engine_tensors(opened: Opened) -> Opened:
+def with_engine_tensors(opened: CheckpointReader) -> CheckpointReader:
     """A student with what engines expect beside it; a teacher as it is."""
     if opened.base is None:
         return opened
@@ -49,14 +51,14 @@ def with_engine_tensors(opened: Opened) -> Opened:
         rows.append(dataclasses.replace(embedding, megatron_param=HEAD, hf_params=(HEAD,)))
     zeros = attention.hf_zeros(opened.hf)
     rows += [
-        ParamRow(megatron_param=name, hf_params=(name,), hf_shapes=(shape,))
+        ParamMapping(megatron_param=name, hf_params=(name,), hf_shapes=(shape,))
         for name, shape in zeros.items()
     ]
     source = EngineTensors(opened, embedding, zeros)
     return dataclasses.replace(opened, rows=rows, stored=rows, source=source)
 
 
-def check_engine_tensors(opened: Opened, reader: HFReader) -> None:
+def check_engine_tensors(opened: CheckpointReader, reader: HFReader) -> None:
     """What an exported student holds beside its rows is still the copy, and the zeros.
 
     Raises:

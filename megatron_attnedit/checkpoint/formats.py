@@ -15,18 +15,18 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron_attnedit.checkpoint import run_folder, sharded_state
 from megatron_attnedit.checkpoint.conversion_config import ConversionConfig
 from megatron_attnedit.checkpoint.engine_tensors import with_engine_tensors
-from megatron_attnedit.checkpoint.reader import HF_FILES, LINEAGE_KEY, Opened
+from megatron_attnedit.checkpoint.reader import HF_FILES, LINEAGE_KEY, CheckpointReader
+from megatron_attnedit.convert.checked_reader import DTYPES, Reading, write_manifest
 from megatron_attnedit.convert.dist_checkpoint import DistWriter
 from megatron_attnedit.convert.hf_checkpoint import INDEX, read_index
 from megatron_attnedit.convert.hf_writer import HFWriter
 from megatron_attnedit.convert.integrity import seal
 from megatron_attnedit.convert.legacy_checkpoint import LegacyWriter
-from megatron_attnedit.convert.legacy_grid import ITERATION
+from megatron_attnedit.convert.legacy_layout import ITERATION
 from megatron_attnedit.convert.model_files import copy_model_files
 from megatron_attnedit.convert.output import barrier, is_first
-from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
-from megatron_attnedit.convert.pieces import Read, my_share
-from megatron_attnedit.convert.reading import DTYPES, Reading, write_manifest
+from megatron_attnedit.convert.slices import Read, my_share
+from megatron_attnedit.convert.weight_mapping import ParamMapping, hf_shapes
 from megatron_attnedit.models.student import edited_rows
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Writer(Protocol):
     def create(self) -> None:
         """Lay them out; one process."""
 
-    def write(self, rows: Sequence[ParamRow], read: Read) -> None:
+    def write(self, rows: Sequence[ParamMapping], read: Read) -> None:
         """Write some rows; every process its own."""
 
     def seal(self) -> None:
@@ -47,7 +47,7 @@ class Writer(Protocol):
 
 
 def _fill(
-    writer: Writer, opened: Opened, rows: list[ParamRow], dtype: str
+    writer: Writer, opened: CheckpointReader, rows: list[ParamMapping], dtype: str
 ) -> dict[str, dict[str, object]]:
     """Write these rows, every process its share; collective.
 
@@ -84,7 +84,7 @@ def _of_all_processes(mine: Mapping[str, Any]) -> dict[str, Any]:
     return {name: entry for part in parts for name, entry in part.items()}
 
 
-def write_hf(opened: Opened, config: ConversionConfig, folder: Path) -> None:
+def write_hf(opened: CheckpointReader, config: ConversionConfig, folder: Path) -> None:
     """A Hugging Face directory; an imported model gets the shards that it had.
 
     Args:
@@ -106,7 +106,7 @@ def write_hf(opened: Opened, config: ConversionConfig, folder: Path) -> None:
         _write_config(opened, dtype, folder)
 
 
-def _write_config(opened: Opened, dtype: str, folder: Path) -> None:
+def _write_config(opened: CheckpointReader, dtype: str, folder: Path) -> None:
     copy_model_files(opened.hf.path, folder)
     if opened.base is not None:
         attention = opened.lineage.attention()
@@ -127,7 +127,7 @@ def _write_config(opened: Opened, dtype: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write_megatron(opened: Opened, config: ConversionConfig, output: Path) -> None:
+def write_megatron(opened: CheckpointReader, config: ConversionConfig, output: Path) -> None:
     """One iteration's folder, and the file that names it.
 
     Args:
@@ -164,7 +164,7 @@ def write_megatron(opened: Opened, config: ConversionConfig, output: Path) -> No
         run_folder.track(output, iteration)
 
 
-def _write_hf_files(opened: Opened, dtype: str, folder: Path) -> None:
+def _write_hf_files(opened: CheckpointReader, dtype: str, folder: Path) -> None:
     folder.mkdir()
     _write_config(opened, dtype, folder)
     # Shards of another type would have other sizes.
@@ -172,7 +172,7 @@ def _write_hf_files(opened: Opened, dtype: str, folder: Path) -> None:
         shutil.copyfile(opened.hf.path / INDEX, folder / INDEX)
 
 
-def write_edited(opened: Opened, config: ConversionConfig, file: Path) -> None:
+def write_edited(opened: CheckpointReader, config: ConversionConfig, file: Path) -> None:
     """Only what is new in the student, with its lineage in the header.
 
     Args:

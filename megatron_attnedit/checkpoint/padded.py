@@ -7,10 +7,10 @@ from torch import Tensor
 
 from megatron_attnedit.attention.cached_layers import cached_by_teacher
 from megatron_attnedit.attention.student_attention import Padding
-from megatron_attnedit.checkpoint.reader import Opened
+from megatron_attnedit.checkpoint.reader import CheckpointReader
 from megatron_attnedit.convert.output import is_first
-from megatron_attnedit.convert.param_rows import ParamRow
-from megatron_attnedit.convert.pieces import Piece
+from megatron_attnedit.convert.slices import TensorSlice
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.student import edited_rows, student_rows
 
@@ -20,26 +20,26 @@ logger = logging.getLogger(__name__)
 class PaddedSource:
     """The edited rows of a student, padded; the others as they are."""
 
-    def __init__(self, opened: Opened, pad: Padding) -> None:
+    def __init__(self, opened: CheckpointReader, pad: Padding) -> None:
         self._opened, self._pad = opened, pad
         edited = edited_rows(opened.hf, opened.lineage.attention())
         self._before = {row.megatron_param: row for row in edited}
 
-    def read(self, piece: Piece) -> list[Tensor]:
+    def read(self, piece: TensorSlice) -> list[Tensor]:
         """A piece of any row."""
         row = self._before.get(piece.row.megatron_param)
         if row is None:
             return self._opened.read(piece)
-        whole = self._opened.read(Piece(row))
+        whole = self._opened.read(TensorSlice(row))
         names = zip(row.hf_params, whole, strict=True)
         return piece.cut([self._pad(name, tensor) for name, tensor in names])
 
-    def dtype(self, row: ParamRow) -> str:
+    def dtype(self, row: ParamMapping) -> str:
         """Stored type of a row."""
         return self._opened.dtype(self._before.get(row.megatron_param, row))
 
 
-def padded(opened: Opened, cached: int) -> Opened:
+def padded(opened: CheckpointReader, cached: int) -> CheckpointReader:
     """The same student in sizes that inference engines have kernels for.
 
     Args:

@@ -19,9 +19,9 @@ from megatron_attnedit.convert.fingerprint import fingerprint
 from megatron_attnedit.convert.hf_checkpoint import HFReader, open_file
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.convert.legacy_checkpoint import LegacyReader, is_legacy
-from megatron_attnedit.convert.param_rows import ParamRow
-from megatron_attnedit.convert.pieces import Piece
+from megatron_attnedit.convert.slices import TensorSlice
 from megatron_attnedit.convert.verification import Verification
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.lineage import FILE, Lineage, lineage_from_json, read_lineage
 from megatron_attnedit.models.student import edited_rows, student_rows
@@ -33,15 +33,15 @@ LINEAGE_KEY = "attnedit"  # of a safetensors header
 class Source(Protocol):
     """The tensors of one checkpoint, whatever its format."""
 
-    def read(self, piece: Piece) -> list[Tensor]:
+    def read(self, piece: TensorSlice) -> list[Tensor]:
         """The Hugging Face tensors of a piece."""
 
-    def dtype(self, row: ParamRow) -> str:
+    def dtype(self, row: ParamMapping) -> str:
         """Stored type of a row, in torch's words."""
 
 
 @dataclass(frozen=True)
-class Opened:
+class CheckpointReader:
     """A checkpoint that is ready to be read.
 
     Attributes:
@@ -58,19 +58,19 @@ class Opened:
     path: Path
     hf: HFConfig
     lineage: Lineage
-    rows: list[ParamRow]
-    stored: list[ParamRow]
+    rows: list[ParamMapping]
+    stored: list[ParamMapping]
     source: Source
     verification: Verification
-    base: "Opened | None" = None
+    base: "CheckpointReader | None" = None
 
-    def read(self, piece: Piece) -> list[Tensor]:
+    def read(self, piece: TensorSlice) -> list[Tensor]:
         """A piece of any row."""
         holder = self._holder(piece.row)
         with holder.verification.explains():
             return holder.source.read(piece)
 
-    def dtype(self, row: ParamRow) -> str:
+    def dtype(self, row: ParamMapping) -> str:
         """Stored type of any row, in torch's words."""
         return self._holder(row).source.dtype(row)
 
@@ -84,7 +84,7 @@ class Opened:
         if self.base:
             self.base.verify()
 
-    def _holder(self, row: ParamRow) -> "Opened":
+    def _holder(self, row: ParamMapping) -> "CheckpointReader":
         """The checkpoint that holds a row: this one, or the teacher's."""
         return self if not self.base or row.megatron_param in self._names else self.base
 
@@ -93,7 +93,7 @@ class Opened:
         return {row.megatron_param for row in self.stored}
 
 
-def open_checkpoint(path: Path, *, flag: str, teacher: str | None = None) -> Opened:
+def open_checkpoint(path: Path, *, flag: str, teacher: str | None = None) -> CheckpointReader:
     """Open a Hugging Face directory, a Megatron checkpoint, or a file of edited weights.
 
     Args:
@@ -157,7 +157,7 @@ def start_of(path: Path, flag: str) -> Path:
     return start
 
 
-def check_before_building(start: Path, rows: list[ParamRow], hf: HFConfig) -> Source:
+def check_before_building(start: Path, rows: list[ParamMapping], hf: HFConfig) -> Source:
     """Compare a checkpoint's files with what is expected, before a model of those sizes is built.
 
     Args:
@@ -178,7 +178,7 @@ def check_before_building(start: Path, rows: list[ParamRow], hf: HFConfig) -> So
 
 def open_source(
     start: Path,
-    rows: list[ParamRow],
+    rows: list[ParamMapping],
     hf: HFConfig,
     ignored: Mapping[str, str] | None = None,
 ) -> Source:
@@ -199,7 +199,7 @@ def open_source(
     return LegacyReader(start, rows, hf) if is_legacy(start) else DistReader(start, rows)
 
 
-def open_hf_teacher(hf: HFConfig) -> tuple[HFReader, list[ParamRow]]:
+def open_hf_teacher(hf: HFConfig) -> tuple[HFReader, list[ParamMapping]]:
     """The files of a Hugging Face teacher and its rows, which have been compared.
 
     Raises:
@@ -212,7 +212,9 @@ def open_hf_teacher(hf: HFConfig) -> tuple[HFReader, list[ParamRow]]:
     return reader, rows
 
 
-def _open_teacher(path: Path, start: Path, lineage: Lineage | None, teacher: str | None) -> Opened:
+def _open_teacher(
+    path: Path, start: Path, lineage: Lineage | None, teacher: str | None
+) -> CheckpointReader:
     if is_hf(start):
         hf = read_hf_config(start)
     elif lineage is not None:
@@ -235,10 +237,12 @@ def _open_teacher(path: Path, start: Path, lineage: Lineage | None, teacher: str
         identity = fingerprint(rows, source.read)
         place = os.path.abspath(path)  # whoever reads it may stand elsewhere
         lineage = Lineage(stage="teacher", teacher=place, teacher_fingerprint=identity)
-    return Opened(path, hf, lineage, rows, rows, source, verification)
+    return CheckpointReader(path, hf, lineage, rows, rows, source, verification)
 
 
-def _open_student(path: Path, start: Path, lineage: Lineage, teacher: str | None) -> Opened:
+def _open_student(
+    path: Path, start: Path, lineage: Lineage, teacher: str | None
+) -> CheckpointReader:
     base = _base_of(start, lineage, teacher)
     if base.lineage.teacher_fingerprint != lineage.teacher_fingerprint:
         raise UserError(f"{path}: its teacher is not the model in --teacher {base.path}")
@@ -253,10 +257,10 @@ def _open_student(path: Path, start: Path, lineage: Lineage, teacher: str | None
     verification = Verification(start)
     with verification.explains():
         source = open_source(start, stored, base.hf, ignored)
-    return Opened(path, base.hf, lineage, rows, stored, source, verification, base)
+    return CheckpointReader(path, base.hf, lineage, rows, stored, source, verification, base)
 
 
-def _base_of(start: Path, lineage: Lineage, teacher: str | None) -> Opened:
+def _base_of(start: Path, lineage: Lineage, teacher: str | None) -> CheckpointReader:
     """A student's teacher, from ``--teacher`` or from where it was at edit time.
 
     Raises:

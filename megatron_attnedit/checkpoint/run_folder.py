@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_attnedit.convert.checked_reader import MANIFEST
 from megatron_attnedit.convert.integrity import MARKER, check_hashes, check_sizes
 from megatron_attnedit.convert.output import TRACKER, is_first
-from megatron_attnedit.convert.reading import MANIFEST
 from megatron_attnedit.convert.verification import check_small_files
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_file_writable, remove_partial_files, write_whole

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it is read; any grid reads what any grid wrote.
+"""What a checkpoint holds, and how it is read; any layout reads what any layout wrote.
 
 The format is Megatron's ``torch_dist``. Frozen weights are not written again: a student's
 checkpoint holds what trained and names its teacher.

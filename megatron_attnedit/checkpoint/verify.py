@@ -10,9 +10,9 @@ import torch
 
 from megatron_attnedit import stop_signals
 from megatron_attnedit.checkpoint.as_hf import hf_directory
-from megatron_attnedit.checkpoint.reader import Opened, is_hf, open_checkpoint
-from megatron_attnedit.convert.pieces import pieces_of
-from megatron_attnedit.convert.reading import DTYPES, Reading
+from megatron_attnedit.checkpoint.reader import CheckpointReader, is_hf, open_checkpoint
+from megatron_attnedit.convert.checked_reader import DTYPES, Reading
+from megatron_attnedit.convert.slices import pieces_of
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.export.loading import load_model, load_tokenizer
 from megatron_attnedit.files import check_file_writable, check_writable, read_input, write_output
@@ -86,7 +86,7 @@ def manifest_of(path: Path, teacher: str | None = None) -> dict[str, dict[str, o
     return manifest_of_opened(open_checkpoint(path, flag="checkpoint", teacher=teacher))
 
 
-def manifest_of_opened(opened: Opened) -> dict[str, dict[str, object]]:
+def manifest_of_opened(opened: CheckpointReader) -> dict[str, dict[str, object]]:
     """The same of a checkpoint that is open."""
     with Reading(
         opened.read,
@@ -103,7 +103,7 @@ def manifest_of_opened(opened: Opened) -> dict[str, dict[str, object]]:
     return reading.manifest()
 
 
-def _verify(opened: Opened) -> None:
+def _verify(opened: CheckpointReader) -> None:
     """A Hugging Face directory may have been changed on purpose: the comparison is the verdict."""
     try:
         opened.verify()
@@ -124,7 +124,7 @@ def compare(a: dict[str, dict[str, object]], b: dict[str, dict[str, object]]) ->
     }
 
 
-def configuration_differences(a: Opened, b: Opened) -> list[str]:
+def configuration_differences(a: CheckpointReader, b: CheckpointReader) -> list[str]:
     """What two checkpoints compute differently with the same weights; one text for each field."""
     found = a.hf.differences(b.hf)
     mine, theirs = (dict(opened.lineage.student_attention) for opened in (a, b))

@@ -1,4 +1,4 @@
-"""Write checkpoints, in the foreground or behind the training; complete or absent.
+"""Write checkpoints, in the foreground or in the background; complete or absent.
 
 Each process writes and hashes its own file. When all are done, rank 0 adds the small files and the
 marker, renames the folder, names it in the tracker and deletes what need not stay.

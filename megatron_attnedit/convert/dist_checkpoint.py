@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_attnedit.convert.completeness import check_complete
 from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.convert.integrity import HashedFile
-from megatron_attnedit.convert.param_rows import ParamRow
-from megatron_attnedit.convert.pieces import Piece, Read, pieces_of, read_ahead
+from megatron_attnedit.convert.slices import Read, TensorSlice, pieces_of, read_ahead
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.errors import UserError, one_line
 from megatron_attnedit.files import why_unwritten
 
@@ -53,7 +53,7 @@ class StoredParam:
     shape: tuple[int, ...]
     expert: int | None = None
 
-    def chunk(self, piece: Piece) -> ChunkStorageMetadata:
+    def chunk(self, piece: TensorSlice) -> ChunkStorageMetadata:
         """The piece's place in the stored tensor."""
         first, last = piece.megatron_rows()
         rest = self.shape[-1:] if len(self.shape) - (self.expert is not None) > 1 else ()
@@ -63,7 +63,7 @@ class StoredParam:
         return ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
 
 
-def stored_params(rows: Sequence[ParamRow]) -> dict[str, StoredParam]:
+def stored_params(rows: Sequence[ParamMapping]) -> dict[str, StoredParam]:
     """By Megatron name, where mcore's ``sharded_state_dict`` puts each parameter."""
     places = {row.megatron_param: _key_and_expert(row) for row in rows}
     experts = Counter(key for key, _ in places.values())
@@ -75,7 +75,7 @@ def stored_params(rows: Sequence[ParamRow]) -> dict[str, StoredParam]:
     return stored
 
 
-def _key_and_expert(row: ParamRow) -> tuple[str, int | None]:
+def _key_and_expert(row: ParamMapping) -> tuple[str, int | None]:
     before, is_expert, after = row.megatron_param.partition(".local_experts.")
     if not is_expert:
         return row.megatron_param, None
@@ -95,13 +95,13 @@ class LazyPlan(DefaultSavePlanner):
 
     def __init__(
         self,
-        rows: Sequence[ParamRow],
-        mine: Sequence[ParamRow],
+        rows: Sequence[ParamMapping],
+        mine: Sequence[ParamMapping],
         read: Read,
         dtype: torch.dtype,
     ) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._pieces: dict[MetadataIndex, Piece] = {}
+        self._pieces: dict[MetadataIndex, TensorSlice] = {}
         self._items: list[WriteItem] = []
         stored = stored_params(rows)
         properties = TensorProperties(dtype=dtype)
@@ -152,7 +152,7 @@ class DistWriter:
         dtype: Type of all tensors.
     """
 
-    def __init__(self, directory: Path, rows: Sequence[ParamRow], dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, rows: Sequence[ParamMapping], dtype: torch.dtype) -> None:
         self._directory, self._rows, self._dtype = directory, rows, dtype
         self._files = _HashingFileSystem()
 
@@ -164,7 +164,7 @@ class DistWriter:
     def create(self) -> None:
         """Nothing: torch lays out the files."""
 
-    def write(self, rows: Sequence[ParamRow], read: Read) -> None:
+    def write(self, rows: Sequence[ParamMapping], read: Read) -> None:
         """Write some rows; every process its own.
 
         Raises:
@@ -220,7 +220,7 @@ class DistReader:
         UserError: it has no readable metadata, or holds something else.
     """
 
-    def __init__(self, directory: Path, rows: Sequence[ParamRow]) -> None:
+    def __init__(self, directory: Path, rows: Sequence[ParamMapping]) -> None:
         self.directory = directory
         metadata = read_metadata(directory)
         self._reader = dcp.FileSystemReader(directory)
@@ -240,16 +240,16 @@ class DistReader:
             padded={_key_and_expert(row)[0] for row in rows if row.pad_to_tp},
         )
 
-    def read(self, piece: Piece) -> list[Tensor]:
+    def read(self, piece: TensorSlice) -> list[Tensor]:
         """A piece of a conversion."""
         return piece.split(self._read(piece, self._stored[piece.row.megatron_param]))
 
-    def dtype(self, row: ParamRow) -> str:
+    def dtype(self, row: ParamMapping) -> str:
         """Type of a stored parameter in torch's words."""
         entry = self._tensors[_key_and_expert(row)[0]]
         return str(entry.properties.dtype).removeprefix("torch.")
 
-    def _read(self, piece: Piece, stored: StoredParam) -> Tensor:
+    def _read(self, piece: TensorSlice, stored: StoredParam) -> Tensor:
         wanted = stored.chunk(piece)
         entry = self._tensors[stored.key]
         target = torch.full(wanted.sizes, torch.nan, dtype=entry.properties.dtype)

@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_attnedit.convert.output import is_first
-from megatron_attnedit.convert.param_rows import ParamRow
-from megatron_attnedit.convert.pieces import Piece, Read
+from megatron_attnedit.convert.slices import Read, TensorSlice
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 
 # Runs of neighbours: every place costs a read of the disk, and experts are many small tensors.
 RUNS, RUN_LENGTH = 4, 16
 
 
-def fingerprint(rows: Sequence[ParamRow], read: Read) -> str:
+def fingerprint(rows: Sequence[ParamMapping], read: Read) -> str:
     """Hexadecimal, 32 digits; the same for the same weights in whatever files.
 
     Takes ``RUNS`` evenly spaced runs of ``RUN_LENGTH`` numbers of each tensor; of mapped files no
@@ -28,10 +28,10 @@ def fingerprint(rows: Sequence[ParamRow], read: Read) -> str:
     return found[0]
 
 
-def _digest(rows: Sequence[ParamRow], read: Read) -> str:
+def _digest(rows: Sequence[ParamMapping], read: Read) -> str:
     samples: dict[str, bytes] = {}
     for row in rows:
-        for name, tensor in zip(row.hf_params, read(Piece(row)), strict=True):
+        for name, tensor in zip(row.hf_params, read(TensorSlice(row)), strict=True):
             flat = tensor.flatten()
             starts = (flat.numel() * run // RUNS for run in range(RUNS))
             runs = torch.cat([flat[start : start + RUN_LENGTH] for start in starts])

@@ -14,8 +14,8 @@ from megatron_attnedit.convert.completeness import Shapes, check_complete, is_ig
 from megatron_attnedit.convert.diagnosis import why_no_weights, why_other_names
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.json_files import check_readable, read_json, shown
-from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
-from megatron_attnedit.convert.pieces import Piece
+from megatron_attnedit.convert.slices import TensorSlice
+from megatron_attnedit.convert.weight_mapping import ParamMapping, hf_shapes
 from megatron_attnedit.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -102,7 +102,7 @@ class HFReader:
         self._open: dict[Path, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
-        self._checked: Sequence[ParamRow] | None = None
+        self._checked: Sequence[ParamMapping] | None = None
         files = [self.directory]
         if self.directory.suffix != ".safetensors":
             files = weight_files(self.directory)
@@ -127,15 +127,15 @@ class HFReader:
         stored = self._open[self._file_of[name]].get_slice(name)
         return stored[start:stop] if dim == 0 else stored[:, start:stop]
 
-    def read(self, piece: Piece) -> list[Tensor]:
+    def read(self, piece: TensorSlice) -> list[Tensor]:
         """A piece of a conversion."""
         return [self.slice(name, 0, start, stop) for name, start, stop in piece.hf_slices()]
 
-    def dtype(self, row: ParamRow) -> str:
+    def dtype(self, row: ParamMapping) -> str:
         """Type of a row's tensors in torch's words."""
         return STORED_DTYPES[self._dtypes[row.hf_params[0]]]
 
-    def check(self, rows: Sequence[ParamRow], ignored: Mapping[str, str]) -> None:
+    def check(self, rows: Sequence[ParamMapping], ignored: Mapping[str, str]) -> None:
         """The files hold these rows and nothing unexplained, in types that can be converted.
 
         Args:
@@ -189,7 +189,7 @@ class HFReader:
                 "tie_word_embeddings true; one of the two is wrong"
             )
 
-    def check_dtype(self, rows: Sequence[ParamRow], hf: HFConfig) -> None:
+    def check_dtype(self, rows: Sequence[ParamMapping], hf: HFConfig) -> None:
         """The tensors of these rows are of the type that ``config.json`` says.
 
         Raises:

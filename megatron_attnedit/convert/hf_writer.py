@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_attnedit.convert.checked_reader import as_bytes
 from megatron_attnedit.convert.completeness import Shapes
 from megatron_attnedit.convert.hf_checkpoint import INDEX, SINGLE
 from megatron_attnedit.convert.output import write_at
-from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
-from megatron_attnedit.convert.pieces import Read, pieces_of, read_ahead
-from megatron_attnedit.convert.reading import as_bytes
+from megatron_attnedit.convert.slices import Read, pieces_of, read_ahead
+from megatron_attnedit.convert.weight_mapping import ParamMapping, hf_shapes
 
 MAX_SHARD_BYTES = 5 * 10**9
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -103,7 +103,7 @@ class HFWriter:
     def __init__(
         self,
         directory: Path,
-        rows: Sequence[ParamRow],
+        rows: Sequence[ParamMapping],
         dtype: torch.dtype,
         *,
         file_of: Mapping[str, str] | None = None,
@@ -136,7 +136,7 @@ class HFWriter:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._file_of}
             (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    def write(self, rows: Sequence[ParamRow], read: Read) -> None:
+    def write(self, rows: Sequence[ParamMapping], read: Read) -> None:
         """Write some rows; every process its own."""
         pieces = (piece for row in rows for piece in pieces_of(row))
         for piece, tensors in read_ahead(pieces, read):

@@ -1,7 +1,7 @@
 """Megatron's older ``torch`` format, ``iter_*/mp_rank_TP[_PP][_EP]/model_optim_rng.pt``.
 
-MindSpeed-LLM and Megatron-LM load it on the one grid it was written for. Files are laid out first,
-with space for the numbers, and filled parameter by parameter.
+MindSpeed-LLM and Megatron-LM load it on the one layout it was written for. Files are laid out
+first, with space for the elements, and filled parameter by parameter.
 """
 
 import argparse
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_attnedit.convert.checked_reader import as_bytes
 from megatron_attnedit.convert.completeness import check_complete
 from megatron_attnedit.convert.grouped_experts import ExpertLayout, expert_shapes
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.legacy_grid import EMBEDDING, ITERATION, OUTPUT, LegacyGrid
+from megatron_attnedit.convert.legacy_layout import EMBEDDING, ITERATION, OUTPUT, LegacyLayout
 from megatron_attnedit.convert.output import write_at
-from megatron_attnedit.convert.param_rows import ParamRow
-from megatron_attnedit.convert.pieces import Piece, Read, read_ahead
 from megatron_attnedit.convert.plain_pickle import load_plain
-from megatron_attnedit.convert.reading import as_bytes
+from megatron_attnedit.convert.slices import Read, TensorSlice, read_ahead
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.errors import UserError, one_line
 from megatron_attnedit.files import why_unwritten
 
@@ -55,8 +55,8 @@ class LegacyWriter:
     def __init__(
         self,
         directory: Path,
-        rows: Sequence[ParamRow],
-        grid: LegacyGrid,
+        rows: Sequence[ParamMapping],
+        grid: LegacyLayout,
         dtype: torch.dtype,
         *,
         experts: ExpertLayout,
@@ -90,9 +90,9 @@ class LegacyWriter:
             with open(file, "r+b") as stream:
                 os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
 
-    def write(self, rows: Sequence[ParamRow], read: Read) -> None:
+    def write(self, rows: Sequence[ParamMapping], read: Read) -> None:
         """Fill in some rows; every process its own."""
-        for piece, tensors in read_ahead(map(Piece, rows), read):
+        for piece, tensors in read_ahead(map(TensorSlice, rows), read):
             row = piece.row
             for tp in range(self._grid.tp):
                 shard = row.to_megatron(tensors, tp_rank=tp, tp_size=self._grid.tp)
@@ -159,11 +159,11 @@ class LegacyReader:
         UserError: files are missing, or do not hold what the table says.
     """
 
-    def __init__(self, directory: Path, rows: Sequence[ParamRow], hf: HFConfig) -> None:
+    def __init__(self, directory: Path, rows: Sequence[ParamMapping], hf: HFConfig) -> None:
         self._models: dict[tuple[int, int, int], dict[str, Tensor]] = {}
         sizes = _grid_of(directory, has_experts=hf.num_experts > 0)
         try:
-            self._grid = LegacyGrid(*sizes, hf)
+            self._grid = LegacyLayout(*sizes, hf)
             expected = self._grid.shapes(rows)
         except UserError as error:  # nobody gave the flag that it names
             raise UserError(f"{directory}: its files do not fit {hf.path}: {error}") from None
@@ -191,12 +191,12 @@ class LegacyReader:
                     "first, although config.json says tie_word_embeddings true"
                 )
 
-    def dtype(self, row: ParamRow) -> str:
+    def dtype(self, row: ParamMapping) -> str:
         """Type of a stored parameter in torch's words."""
         pp, ep, local = self._grid.homes(row.megatron_param)[0]
         return str(self._models[0, pp, ep][local].dtype).removeprefix("torch.")
 
-    def read(self, piece: Piece) -> list[Tensor]:
+    def read(self, piece: TensorSlice) -> list[Tensor]:
         """A piece of a conversion."""
         pp, ep, local = self._grid.homes(piece.row.megatron_param)[0]
         shards = [self._models[tp, pp, ep][local] for tp in range(self._grid.tp)]

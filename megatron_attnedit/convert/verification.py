@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from megatron_attnedit.convert.checked_reader import MANIFEST, as_bytes
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.integrity import (
     THREADS,
@@ -26,7 +27,6 @@ from megatron_attnedit.convert.integrity import (
     is_sealed,
     read_marker,
 )
-from megatron_attnedit.convert.reading import MANIFEST, as_bytes
 from megatron_attnedit.errors import UserError
 
 SMALL_BYTES = 1 << 20

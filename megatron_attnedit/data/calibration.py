@@ -54,7 +54,7 @@ def calibration_samples(
 ) -> tuple[Tensor, Tensor, Documents | None]:
     """Token ids ``[n, s]``, those that follow, and the documents of the samples.
 
-    Positions do not start anew: rotary embeddings tell distances only, which inside of a document
+    Positions do not restart: rotary embeddings tell distances only, which inside of a document
     are the same.
 
     Args:

@@ -45,7 +45,7 @@ class DataConfig:
         vocab_size: The model's, padding included.
         eod_mask_loss: Leave out the loss of predicting past the end of a document.
         reset_attention_mask: Tokens of a sample see those of their own document only.
-        reset_position_ids: Positions start anew in each document of a sample.
+        reset_position_ids: Positions restart in each document of a sample.
         data_cache_path: Folder for sample indices, shared by all ranks.
         max_epochs: How often training data may be read; 0: any number of times.
         train_flag: Whose value ``train_data_path`` is, for messages.

@@ -16,10 +16,10 @@ class PackedSamples(Dataset):
     A document ends with its end-of-document token, as in Megatron; one that a sample cuts is two.
 
     Args:
-        dataset: Megatron's. Its positions start anew in each document if either flag is given, and
+        dataset: Megatron's. Its positions restart in each document if either flag is given, and
             so tell where a document begins.
         reset_attention_mask: Samples get ``document_ids``.
-        reset_position_ids: Positions start anew, also for rotary embeddings; otherwise they count
+        reset_position_ids: Positions restart, also for rotary embeddings; otherwise they count
             through a sample.
     """
 

@@ -37,7 +37,7 @@ class Accelerator:
     adaptor: Adaptor | None = None
 
     def configure_megatron(self, grid: Mapping[str, Any]) -> None:
-        """Hand the grid, by Megatron's names, to what adapts Megatron; before groups are formed."""
+        """Hand the layout, by Megatron's names, to the adaptor; before groups are formed."""
         if self.adaptor is not None:
             self.adaptor.configure(grid)
 
@@ -52,8 +52,8 @@ class Accelerator:
         return fp8.has_fp8_products(self.device)
 
     @property
-    def records(self) -> bool:
-        """Can work be recorded and replayed (``recording.Recorded``)?"""
+    def captures(self) -> bool:
+        """Can work be recorded and replayed (``recording.CudaGraph``)?"""
         return self.kind == "cuda"
 
     @property

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_attnedit.device import recording
-from megatron_attnedit.device.recording import WARMUP, recording_stream
+from megatron_attnedit.device import cuda_graph
+from megatron_attnedit.device.cuda_graph import WARMUP, recording_stream
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class CapturedLayers:
     """A differentiable function of tensors that is captured for each combination of their shapes.
 
     An argument is a tensor, None, or a dataclass of these; only the first has a gradient. What
-    holds for ``Recorded`` holds here, for backward as well: it runs once for each forward, adds
+    holds for ``CudaGraph`` holds here, for backward as well: it runs once for each forward, adds
     gradients of parameters up in place (mcore's data parallelism does, in its hooks), and nothing
     else happens in its hooks. Without gradients the function is called, and so it is, with a
     warning, where something in it cannot be captured.
@@ -82,20 +82,20 @@ class CapturedLayers:
         self._free: dict[Any, list[_Capture]] = defaultdict(list)
         self._anchor: Tensor | None = None
         self._impossible = False
-        recording.remember(self)
+        cuda_graph.remember(self)
 
     def __call__(self, hidden: Tensor, *others: Any) -> Tensor:
         """Run or replay; what is returned is overwritten once its backward has run."""
         inputs = (hidden, *others)
         if not torch.is_grad_enabled():
             return self.function(*inputs)
-        key = (hidden.requires_grad, *map(recording.shape_of, inputs))
+        key = (hidden.requires_grad, *map(cuda_graph.shape_of, inputs))
         capture = self._capture_for(key, inputs)
         if capture is None:
             return self._run(key, inputs)
         with torch.no_grad():
             for fixed, given in zip(capture.inputs, inputs, strict=True):
-                recording.copy_into(fixed, given)
+                cuda_graph.copy_into(fixed, given)
         if self._anchor is None:
             self._anchor = torch.zeros((), device=hidden.device, requires_grad=True)
         output: Tensor = _Replay.apply(hidden, self._anchor, capture, self._free[key])
@@ -134,14 +134,14 @@ class CapturedLayers:
     def _capture(self, inputs: tuple[Any, ...]) -> _Capture:
         device, made = inputs[0].device, []
         with torch.no_grad():
-            fixed = [recording.clone(given) for given in inputs]
+            fixed = [cuda_graph.clone(given) for given in inputs]
         fixed[0].requires_grad_(inputs[0].requires_grad)
-        forward = recording.capture(lambda: made.append(self.function(*fixed)), device)
+        forward = cuda_graph.capture(lambda: made.append(self.function(*fixed)), device)
         output = made.pop()
         grad_output = torch.zeros_like(output)
-        backward = recording.capture(
+        backward = cuda_graph.capture(
             lambda: torch.autograd.backward(output, grad_output), device, beside=forward
         )
         grad_input, fixed[0].grad = fixed[0].grad, None
-        scratch = recording.scratch()
+        scratch = cuda_graph.scratch()
         return _Capture(fixed, output.detach(), grad_output, grad_input, forward, backward, scratch)

@@ -1,8 +1,8 @@
 """Divergences of next-token distributions and their gradients, from the logits of a few tokens.
 
-A softmax over a vocabulary that is cut by tensor parallelism needs two numbers per token from every
+A softmax over a vocabulary that is cut by tensor parallelism needs two values per token from every
 rank; so does a divergence. Hence three steps with a sum over ranks after the first and the second.
-t tokens, v words on this rank. Logits are float32 inside and of any type outside.
+t tokens, v vocabulary entries on this rank. Logits are float32 inside and of any type outside.
 """
 
 import math

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from megatron_attnedit.core_attention.documents import Documents
-from megatron_attnedit.device import Recorded, fused
+from megatron_attnedit.device import CudaGraph, fused
 from megatron_attnedit.distill.masks import local_token_mask
 from megatron_attnedit.distill.student_stream import StudentStream
 from megatron_attnedit.models.teacher import first_hidden, through_layers
@@ -74,7 +74,7 @@ class LayerwiseDistillation(MegatronModule):
         attentions: The student's, by 0-based layer index; these train.
         normalisation: ``layer`` as above, or ``token``: every token's error is divided by that
             token's own ``|o_t|^2``, and the sum by the number of tokens.
-        record: Record a micro-batch and replay it (see ``device.Recorded``).
+        cuda_graph: Capture a micro-batch and replay it (see ``device.CudaGraph``).
         student: Also run the student's own hidden states; ``forward`` then wants draws.
     """
 
@@ -84,7 +84,7 @@ class LayerwiseDistillation(MegatronModule):
         attentions: Mapping[int, MegatronModule],
         *,
         normalisation: str = "layer",
-        record: bool = False,
+        cuda_graph: bool = False,
         student: GPTModel | None = None,
     ) -> None:
         super().__init__(config=teacher.config)
@@ -95,8 +95,8 @@ class LayerwiseDistillation(MegatronModule):
         self._mask: Tensor | None = None
         # Later pipeline stages want the hidden states.
         self._last = max(attentions, default=None) if teacher.post_process else None
-        self._recorded = record
-        self._training_run = Recorded(self._run) if record else self._run
+        self._captured = cuda_graph
+        self._training_run = CudaGraph(self._run) if cuda_graph else self._run
         device = next(teacher.parameters()).device
         # Column 0: sum of errors; column 1: what they are divided by.
         self.sums = torch.zeros(self.config.num_layers, 2, device=device)
@@ -114,7 +114,7 @@ class LayerwiseDistillation(MegatronModule):
         return self
 
     @property
-    def called_as_a_whole(self) -> Iterable[nn.Module]:
+    def trainable_modules(self) -> Iterable[nn.Module]:
         """Modules that hold all that trains."""
         return self.attentions.values()
 
@@ -198,7 +198,7 @@ class LayerwiseDistillation(MegatronModule):
             return self._run(hidden, loss_mask, documents, *own)
         hidden = self._training_run(hidden, loss_mask, documents, *own)
         # What a replay returned is overwritten by the next one, and may be on its way.
-        return hidden.clone() if self._recorded and not self.teacher.post_process else hidden
+        return hidden.clone() if self._captured and not self.teacher.post_process else hidden
 
     def _run(
         self, hidden: Tensor, loss_mask: Tensor, documents: Documents | None, *own: Tensor

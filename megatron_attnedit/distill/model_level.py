@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from megatron_attnedit.core_attention.documents import Documents
-from megatron_attnedit.device import CapturedLayers, Recorded
+from megatron_attnedit.device import CapturedLayers, CudaGraph
 from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.feature_matching import FeatureMatching
 from megatron_attnedit.distill.kl import chunked_divergence, chunked_lm_loss
@@ -68,7 +68,7 @@ class ModelLevelDistillation(MegatronModule):
         config: The loss.
         vocab_size: Words without padding.
         num_matched: Layers of the whole model that feature matching compares: those not shared.
-        record: Record the teacher and replay it (see ``device.Recorded``); without feature
+        cuda_graph: Capture the teacher and replay it (see ``device.CudaGraph``); without feature
             matching, which wants what is between its layers.
         capture_student: Capture the student's layers, forward and backward, as well (see
             ``device.CapturedLayers``).
@@ -89,7 +89,7 @@ class ModelLevelDistillation(MegatronModule):
         config: ModelLevelConfig,
         vocab_size: int,
         num_matched: int,
-        record: bool = False,
+        cuda_graph: bool = False,
         capture_student: bool = False,
         fp8: tuple[GPTModel, GPTModel] | None = None,
     ) -> None:
@@ -108,7 +108,7 @@ class ModelLevelDistillation(MegatronModule):
         self._student_runs: dict[GPTModel, CapturedLayers] = {}
         for model, mine in self._pairs.values():
             run = functools.partial(through_layers, model)
-            self._teacher_runs[model] = Recorded(run) if record else run
+            self._teacher_runs[model] = CudaGraph(run) if cuda_graph else run
             self._student_runs[mine] = CapturedLayers(functools.partial(through_layers, mine))
         self.features: FeatureMatching | None = None
         if config.feature_matching_weight:
@@ -134,7 +134,7 @@ class ModelLevelDistillation(MegatronModule):
         return self._pairs[self.mode]
 
     @property
-    def called_as_a_whole(self) -> Iterable[nn.Module]:
+    def trainable_modules(self) -> Iterable[nn.Module]:
         """Modules that hold what trains, but for the ends of the model."""
         return self.student.decoder.layers
 

@@ -67,7 +67,7 @@ def generate(config: GenerateConfig, model: Model) -> dict[str, Any]:
     folder = Path(config.output)
     store = Store(folder, {**described, **sampling})
     if store.done:
-        logger.info("%s: goes on after %d completions", folder / DATA, len(store.done))
+        logger.info("%s: continues after %d completions", folder / DATA, len(store.done))
     (folder / CARD).unlink(missing_ok=True)  # it is there when all the rest is
     tasks = _tasks(config, sources, bad_rows, counts, store)
     with store, tqdm(desc="generate", unit=" completions", initial=len(store.done)) as bar:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.device import bootstrap
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def transformer_config(
 
     Args:
         hf: The teacher's ``config.json``.
-        parallel: The grid.
+        parallel: The layout.
         dtype: Type of parameters and activations.
         recompute: What backward computes again instead of keeping: ``none``, ``selective`` (core
             attention) or ``full`` (whole layers).
@@ -43,7 +43,7 @@ def transformer_config(
             parameters must have when backward runs.
 
     Raises:
-        UserError: the grid cannot cut this model.
+        UserError: the layout cannot cut this model.
     """
     parallel.check_model(hf)
     return TransformerConfig(

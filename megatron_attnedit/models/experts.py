@@ -55,7 +55,7 @@ class _Gather(torch.autograd.Function):
 class LocalTokenDispatcher(MoETokenDispatcher):
     """Rows in the order of their experts; those of an expert in the order of their tokens.
 
-    A *slot* is one of a token's k visits: ``token * k + j``. ``slots`` holds them as the experts
+    A *slot* is one of a token's k routings: ``token * k + j``. ``slots`` holds them as the experts
     see them, ``places`` where each went.
     """
 
@@ -103,7 +103,7 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         return hidden_states.view(self._shape)
 
 
-def reduce_apart(model: GPTModel) -> None:
+def mark_expert_gradients(model: GPTModel) -> None:
     """Have experts' gradients reduced over the processes that hold the same part of them.
 
     Mcore does so where experts are spread over processes; where they are only cut otherwise than
@@ -117,7 +117,7 @@ def reduce_apart(model: GPTModel) -> None:
             param.allreduce = False
 
 
-def send_nothing(model: GPTModel) -> None:
+def use_local_dispatcher(model: GPTModel) -> None:
     """Give layers whose experts are all in this process a dispatcher that only sorts."""
     for layer in model.decoder.layers:
         usual = getattr(layer.mlp, "token_dispatcher", None)

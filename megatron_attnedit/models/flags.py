@@ -1,4 +1,4 @@
-"""Command-line flags made of a dataclass, for the tools that take a grid."""
+"""Command-line flags made of a dataclass, for the tools that take a layout."""
 
 import argparse
 import dataclasses

@@ -19,14 +19,14 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 
 from megatron_attnedit.attention.norm import RMSNorm
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.device import fp8
 from megatron_attnedit.models.student import shallow_copy
 
 
 def rows_in_fp8(
-    rows: Iterable[ParamRow], layers: str, *, edits: Callable[[int], bool]
-) -> list[ParamRow]:
+    rows: Iterable[ParamMapping], layers: str, *, edits: Callable[[int], bool]
+) -> list[ParamMapping]:
     """The teacher's weights that are held in FP8.
 
     Args:

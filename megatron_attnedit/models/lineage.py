@@ -15,7 +15,7 @@ from megatron_attnedit.errors import UserError
 FILE = "attnedit.json"
 STAGES = ("teacher", "edit", "stage1", "stage2")
 TRAINABLE = ("attention", "all")
-# What a run that goes on keeps; of its recipe, what says which samples an iteration has.
+# What a run that continues keeps; of its recipe, what says which samples an iteration has.
 SAME_RUN = ("stage", "teacher_fingerprint", "student_attention", "trainable")
 SAME_PLACE = ("global_batch_size", "seq_length", "seed")
 # And what a token sees of a sample; older checkpoints say nothing of it.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.families import attention_rows, shared_rows
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
@@ -63,7 +63,7 @@ def edited_attentions(
     }
 
 
-def student_rows(hf: HFConfig, student_attention: StudentAttention) -> list[ParamRow]:
+def student_rows(hf: HFConfig, student_attention: StudentAttention) -> list[ParamMapping]:
     """The exported student's whole table.
 
     Raises:
@@ -77,7 +77,7 @@ def student_rows(hf: HFConfig, student_attention: StudentAttention) -> list[Para
     return rows
 
 
-def edited_rows(hf: HFConfig, student_attention: StudentAttention) -> list[ParamRow]:
+def edited_rows(hf: HFConfig, student_attention: StudentAttention) -> list[ParamMapping]:
     """What is new in the student.
 
     Raises:
@@ -92,7 +92,7 @@ def edited_rows(hf: HFConfig, student_attention: StudentAttention) -> list[Param
 def fill_attentions(
     attentions: Mapping[int, MegatronModule],
     weights: Iterator[tuple[int, dict[str, Tensor]]],
-    rows: Mapping[str, ParamRow],
+    rows: Mapping[str, ParamMapping],
     *,
     tp_rank: int,
     tp_size: int,

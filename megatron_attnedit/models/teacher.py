@@ -18,17 +18,17 @@ from torch import Tensor
 from megatron_attnedit.attention.norm import RMSNorm
 from megatron_attnedit.attention.rotary import rotary_table
 from megatron_attnedit.attention.self_attention import CausalSelfAttention
-from megatron_attnedit.convert.converter import hf_to_megatron
 from megatron_attnedit.convert.families import ignored_names
 from megatron_attnedit.convert.grouped_experts import expert_by_expert
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.load_weights import hf_to_megatron
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.module import CoreAttention
-from megatron_attnedit.models.experts import reduce_apart, send_nothing
-from megatron_attnedit.models.grid import place_of_this_process
+from megatron_attnedit.models.experts import mark_expert_gradients, use_local_dispatcher
 from megatron_attnedit.models.grouped_experts import GroupedMoELayer
+from megatron_attnedit.models.parallel_layout import place_of_this_process
 from megatron_attnedit.models.transformer_engine import (
     check_transformer_impl,
     layer_norm,
@@ -107,8 +107,8 @@ def _build_chunk(
         post_process=parallel_state.is_pipeline_last_stage(False, vp_stage),
         vp_stage=vp_stage,
     )
-    send_nothing(model)
-    reduce_apart(model)
+    use_local_dispatcher(model)
+    mark_expert_gradients(model)
     return model.requires_grad_(False).eval()
 
 
@@ -144,7 +144,7 @@ def global_params(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
 def load_from_hf(
     chunks: Sequence[GPTModel],
     reader: HFReader,
-    rows: Sequence[ParamRow],
+    rows: Sequence[ParamMapping],
     hf: HFConfig,
     *,
     only: Container[str] | None = None,
@@ -182,7 +182,7 @@ def load_from_hf(
     )
 
 
-def can_be_recorded(config: TransformerConfig) -> bool:
+def can_be_captured(config: TransformerConfig) -> bool:
     """Are the teacher's shapes known beforehand, and does nothing wait while it is recorded?
 
     Experts get as many tokens as the router sends them, which only this program's grouped product

@@ -7,10 +7,10 @@ inputs. Experts are assumed to get equal numbers of tokens.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_attnedit.attention.kept import KeptNumbers, kept_by_teacher
+from megatron_attnedit.attention.saved_activations import SavedActivations, kept_by_teacher
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 
 FLOAT32 = 4
 # Of a logit of a chunk: student's, teacher's, gradient, and a compiled softmax's temporaries.
@@ -78,18 +78,18 @@ class Sizes:
 
     @classmethod
     def of(cls, parallel: ParallelConfig, work: Workload) -> "Sizes":
-        """On this grid."""
+        """On this layout."""
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
         tokens = work.micro_batch_size * work.seq_length // cp
         own = tokens // tp if parallel.sequence_parallel else tokens
         return cls(tokens, own, tp, cp, work.bytes_per_number)
 
     def heads(self, numbers: float) -> float:
-        """Bytes of so many numbers per token, cut by tensor parallelism."""
+        """Bytes of so many elements per token, cut by tensor parallelism."""
         return self.tokens * numbers * self.number / self.tp
 
     def own(self, numbers: float) -> float:
-        """Bytes of so many numbers per token of this process."""
+        """Bytes of so many elements per token of this process."""
         return self.own_tokens * numbers * self.number
 
 
@@ -106,7 +106,7 @@ def activation_bytes(
     Args:
         hf: The teacher.
         student: What replaces its attention.
-        parallel: The grid.
+        parallel: The layout.
         work: The run.
         chunks: Layers of each piece of the model on this stage.
         stage: Which pipeline stage.
@@ -170,11 +170,11 @@ def microbatches_in_flight(parallel: ParallelConfig, work: Workload, stage: int)
     return min(work.num_microbatches * chunks, warm_up + 1)
 
 
-def _attention_of(hf: HFConfig, student: StudentAttention, layer: int) -> KeptNumbers:
+def _attention_of(hf: HFConfig, student: StudentAttention, layer: int) -> SavedActivations:
     return student.kept_numbers(hf) if student.edits(layer) else kept_by_teacher(hf)
 
 
-def _kept_by_attention(numbers: KeptNumbers, sizes: Sizes) -> float:
+def _kept_by_attention(numbers: SavedActivations, sizes: Sizes) -> float:
     """Bytes, without the attention's input."""
     softmax = sizes.tokens * numbers.num_heads * FLOAT32 / sizes.tp
     by_heads = numbers.query + numbers.key_value * sizes.cp + numbers.output + numbers.besides
@@ -210,7 +210,7 @@ def kept_bytes(
     Args:
         hf: The teacher.
         student: What replaces its attention.
-        parallel: The grid.
+        parallel: The layout.
         work: The run.
         layer: 0-based.
         recompute: Other than ``work.recompute``.

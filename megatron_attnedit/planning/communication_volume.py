@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_attnedit.attention.communication_volume import AttentionVolume, volume_of_teacher
 from megatron_attnedit.attention.student_attention import StudentAttention
-from megatron_attnedit.attention.traffic import AttentionTraffic, traffic_of_teacher
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.planning.activations import Sizes, Workload
 from megatron_attnedit.planning.memory import FLOAT32, trained_on_process
 
@@ -23,13 +23,13 @@ KL_SUMS = 5
 
 
 @dataclass(frozen=True)
-class Traffic:
+class CommunicationVolume:
     """Bytes of one process of a pipeline stage, by group of processes.
 
     Attributes:
         tensor: Activations, and gradients of weights that its processes hold alike.
         context: Keys and values, and their gradients.
-        expert: Tokens on their way to experts and back; experts visited evenly.
+        expert: Tokens on their way to experts and back; tokens routed evenly.
         pipeline: Messages sent.
         data: Gradients, and weights gathered by the distributed optimizer.
     """
@@ -57,24 +57,24 @@ class _Run:
         """Bytes of a micro-batch's hidden states, whole."""
         return self.sizes.tokens * self.hf.hidden_size * self.sizes.number
 
-    def attention(self, layer: int, *, edited: bool) -> AttentionTraffic:
+    def attention(self, layer: int, *, edited: bool) -> AttentionVolume:
         if edited and self.student.edits(layer):
-            return self.student.traffic(self.hf)
-        return traffic_of_teacher(self.hf)
+            return self.student.communication_volume(self.hf)
+        return volume_of_teacher(self.hf)
 
     def trains(self, layer: int) -> bool:
         return self.work.trainable == "all" or self.student.edits(layer)
 
 
-def traffic_of_stages(
+def volume_of_stages(
     hf: HFConfig, student: StudentAttention, parallel: ParallelConfig, work: Workload
-) -> list[Traffic]:
+) -> list[CommunicationVolume]:
     """One process of each pipeline stage.
 
     Args:
         hf: The teacher.
         student: What replaces its attention.
-        parallel: A grid that ``check_model`` accepts.
+        parallel: A layout that ``check_model`` accepts.
         work: The run.
     """
     run = _Run(hf, student, parallel, work)
@@ -82,7 +82,7 @@ def traffic_of_stages(
     return [_stage(run, stage, chunks) for stage, chunks in enumerate(pieces)]
 
 
-def _stage(run: _Run, stage: int, chunks: Sequence[range]) -> Traffic:
+def _stage(run: _Run, stage: int, chunks: Sequence[range]) -> CommunicationVolume:
     total: Counter[str] = Counter()
     for index, layers in enumerate(chunks):
         first, last = run.parallel.ends_of_chunk(stage, index)
@@ -98,7 +98,7 @@ def _stage(run: _Run, stage: int, chunks: Sequence[range]) -> Traffic:
         "tensor": run.parallel.tensor_model_parallel_size,
         "context": run.parallel.context_parallel_size,
     }
-    return Traffic(**{name: n for name, n in total.items() if sizes.get(name, 2) > 1})
+    return CommunicationVolume(**{name: n for name, n in total.items() if sizes.get(name, 2) > 1})
 
 
 def _stage_1_of_chunk(run: _Run, layers: range, *, first: bool, last: bool) -> Counter[str]:
@@ -200,7 +200,7 @@ def _attention_backward(run: _Run, layer: int, *, input_wants: bool) -> Counter[
     return total
 
 
-def _shared_groups(run: _Run, attention: AttentionTraffic) -> int:
+def _shared_groups(run: _Run, attention: AttentionVolume) -> int:
     """Processes that share a key-value group hand each other their parts of it."""
     if attention.groups >= run.sizes.tp:
         return 0

@@ -15,7 +15,7 @@ def attention_flops(hf: HFConfig, seq_length: int) -> float:
 
 
 def mlp_flops(hf: HFConfig) -> float:
-    """Forward, one token, one layer; of experts, those that a token visits and the router."""
+    """Forward, one token, one layer; of experts, those it is routed to and the router."""
     if hf.num_experts:
         experts = 6 * hf.moe_intermediate_size * hf.num_experts_per_tok
         return hf.hidden_size * (experts + 2 * hf.num_experts)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.models.frozen_fp8 import rows_in_fp8
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.student import edited_rows, student_rows
 from megatron_attnedit.planning.activations import Workload, activation_bytes
 
@@ -61,7 +61,7 @@ def memory_of_stages(
     Args:
         hf: The teacher.
         student: What replaces its attention.
-        parallel: A grid that ``check_model`` accepts.
+        parallel: A layout that ``check_model`` accepts.
         work: The run.
     """
     found = []
@@ -173,7 +173,7 @@ def trained_on_process(
 
 
 def _shards(
-    rows: Iterable[ParamRow],
+    rows: Iterable[ParamMapping],
     hf: HFConfig,
     parallel: ParallelConfig,
     layers: range,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.planning.memory import RESERVE_BYTES, Workload, memory_of_stages
 
 # Of a pipeline: so many micro-batches for each stage keep it busy for most of the time.
@@ -38,7 +38,7 @@ def largest_micro_batch(
     Args:
         hf: The teacher.
         student: The student's attention.
-        parallel: The grid.
+        parallel: The layout.
         work: With the micro-batch of now.
         device_bytes: Of a device.
 

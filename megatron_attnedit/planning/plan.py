@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.planning.activations import Workload
 from megatron_attnedit.planning.memory import RankMemory, memory_of_stages
 
@@ -81,7 +81,7 @@ def plan(
     *,
     context: int,
 ) -> Plan:
-    """Sizes of a run on a grid, everything but the edited attentions frozen.
+    """Sizes of a run on a layout, everything but the edited attentions frozen.
 
     Args:
         teacher: Its configuration.
@@ -91,8 +91,8 @@ def plan(
         context: Tokens in the cache.
 
     Raises:
-        UserError: the grid cannot cut this teacher, this student, this batch, or does not fill the
-            processes; names the flag.
+        UserError: the layout cannot cut this teacher, this student, this batch, or does not
+            fill the processes; names the flag.
     """
     check_count("--context", context)
     parallel.check_processes(size.world_size)

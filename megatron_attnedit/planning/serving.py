@@ -14,7 +14,7 @@ from megatron_attnedit.attention.cached_layers import CachedLayers, cached_by_te
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.student import student_rows
 
@@ -110,7 +110,7 @@ def serve_student(
 
 def _serve(
     hf: HFConfig,
-    rows: Sequence[ParamRow],
+    rows: Sequence[ParamMapping],
     layers: Sequence[CachedLayers],
     size: ServingSize,
     context: int,

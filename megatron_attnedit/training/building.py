@@ -16,11 +16,11 @@ from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.models.frozen_fp8 import fp8_copies
 from megatron_attnedit.models.student import edited_attentions
-from megatron_attnedit.models.teacher import can_be_recorded
+from megatron_attnedit.models.teacher import can_be_captured
 from megatron_attnedit.planning.flops import stage1_flops, stage2_flops
 from megatron_attnedit.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
+from megatron_attnedit.training.scheduled_sampling import ScheduledSampling
 from megatron_attnedit.training.stages import Stage, Stage1, Stage2
-from megatron_attnedit.training.student_inputs import StudentInputs
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +68,18 @@ def build(recipe: Recipe, models: Models) -> Built:
     return BUILDERS[recipe.number](recipe, models)
 
 
-def _records(recipe: Recipe, models: Models) -> bool:
-    """``--record`` is for speed alone: where it does not go, the run goes on without."""
-    possible = bootstrap().records and can_be_recorded(models.teacher[0].config)
-    if recipe.record and not possible:
-        logger.warning("warning: --record is ignored: not on this device, or this model and grid")
-    return recipe.record and possible
+def _uses_cuda_graph(recipe: Recipe, models: Models) -> bool:
+    """CUDA graphs are for speed alone: where they cannot be captured, the run continues without."""
+    possible = bootstrap().captures and can_be_captured(models.teacher[0].config)
+    if recipe.enable_cuda_graph and not possible:
+        logger.warning(
+            "warning: --enable-cuda-graph is ignored: not on this device, or this model and layout"
+        )
+    return recipe.enable_cuda_graph and possible
 
 
 def _captures_student(recipe: Stage2Recipe, *, records: bool) -> bool:
-    """With ``--record``, forward and backward of stage 2's student, unless something forbids it."""
+    """With ``--enable-cuda-graph``, also stage 2's student, unless something forbids it."""
     forbids = {
         "--overlap-grad-reduce": recipe.overlap_grad_reduce,  # a replay calls no hooks
         "--overlap-param-gather": recipe.overlap_param_gather,
@@ -85,7 +87,9 @@ def _captures_student(recipe: Stage2Recipe, *, records: bool) -> bool:
     }
     found = [flag for flag, given in forbids.items() if given]
     if records and found:
-        logger.warning("warning: --record is for the teacher alone with %s", " and ".join(found))
+        logger.warning(
+            "warning: --enable-cuda-graph is for the teacher alone with %s", " and ".join(found)
+        )
     return records and not found
 
 
@@ -95,7 +99,7 @@ def _layer_wise(recipe: Stage1Recipe, models: Models) -> Built:
             teacher,
             edited_attentions(student, models.attention),
             normalisation=recipe.normalisation,
-            record=_records(recipe, models),
+            cuda_graph=_uses_cuda_graph(recipe, models),
             student=student if recipe.runs_student else None,
         )
         for teacher, student in zip(models.teacher, models.student, strict=True)
@@ -104,7 +108,7 @@ def _layer_wise(recipe: Stage1Recipe, models: Models) -> Built:
         Stage1,
         modules,
         edited=models.edited,
-        student_inputs=StudentInputs.of(recipe, models.hf.num_hidden_layers),
+        student_inputs=ScheduledSampling.of(recipe, models.hf.num_hidden_layers),
     )
     flops = stage1_flops(models.hf, recipe.seq_length, runs_student=recipe.runs_student)
     return Built(modules, stage_of, flops)
@@ -124,7 +128,7 @@ def _model_level(recipe: Stage2Recipe, models: Models) -> Built:
     if recipe.in_fp8:
         layers = recipe.frozen_precision_layers
         fp8 = fp8_copies(models.teacher, models.student, layers, edits=models.attention.edits)
-    records = _records(recipe, models)
+    records = _uses_cuda_graph(recipe, models)
     captures = _captures_student(recipe, records=records)
     modules = [
         ModelLevelDistillation(
@@ -134,7 +138,7 @@ def _model_level(recipe: Stage2Recipe, models: Models) -> Built:
             config=config,
             vocab_size=models.hf.vocab_size,
             num_matched=num_matched,
-            record=records,
+            cuda_graph=records,
             capture_student=captures,
             fp8=pair,
         )

@@ -20,8 +20,8 @@ from megatron_attnedit.core_attention.backends import attention_backend
 from megatron_attnedit.data.datasets import DataConfig, check_datasets, data_identity
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
-from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.lineage import FILE, Lineage, read_lineage
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.training.frozen_precision import check_fp8_device, check_fp8_sizes
 from megatron_attnedit.training.judging import check_judging
 from megatron_attnedit.training.optimizer import check_offload
@@ -36,7 +36,7 @@ class Checked:
     """What a run starts from.
 
     Attributes:
-        parallel: The grid.
+        parallel: The layout.
         hf: The teacher's configuration.
         start: The student's checkpoint.
         before: Its lineage.

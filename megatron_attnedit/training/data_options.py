@@ -25,4 +25,4 @@ class DataOptions:
     reset_attention_mask: bool = option(
         False, "tokens of a sample see those of their own document only"
     )
-    reset_position_ids: bool = option(False, "positions start anew in each document of a sample")
+    reset_position_ids: bool = option(False, "positions restart in each document of a sample")

@@ -1,4 +1,4 @@
-"""A run's grid, schedule and memory, checked and shown without weights, data or processes."""
+"""A run's layout, schedule and memory, checked and shown without weights, data or processes."""
 
 import argparse
 import dataclasses
@@ -16,9 +16,9 @@ from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.data.token_files import describe
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import write_output
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.planning.activations import Workload
-from megatron_attnedit.planning.communication_volume import Traffic, traffic_of_stages
+from megatron_attnedit.planning.communication_volume import CommunicationVolume, volume_of_stages
 from megatron_attnedit.planning.memory import RESERVE_BYTES, RankMemory, memory_of_stages
 from megatron_attnedit.planning.micro_batch import largest_micro_batch
 from megatron_attnedit.training.checks import (
@@ -46,11 +46,11 @@ class DryRun:
         recipe: The run.
         hf: Its teacher.
         student: The student's attention.
-        parallel: The grid.
+        parallel: The layout.
         world_size: Processes.
         work: What memory depends on.
         memory: Of a process of each pipeline stage.
-        traffic: Of the same process, in an iteration.
+        volume: Of the same process, in an iteration.
     """
 
     recipe: Recipe
@@ -60,7 +60,7 @@ class DryRun:
     world_size: int
     work: Workload
     memory: list[RankMemory]
-    traffic: list[Traffic]
+    volume: list[CommunicationVolume]
 
 
 def dry_run(cls: type[Recipe], description: str, argv: list[str] | None = None) -> None:
@@ -87,7 +87,7 @@ def dry_run(cls: type[Recipe], description: str, argv: list[str] | None = None) 
     values = {**(read_recipe_file(cls, file) if file else {}), **given}
     found = plan_run(cls, values, flags, world_size)
     report = [*_grid_lines(found), *_schedule_lines(found)]
-    report += [*_memory_lines(found), *_micro_batch_lines(found, limit), *_traffic_lines(found)]
+    report += [*_memory_lines(found), *_micro_batch_lines(found, limit), *_volume_lines(found)]
     print("\n".join(report), flush=True)
     if target:
         write_output(target, json.dumps(_as_json(found), indent=2) + "\n")
@@ -135,8 +135,8 @@ def plan_run(
     work = check_run(recipe, hf, student, parallel, world_size)
     _check_what_is_here(recipe, hf)
     memory = memory_of_stages(hf, student, parallel, work)
-    traffic = traffic_of_stages(hf, student, parallel, work)
-    return DryRun(recipe, hf, student, parallel, world_size, work, memory, traffic)
+    volume = volume_of_stages(hf, student, parallel, work)
+    return DryRun(recipe, hf, student, parallel, world_size, work, memory, volume)
 
 
 def check_run(
@@ -146,7 +146,7 @@ def check_run(
     parallel: ParallelConfig,
     world_size: int,
 ) -> Workload:
-    """Refuse a grid or a batch that cannot work; what memory depends on.
+    """Refuse a layout or a batch that cannot work; what memory depends on.
 
     Raises:
         UserError: names the flag.
@@ -221,7 +221,7 @@ def _grid_lines(found: DryRun) -> list[str]:
     return [
         f"teacher    {model}",
         f"student    {found.student}",
-        f"grid       {found.world_size} processes: " + ", ".join(sizes),
+        f"layout     {found.world_size} processes: " + ", ".join(sizes),
     ]
 
 
@@ -276,14 +276,16 @@ def _micro_batch_lines(found: DryRun, device_memory_gib: float) -> list[str]:
     ]
 
 
-def _traffic_lines(found: DryRun) -> list[str]:
+def _volume_lines(found: DryRun) -> list[str]:
     """Nothing where one process runs alone."""
-    names = [name for name in vars(Traffic()) if any(getattr(t, name) for t in found.traffic)]
+    names = [
+        name for name in vars(CommunicationVolume()) if any(getattr(t, name) for t in found.volume)
+    ]
     if not names:
         return []
-    lines = ["traffic    GB an iteration " + "".join(f"{name:>13}" for name in names)]
-    for stage, traffic in enumerate(found.traffic):
-        row = "".join(f"{getattr(traffic, name) / 1e9:13.2f}" for name in names)
+    lines = ["sent       GB an iteration " + "".join(f"{name:>13}" for name in names)]
+    for stage, volume in enumerate(found.volume):
+        row = "".join(f"{getattr(volume, name) / 1e9:13.2f}" for name in names)
         lines.append(f"           pipeline stage {stage:<2}{row}")
     return lines
 
@@ -295,7 +297,7 @@ def _as_json(found: DryRun) -> dict[str, Any]:
         "world_size": found.world_size,
         "workload": dataclasses.asdict(found.work),
         "memory": [{**vars(memory), "total": memory.total} for memory in found.memory],
-        "traffic": [vars(traffic) for traffic in found.traffic],
+        "communication_volume": [vars(volume) for volume in found.volume],
     }
 
 

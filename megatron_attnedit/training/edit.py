@@ -16,8 +16,8 @@ from megatron_attnedit.attention.registry import student_attention_class
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.checkpoint import run_folder, sharded_state
 from megatron_attnedit.checkpoint.writer import save
+from megatron_attnedit.convert.checked_reader import DTYPES
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
-from megatron_attnedit.convert.reading import DTYPES
 from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.data.calibration import (
     attention_inputs,
@@ -28,7 +28,7 @@ from megatron_attnedit.data.datasets import DataConfig
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_writable
 from megatron_attnedit.locks import folder_lock
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.student import (
     build_student,
     edited_attentions,

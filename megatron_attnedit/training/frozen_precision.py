@@ -11,7 +11,7 @@ from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.device import bootstrap, fp8
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.frozen_fp8 import rows_in_fp8
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.training.precision_options import PrecisionOptions, ShareInFp8
 from megatron_attnedit.training.run_state import Run
 from megatron_attnedit.training.stages import Stage2

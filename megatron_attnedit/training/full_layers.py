@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from megatron_attnedit.attention.sink_fit import fit_sink_logits
+from megatron_attnedit.convert.checked_reader import DTYPES
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
-from megatron_attnedit.convert.reading import DTYPES
 from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.module import CoreAttention
 from megatron_attnedit.core_attention.windows import to_window_size, uniform_full_layers
 from megatron_attnedit.data.calibration import calibration_data, calibration_samples
 from megatron_attnedit.distill.kl import chunked_lm_loss
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.teacher import backbone, output_weight
 from megatron_attnedit.training.setup import (
     load_teacher,

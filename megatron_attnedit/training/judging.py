@@ -1,6 +1,6 @@
 """Judges checkpoints by tasks during a run: ``tools/evaluate.py`` in a process beside rank 0.
 
-The process exports the checkpoint as any reader does, so the grid does not matter. It shares rank
+The process exports the checkpoint as any reader does, so the layout does not matter. It shares rank
 0's device, and a judgement that fails is a line in the log, not the end of the training.
 """
 

@@ -92,10 +92,10 @@ def update(run: Run, metrics: Mapping[str, Any], squares: LateNumbers | None) ->
 
 
 def skip(run: Run, verdict: int, loss: float) -> None:
-    """Leave everything as it is and go on with the next batch, or stop."""
+    """Leave everything as it is and continue with the next batch, or stop."""
     what = run.health.describe(verdict, loss)
     if verdict == BAD_LOSS:
-        what += f", {run.stage.blame()}"
+        what += f", {run.stage.locate_nonfinite()}"
     run.writer.finish()
     run.health.reject(what, run.iteration + 1)
     run.iteration += 1

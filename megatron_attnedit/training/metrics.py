@@ -166,7 +166,7 @@ class MetricsLog:
         self._last_iteration = start_iteration
         if not enabled:
             return
-        # A run that starts validates before its first iteration; one that goes on does not.
+        # A run that starts validates before its first iteration; one that continues does not.
         first = start_iteration + 1 if start_iteration else 0
         self._lines = JsonLines(directory, first)
         self._elapsed_before = self._lines.seconds

@@ -67,7 +67,7 @@ def wrap(
         wd_incr_style="constant",
         wsd_decay_steps=recipe.lr_wsd_decay_iters,
         lr_wsd_decay_style=recipe.lr_wsd_decay_style,
-        # A run that goes on follows its recipe, which may have become longer.
+        # A run that continues follows its recipe, which may have become longer.
         override_opt_param_scheduler=True,
         use_checkpoint_opt_param_scheduler=False,
     )
@@ -156,13 +156,13 @@ def fitted(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, An
     """The optimizer's part of a checkpoint, as this run's optimizer takes it.
 
     Parameter groups keep learning rates, which become this run's: mcore 0.19 finds a group by them.
-    And this grid may have another number of optimizers. Mcore has one more where trained experts
+    And this layout may have another number of optimizers. Mcore has one more where trained experts
     lie on other processes than the rest; states are found by name, parameter groups are kept for
     each optimizer and differ in nothing but that.
 
     Args:
         loaded: Numbered parts, where several optimizers have written or want one.
-        optimizer: Of this grid.
+        optimizer: Of this layout.
 
     Raises:
         UserError: the optimizer is not the distributed one, whose states alone are found by name.
@@ -179,7 +179,7 @@ def fitted(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, An
     if not all(isinstance(part, DistributedOptimizer) for part in parts):
         raise UserError(
             "trained experts that lie on other processes than before, relative to the rest of the "
-            "model, go on with --use-distributed-optimizer only"
+            "model, continue with --use-distributed-optimizer only"
         )
     if len(parts) == 1:
         return {**numbered[0], **whole}

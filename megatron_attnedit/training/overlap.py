@@ -15,9 +15,9 @@ def wait_before_use(model: DistributedDataParallel) -> None:
     """Make every part of a model that trains wait for its weights; what is left, for the loss.
 
     Args:
-        model: Around a module that names these parts (``called_as_a_whole``).
+        model: Around a module that names these parts (``trainable_modules``).
     """
-    for part in model.module.called_as_a_whole:
+    for part in model.module.trainable_modules:
         groups = _groups(model, part.parameters())
         if groups:
             part.register_forward_pre_hook(_waiting(groups))

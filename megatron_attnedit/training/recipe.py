@@ -9,7 +9,7 @@ from megatron_attnedit.distill.divergences import DIVERGENCES
 from megatron_attnedit.distill.layerwise import NORMALISATIONS
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import check_output_folder
-from megatron_attnedit.models.grid import ParallelConfig, num_microbatches
+from megatron_attnedit.models.parallel_layout import ParallelConfig, num_microbatches
 from megatron_attnedit.models.transformer_engine import TRANSFORMER_IMPLS
 from megatron_attnedit.training.data_options import DataOptions
 from megatron_attnedit.training.options import check_options, flag_name, option
@@ -66,7 +66,7 @@ class Recipe(TaskOptions, DataOptions, PrecisionOptions):
     sequence_parallel: bool = option(False, "cut norms over tensor-parallel processes, too")
     pipeline_model_parallel_size: int = option(1, "stages that the layers are cut into", minimum=1)
     num_virtual_stages_per_pipeline_rank: int = option(
-        1, "pieces of the model on each process; above 1: interleaved pipeline", minimum=1
+        1, "model chunks on each process; above 1: interleaved pipeline", minimum=1
     )
     pipeline_model_parallel_layout: str = option(
         "", "layers of each stage, for example Et|ttt|tttL (E embedding, t layer, L loss)"
@@ -90,7 +90,7 @@ class Recipe(TaskOptions, DataOptions, PrecisionOptions):
         False, "master weights, moments and update on the host; needs --use-distributed-optimizer"
     )
     attention_backend: str = option("auto", "attention kernel", ("auto", *ATTENTION_BACKENDS))
-    record: bool = option(
+    enable_cuda_graph: bool = option(
         False,
         "capture as CUDA graphs and replay, in stage 1 a micro-batch, in stage 2 the teacher and "
         "(without overlap and --recompute full) the student: NVIDIA; no context parallelism, no "
@@ -109,7 +109,7 @@ class Recipe(TaskOptions, DataOptions, PrecisionOptions):
         500, "iterations between checkpoints; the last one is always saved", minimum=1
     )
     async_save: bool | None = option(
-        None, "write checkpoints behind the training; not given: on accelerators, not on a CPU"
+        None, "write checkpoints in the background; not given: on accelerators, not on a CPU"
     )
     keep_last: int = option(0, "newest checkpoints that stay; 0: all", minimum=0)
     keep_every: int = option(
@@ -220,7 +220,7 @@ class Recipe(TaskOptions, DataOptions, PrecisionOptions):
         return {"fp8_layers": self.frozen_precision_layers if self.in_fp8 else ""}
 
     def parallel(self) -> ParallelConfig:
-        """The grid.
+        """The layout.
 
         Raises:
             UserError: its sizes do not go together.
@@ -245,13 +245,13 @@ class Stage1Recipe(Recipe):
     normalisation: str = option(
         "layer", "error divided by the layer's or by each token's energy", NORMALISATIONS
     )
-    student_input_start: float = option(
+    scheduled_sampling_start: float = option(
         0.0,
         "probability in the first iteration that a layer gets the student's own hidden states",
         minimum=0,
         maximum=1,
     )
-    student_input_end: float = option(
+    scheduled_sampling_end: float = option(
         0.0,
         "the same in the last iteration, linear between; both 0: layers get the teacher's only",
         minimum=0,
@@ -260,16 +260,16 @@ class Stage1Recipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.record and self.overlap_grad_reduce:
+        if self.enable_cuda_graph and self.overlap_grad_reduce:
             raise UserError(
-                "--record does not go with --overlap-grad-reduce: in a replay nothing tells when a "
-                "gradient is ready"
+                "--enable-cuda-graph does not go with --overlap-grad-reduce: in a replay nothing "
+                "tells when a gradient is ready"
             )
 
     @property
     def runs_student(self) -> bool:
         """Does any layer receive the student's own hidden states?"""
-        return max(self.student_input_start, self.student_input_end) > 0
+        return max(self.scheduled_sampling_start, self.scheduled_sampling_end) > 0
 
     def workload(self) -> dict[str, Any]:
         return {**super().workload(), "runs_student": self.runs_student}
@@ -301,10 +301,10 @@ class Stage2Recipe(ShareInFp8, Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.record and self.feature_matching_weight:
+        if self.enable_cuda_graph and self.feature_matching_weight:
             raise UserError(
-                "--record does not go with --feature-matching-weight: a replay hands out nothing "
-                "between the teacher's layers"
+                "--enable-cuda-graph does not go with --feature-matching-weight: a replay hands "
+                "out nothing between the teacher's layers"
             )
         if self.recompute == "full" and self.feature_matching_weight:
             raise UserError(

@@ -20,6 +20,7 @@ from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import read_input
 from megatron_attnedit.training.options import flag_name
 from megatron_attnedit.training.recipe import Recipe
+from megatron_attnedit.training.renamed_options import add_old_flags, with_current_names
 
 LARGEST_FILE = 256 * 1024  # bytes; YAML is read slowly, and a recipe is a page
 
@@ -128,6 +129,7 @@ def read_recipe_file(cls: type[Recipe], file: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file")
     content = _read_yaml(path) or {}
     kinds = _field_types(cls)
+    content = with_current_names(content, kinds, str(path))
     for key in content:
         if key not in kinds:
             raise UserError(f"{path}: unknown key {shown(key)}; {_suggestion(key, kinds)}")
@@ -143,8 +145,8 @@ def parser_for(cls: type[Recipe], description: str) -> argparse.ArgumentParser:
     """One flag per field, with unit and default."""
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="With --dry-run nothing is trained: grid, schedule and memory are checked and shown "
-        "on any machine; --dry-run --help lists its flags.",
+        epilog="With --dry-run nothing is trained: layout, schedule and memory are checked and "
+        "shown on any machine; --dry-run --help lists its flags.",
     )
     parser.add_argument("--recipe", help="YAML file; flags given here override it")
     kinds = _field_types(cls)
@@ -162,6 +164,7 @@ def parser_for(cls: type[Recipe], description: str) -> argparse.ArgumentParser:
         else:
             kwargs.update(type=kinds[item.name], metavar=kinds[item.name].__name__.upper())
         parser.add_argument(flag_name(item.name), **kwargs)
+    add_old_flags(parser, kinds)
     return parser
 
 

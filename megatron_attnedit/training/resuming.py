@@ -67,7 +67,5 @@ def _load(run: Run) -> None:
     if len(states) == dist.get_world_size():
         set_own_state(states[dist.get_rank()])
     else:
-        logger.warning(
-            "warning: written by %d processes: random generators start anew", len(states)
-        )
+        logger.warning("warning: written by %d processes: random generators restart", len(states))
     logger.info("continuing from %s", found)

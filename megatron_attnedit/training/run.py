@@ -83,7 +83,7 @@ def _say_finished(recipe: Recipe, iterations: int) -> None:
     beat(iterations, FINISHED)
     logger.info(
         "--save %s: finished already, at iteration %d of --train-iters %d; a larger --train-iters "
-        "goes on from there",
+        "continues from there",
         recipe.save, iterations, recipe.train_iters,
     )  # fmt: skip
 

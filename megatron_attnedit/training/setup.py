@@ -28,8 +28,8 @@ from megatron_attnedit.convert.verification import Verification, explained
 from megatron_attnedit.device import Accelerator, bootstrap, forget_recordings
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.config import transformer_config
-from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.lineage import Lineage, read_lineage
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.teacher import build_teacher, load_from_hf
 from megatron_attnedit.training import random_state
 
@@ -40,7 +40,7 @@ def start_processes(
     """Join the processes that torchrun started (or run alone) and form Megatron's groups.
 
     Raises:
-        UserError: the number of processes does not fit the grid.
+        UserError: the number of processes does not fit the layout.
     """
     accelerator = bootstrap()
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
@@ -135,11 +135,11 @@ def load_teacher(
     attention_backend: str = "auto",
     **flags: Any,
 ) -> Teacher:
-    """Build the teacher on this grid and load it from either format.
+    """Build the teacher on this layout and load it from either format.
 
     Args:
         source: Hugging Face directory or imported checkpoint.
-        parallel: The grid.
+        parallel: The layout.
         dtype: Type of parameters and activations.
         accelerator: Where it goes.
         attention_backend: See ``core_attention.backends``.

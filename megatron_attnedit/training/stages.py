@@ -21,7 +21,7 @@ from megatron_attnedit.device import LateMetrics, LateNumbers
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelDistillation, nonfinite_layers
 from megatron_attnedit.training.schedule import run_schedule, sum_of_reports, sum_over_ranks
-from megatron_attnedit.training.student_inputs import StudentInputs
+from megatron_attnedit.training.scheduled_sampling import ScheduledSampling
 from megatron_attnedit.training.update import finalize_model_grads
 
 Metrics = Mapping[str, Any]
@@ -39,7 +39,7 @@ class Stage(Protocol):
     def validate(self, batches: Iterator[Batch], num_microbatches: int) -> Metrics:
         """The same losses without gradients, and more."""
 
-    def blame(self) -> str:
+    def locate_nonfinite(self) -> str:
         """Where a loss that is not finite comes from."""
 
 
@@ -93,7 +93,7 @@ class Stage1:
         modules: Sequence[LayerwiseDistillation],
         models: Sequence[DistributedDataParallel],
         edited: Sequence[int],
-        student_inputs: StudentInputs | None = None,
+        student_inputs: ScheduledSampling | None = None,
     ) -> None:
         self.modules = modules
         self.models = models
@@ -141,7 +141,7 @@ class Stage1:
     def validate(self, batches: Iterator[Batch], num_microbatches: int) -> Metrics:
         return self._metrics(self._run(batches, num_microbatches, training=False))
 
-    def blame(self) -> str:
+    def locate_nonfinite(self) -> str:
         bad = [layer for layer, loss in self._layer_losses.items() if not math.isfinite(loss)]
         return f"layer {', '.join(bad)}"
 
@@ -250,7 +250,7 @@ class Stage2:
             metrics[f"{model} perplexity"] = loss.exp().item()
         return metrics
 
-    def blame(self) -> str:
+    def locate_nonfinite(self) -> str:
         with torch.no_grad(), nonfinite_layers([m.running[1] for m in self.modules]) as bad:
             run_schedule(
                 self.models,

@@ -17,8 +17,8 @@ from megatron_attnedit.checkpoint.reader import (
 )
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow
 from megatron_attnedit.convert.verification import Verification, explained
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.lineage import Lineage
 from megatron_attnedit.models.student import (
@@ -112,14 +112,16 @@ class Student:
             state = model_state(self.chunks) if stored_all else self._attention_state()
             sharded_state.load_params(start, state)
 
-    def _open(self, hf: HFConfig, start: Path, lineage: Lineage) -> tuple[Source, list[ParamRow]]:
+    def _open(
+        self, hf: HFConfig, start: Path, lineage: Lineage
+    ) -> tuple[Source, list[ParamMapping]]:
         """Compare the lineage's sizes with the files before modules of those sizes are built."""
         whole = lineage.trainable == "all" or (is_hf(start) and start.is_dir())
         rows = student_rows(hf, self.attention) if whole else edited_rows(hf, self.attention)
         return check_before_building(start, rows, hf), rows
 
     def _load_from_hf(
-        self, hf: HFConfig, reader: HFReader, rows: list[ParamRow], *, stored_all: bool
+        self, hf: HFConfig, reader: HFReader, rows: list[ParamMapping], *, stored_all: bool
     ) -> None:
         edited = {row.megatron_param for row in edited_rows(hf, self.attention)}
         load_from_hf(self.chunks, reader, rows, hf, only=None if stored_all else edited)

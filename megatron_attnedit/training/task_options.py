@@ -14,7 +14,7 @@ class TaskOptions:
     eval_tasks_interval: int = option(
         0,
         "iterations between judgements by tasks: a checkpoint is saved, and a process beside rank "
-        "0 exports and judges it while training goes on; 0: none",
+        "0 exports and judges it while training continues; 0: none",
         minimum=0,
     )
     eval_tasks_text: str = option("", "held-out text that tasks are made from", is_path=True)

@@ -25,7 +25,7 @@ def check_installed(project: str) -> None:
 
 
 class WeightsAndBiases:
-    """A sink; a resumed run goes on under its old id.
+    """A sink; a resumed run continues under its old id.
 
     The service keeps the first value of an iteration: what an interrupted attempt logged is not
     counted twice.

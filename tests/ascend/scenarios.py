@@ -17,7 +17,7 @@ from megatron_attnedit.device import bootstrap, kernels
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
 from megatron_attnedit.models.config import transformer_config
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.training.edit import EditConfig, edit
 from megatron_attnedit.training.loop import train as training_loop
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
@@ -286,7 +286,7 @@ def _losses(folder: Path, teacher: Teacher, name: str) -> dict[str, list[Tensor]
 
 
 def _gradients(modules: list[Any]) -> list[Tensor]:
-    """Taken out, so that the next backward starts anew."""
+    """Taken out, so that the next backward restarts."""
     found = []
     for module in modules:
         for param in module.parameters():

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.device.ascend.adaptor import Adaptor
 from megatron_attnedit.models.config import transformer_config
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from tests.support.models import tiny_hf_dir
 
 LAYOUT = {"pipeline_model_parallel_layout": "Et|tttL", "pipeline_model_parallel_size": 2}

@@ -1,7 +1,7 @@
 """What goes between processes, Megatron's own collectives included, is what HCCL has.
 
 On a 910B it reduces by sum, product, maximum and minimum, and knows neither float64 nor complex
-numbers. Recorded on gloo while both stages train on grids.
+numbers. CudaGraph on gloo while both stages train on grids.
 """
 
 import pytest

@@ -16,8 +16,8 @@ from megatron_attnedit.convert.families import FAMILIES
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.export.hf import causal_lm_class
-from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.lineage import read_lineage
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.teacher import full_logits
 from megatron_attnedit.training.recipe import Stage1Recipe
 from megatron_attnedit.training.run import run

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_attnedit.checkpoint.verify import manifest_of, verify
+from megatron_attnedit.convert.checked_reader import Reading
 from megatron_attnedit.convert.dist_metadata import read_metadata
 from megatron_attnedit.convert.hf_checkpoint import INDEX
 from megatron_attnedit.convert.integrity import seal
-from megatron_attnedit.convert.reading import Reading
 from megatron_attnedit.errors import UserError, run_tool
 from tests.support.conversions import change, change_config, make
 from tests.support.inputs import make_inputs, make_student

@@ -1,4 +1,4 @@
-"""A run that becomes longer: it goes on from before its decay, by its new recipe."""
+"""A run that becomes longer: it continues from before its decay, by its new recipe."""
 
 import json
 

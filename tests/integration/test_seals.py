@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from megatron_attnedit.checkpoint.as_hf import hf_directory
 from megatron_attnedit.checkpoint.verify import manifest_of
 from megatron_attnedit.convert import verification
+from megatron_attnedit.convert.checked_reader import MANIFEST
 from megatron_attnedit.convert.integrity import MARKER
-from megatron_attnedit.convert.reading import MANIFEST
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.export.loading import load_model
 from megatron_attnedit.training.loop import train

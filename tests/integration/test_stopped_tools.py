@@ -74,7 +74,7 @@ def while_chunking(number):
 
 
 def while_a_student_is_exported(number):
-    from megatron_attnedit.convert.reading import Reading
+    from megatron_attnedit.convert.checked_reader import Reading
 
     at_call(Reading, "__call__", number, 5)
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from megatron_attnedit.attention import registry
 from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.lineage import read_lineage
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.teacher import full_logits
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import run

@@ -24,7 +24,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def job(inputs, tmp_path):
-    """Starts a run that would go on for long, and waits until it trains."""
+    """Starts a run that would continue for long, and waits until it trains."""
     started = []
 
     def start(processes, *flags):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from megatron_attnedit.device import bootstrap
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.teacher import full_logits
 from megatron_attnedit.training.setup import load_teacher
 from tests.support.conversions import make, same_files

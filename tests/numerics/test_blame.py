@@ -37,7 +37,7 @@ def blame_after_one_bad_batch(folder, save, grid, rank):
     size = parallel_state.get_data_parallel_world_size()
     batches = run.batches(run.train_data, 0)
     loss = run.stage.train_step(batches, run.recipe.num_microbatches(size))["loss"]
-    return loss, run.stage.blame()
+    return loss, run.stage.locate_nonfinite()
 
 
 @pytest.mark.parametrize(("world_size", "grid", "rank"), [(1, {}, 0), (2, {}, 1), (2, PP2, 1)])
@@ -46,5 +46,5 @@ def test_one_bad_batch(tmp_path, world_size, grid, rank):
     answers = processes.run(
         world_size, blame_after_one_bad_batch, folder, tmp_path / "save", grid, rank
     )
-    for loss, blame in answers:
-        assert math.isnan(loss) and blame == f"layer {BAD_LAYER}"
+    for loss, locate_nonfinite in answers:
+        assert math.isnan(loss) and locate_nonfinite == f"layer {BAD_LAYER}"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_attnedit.device import recording
+from megatron_attnedit.device import cuda_graph
 from megatron_attnedit.device.accelerator import Accelerator
 from megatron_attnedit.training.recipe import Stage2Recipe
 from megatron_attnedit.training.run import prepare
@@ -23,8 +23,8 @@ def iterations(folder, student, save, record, fields, count=3):
     """Losses and main gradients, and how many graphs were captured and replayed."""
     graphs = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recording, "capture", capturing(graphs))
-        patch.setattr(Accelerator, "records", True)
+        patch.setattr(cuda_graph, "capture", capturing(graphs))
+        patch.setattr(Accelerator, "captures", True)
         if "frozen_precision" in fields:
             fields = {**fields, "valid_data_path": [str(folder / "data")]}
         run = prepare(recipe(Stage2Recipe, folder, student, save, record=record, **fields))

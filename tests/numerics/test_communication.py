@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.models.lineage import read_lineage
-from megatron_attnedit.planning.communication_volume import traffic_of_stages
+from megatron_attnedit.planning.communication_volume import volume_of_stages
 from megatron_attnedit.training.dry_run import check_run
 from megatron_attnedit.training.run import prepare
 from tests.support import processes
@@ -112,7 +112,7 @@ def predicted(stage, folder, student, save, grid, world_size):
     attention = read_lineage(run_folder.find(str(folder / student), "--load")).attention()
     hf = read_hf_config(folder / "hf")
     work = check_run(recipe, hf, attention, parallel, world_size)
-    return traffic_of_stages(hf, attention, parallel, work)
+    return volume_of_stages(hf, attention, parallel, work)
 
 
 @pytest.fixture(scope="module")

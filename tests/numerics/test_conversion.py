@@ -1,4 +1,4 @@
-"""Every format gives back the numbers that went in, on every grid, whatever the model."""
+"""Every format gives back the numbers that went in, on every layout, whatever the model."""
 
 import json
 import shutil
@@ -16,9 +16,9 @@ from megatron_attnedit.convert.fingerprint import fingerprint
 from megatron_attnedit.convert.hf_checkpoint import INDEX, HFReader
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.convert.hf_writer import SafetensorsFile
-from megatron_attnedit.convert.param_rows import TensorParallelPlace
+from megatron_attnedit.convert.weight_mapping import TensorParallelPlace
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.grid import ParallelConfig, place_of_this_process
+from megatron_attnedit.models.parallel_layout import ParallelConfig, place_of_this_process
 from megatron_attnedit.models.teacher import global_params
 from megatron_attnedit.training.recipe import Stage2Recipe
 from megatron_attnedit.training.run import prepare
@@ -57,7 +57,7 @@ def save_teacher(source, folder, flags):
     ids=["TP2", "PP2", "EP2"],
 )
 def test_megatrons_own_checkpoint_is_read(models, tmp_path, family, flags):
-    """What mcore writes on a grid, and what is written here from a lazy plan, are the same."""
+    """What mcore writes on a layout, and what is written here from a lazy plan, are the same."""
     if family == "qwen3" and "expert_model_parallel_size" in flags:
         pytest.skip("no experts")
     source = models(family)
@@ -83,7 +83,7 @@ def test_processes_share_the_work(models, tmp_path, family):
 
 def test_shards_keep_their_files(models, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_attnedit.convert.hf_writer.MAX_SHARD_BYTES", 100_000)
-    monkeypatch.setattr("megatron_attnedit.convert.pieces.PIECE_NUMBERS", 1000)
+    monkeypatch.setattr("megatron_attnedit.convert.slices.PIECE_NUMBERS", 1000)
     sharded = make(models("llama"), tmp_path / "sharded", "hf")
     names = sorted(file.name for file in sharded.glob("*.safetensors"))
     assert len(names) > 2

@@ -1,6 +1,6 @@
 """Packed documents with masks against one document at a time: losses and gradients of both stages.
 
-The same documents, each in a micro-batch of its own, in one process; packed on every grid.
+The same documents, each in a micro-batch of its own, in one process; packed on every layout.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.windows import causal_window_mask, positions_in_documents
 from megatron_attnedit.data.datasets import Batch
-from megatron_attnedit.models.grid import place_of_this_process
+from megatron_attnedit.models.parallel_layout import place_of_this_process
 from megatron_attnedit.models.teacher import backbone, vocab_parallel_logits
 from megatron_attnedit.training import run as training_run
 from megatron_attnedit.training.run import prepare

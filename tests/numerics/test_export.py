@@ -12,8 +12,8 @@ from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.evaluate.kv_cache import cache_bytes
 from megatron_attnedit.export.hf import causal_lm_class
-from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.lineage import read_lineage
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.teacher import full_logits
 from megatron_attnedit.training.setup import load_teacher, start_processes, stop_processes
 from megatron_attnedit.training.student import Student

@@ -8,7 +8,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.frozen_fp8 import models_to_fp8
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.teacher import first_hidden, through_layers
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 from megatron_attnedit.training.run import prepare
@@ -95,7 +95,7 @@ HALF = {"frozen_precision_until": 0.5}
 
 
 def losses_of_run(stage, folder, student, save, fields):
-    """Of each iteration on this process's grid, and what was measured before."""
+    """Of each iteration on this process's layout, and what was measured before."""
     cls = {1: Stage1Recipe, 2: Stage2Recipe}[stage]
     valid = [str(folder / "data")]
     fields = {"valid_data_path": valid, "eval_iters": 1, "lr": 1e-9, "min_lr": 0.0, **fields}

@@ -242,12 +242,12 @@ def test_a_run_equals_the_cpu_s(inputs, tmp_path, student, stage, dtype, bar):
 )
 def test_a_recorded_run_equals_the_cpu_s(inputs, tmp_path, student, stage):
     """Two micro-batches run, the rest are replayed."""
-    compare_runs(inputs, tmp_path, student, stage, ["--no-bf16", "--record"], 1e-3)
+    compare_runs(inputs, tmp_path, student, stage, ["--no-bf16", "--enable-cuda-graph"], 1e-3)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_recorded_experts_equal_the_cpu_s(expert_inputs, tmp_path, stage):
-    flags = ["--bf16", "--moe-grouped-gemm", "--record"]
+    flags = ["--bf16", "--moe-grouped-gemm", "--enable-cuda-graph"]
     compare_runs(expert_inputs, tmp_path, "mla", stage, flags, 2e-2)
 
 
@@ -282,7 +282,7 @@ def compare_runs(inputs, tmp_path, student, stage, flags, bar, of_both=()):
 
 
 def test_a_checkpoint_behind_the_training_holds_what_one_before_it_does(tmp_path):
-    """The training goes on while a fork of a process with a device context writes."""
+    """The training continues while a fork of a process with a device context writes."""
     inputs = make_inputs(tmp_path / "inputs")
     run = prepare(
         small_recipe(

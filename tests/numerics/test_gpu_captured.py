@@ -6,7 +6,7 @@ python -m pytest -m gpu tests/numerics/test_gpu_captured.py
 import pytest
 import torch
 
-from megatron_attnedit.device import recording
+from megatron_attnedit.device import cuda_graph
 from megatron_attnedit.training.recipe import Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from megatron_attnedit.training.setup import stop_processes
@@ -28,13 +28,13 @@ def expert_inputs(tmp_path_factory):
 
 def iterations(folder, student, save, monkeypatch, **fields):
     """Losses and main gradients of three iterations, and how many graphs were captured."""
-    graphs, capture = [], recording.capture
+    graphs, capture = [], cuda_graph.capture
 
     def counted(*args, **kwargs):
         graphs.append(capture(*args, **kwargs))
         return graphs[-1]
 
-    monkeypatch.setattr(recording, "capture", counted)
+    monkeypatch.setattr(cuda_graph, "capture", counted)
     try:
         run = prepare(recipe(Stage2Recipe, folder, student, save, bf16=True, **fields))
         batches, losses, gradients = run.batches(run.train_data, 0), [], []

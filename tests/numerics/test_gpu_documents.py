@@ -11,7 +11,7 @@ import torch
 from megatron_attnedit.core_attention.backends import attention_backend
 from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.windows import to_window_size
-from megatron_attnedit.device.recording import WARMUP, Recorded
+from megatron_attnedit.device.cuda_graph import WARMUP, CudaGraph
 from tests.numerics.test_gpu import HEADS, TOLERANCES, compare_runs, write_inputs
 from tests.numerics.test_transformer_engine import needs_te
 
@@ -103,7 +103,7 @@ def test_a_recording_takes_other_documents(one_process, heads, window):
             span = documents.span(0, 0, 1000)
             return attend(q, *qkv[1:], size, d**-0.5, documents=span)
 
-    recorded = Recorded(run)
+    recorded = CudaGraph(run)
     lengths = [[[1000 - 3 * i - 100, 3 * i + 60, 40]] for i in range(WARMUP + 3)]
     try:
         for row in lengths:
@@ -119,7 +119,9 @@ def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"), "qwen3")
 
 
-@pytest.mark.parametrize("flags, bar", [(["--no-bf16"], 1e-3), (["--bf16", "--record"], 2e-2)])
+@pytest.mark.parametrize(
+    "flags, bar", [(["--no-bf16"], 1e-3), (["--bf16", "--enable-cuda-graph"], 2e-2)]
+)
 @pytest.mark.parametrize("student", ["mla", "gate_swa", "sink_logits"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_run_equals_the_cpu_s(inputs, tmp_path, student, stage, flags, bar):

@@ -12,7 +12,7 @@ import torch
 from megatron_attnedit.device import bootstrap, fp8
 from megatron_attnedit.device.kernels import rms_norm, swiglu
 from megatron_attnedit.models.frozen_fp8 import models_to_fp8
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.training.setup import load_teacher, start_processes, stop_processes
 from tests.numerics.test_frozen_fp8 import edits, hidden_and_gradient
 from tests.numerics.test_gpu import call, write_inputs
@@ -115,7 +115,7 @@ def test_a_run_equals_the_emulated_one(inputs, tmp_path, student, stage, record)
             *(["--frozen-precision-until", "0.6"] if stage == 2 else []),
             *("--frozen-precision", "fp8-emulated" if device == "cpu" else "fp8"),
             *(["--bf16"] if device == "cuda" else []),
-            *(["--record"] if record and device == "cuda" else []),
+            *(["--enable-cuda-graph"] if record and device == "cuda" else []),
         ]
         call([sys.executable, f"tools/pretrain_stage{stage}.py", *flags], device)
         lines = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())

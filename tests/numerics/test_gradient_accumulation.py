@@ -14,7 +14,7 @@ from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.device import add_weight_gradient
 from megatron_attnedit.distill.kl import chunked_divergence
 from megatron_attnedit.models.config import transformer_config
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from tests.numerics.test_student_matches_reference import rotary_table
 from tests.support import processes
 from tests.support.models import start_megatron, tiny_hf_dir

@@ -1,4 +1,4 @@
-"""``mp_rank_*`` files: on every grid, in both layouts of experts, ours and another program's."""
+"""``mp_rank_*`` files: on every layout, in both layouts of experts, ours and another program's."""
 
 import json
 import pickle
@@ -10,7 +10,7 @@ import torch
 from megatron_attnedit.checkpoint.verify import manifest_of, verify
 from megatron_attnedit.convert.legacy_checkpoint import _load
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.grid import ParallelConfig, place_of_this_process
+from megatron_attnedit.models.parallel_layout import ParallelConfig, place_of_this_process
 from megatron_attnedit.training.setup import load_teacher, start_processes
 from tests.support import processes
 from tests.support.conversions import FAMILIES, change_config, make, same_files

@@ -9,7 +9,7 @@ from tests.support.grids import GRIDS, differences, rows_of, train_on_grid
 from tests.support.inputs import make_inputs
 from tests.support.loss_masks import add_mask, against_plain_losses
 
-BARS = {"loss": 1e-5, "grad_norm": 1e-4, "gradients": 1e-4, "parameters": 1e-4, "routing": 0}
+TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-4, "gradients": 1e-4, "parameters": 1e-4, "routing": 0}
 PLAIN_BAR = 2e-5  # relative, per tensor
 
 
@@ -90,7 +90,7 @@ def test_layouts_against_one_process(inputs, one_process, tmp_path, stage, grid,
         world_size, train_on_grid, stage, inputs, student, tmp_path / "save", flags, 2
     )
     found = differences(rows_of(inputs, student), answers, one_process(stage, student, paths))
-    assert all(found[name] <= bar for name, bar in BARS.items()), found
+    assert all(found[name] <= bar for name, bar in TOLERANCES.items()), found
 
 
 @pytest.mark.full
@@ -106,7 +106,7 @@ def test_masks_of_documents_kept_apart(inputs, tmp_path):
         for size, name, grid in ((1, "a", flags), (2, "b", {**GRIDS["CP2"][1], **flags}))
     )
     found = differences(rows_of(inputs, "mla"), shared, alone[0])
-    assert all(found[name] <= bar for name, bar in BARS.items()), found
+    assert all(found[name] <= bar for name, bar in TOLERANCES.items()), found
 
 
 @pytest.mark.parametrize("grid", ["one process", "CP2 distributed optimizer"])

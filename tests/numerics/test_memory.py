@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from megatron_attnedit.convert.hf_config import read_hf_config
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.planning.activations import kept_by_layers, microbatches_in_flight
 from megatron_attnedit.planning.memory import memory_of_stages
 from megatron_attnedit.training.dry_run import check_run

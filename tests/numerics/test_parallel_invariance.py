@@ -1,6 +1,6 @@
-"""Every grid gives the losses, gradients and weights of one process.
+"""Every layout gives the losses, gradients and weights of one process.
 
-By default every grid meets both stages and both students, and a twelfth of the variants run, for
+By default every layout meets both stages and both students, and a twelfth of the variants run, for
 three iterations; ``--full`` runs all for five.
 """
 
@@ -14,10 +14,10 @@ from tests.support.inputs import STUDENTS, make_inputs, make_student
 from tests.support.parallel_table import write_figures
 from tests.support.thinning import every_other
 
-BARS = {"loss": 1e-5, "grad_norm": 1e-4, "gradients": 1e-4, "parameters": 1e-4, "routing": 0}
-# Rounding to 8 bits of mantissa at every step, in another order on every grid.
+TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-4, "gradients": 1e-4, "parameters": 1e-4, "routing": 0}
+# Rounding to 8 bits of mantissa at every step, in another order on every layout.
 # Measured: 1.2e-3, 1.5e-2, 2.4e-2, 8.5e-3.
-BF16_BARS = {"loss": 5e-3, "grad_norm": 3e-2, "gradients": 5e-2, "parameters": 2e-2}
+BF16_TOLERANCES = {"loss": 5e-3, "grad_norm": 3e-2, "gradients": 5e-2, "parameters": 2e-2}
 MODELS = {"dense": "qwen3", "moe": "qwen3_moe"}
 CORE = ["stage 1", "stage 2"]
 VARIANTS = [stage for stage in grids.STAGES if stage not in CORE]
@@ -91,7 +91,7 @@ def table(request):
     found = {}
     yield found
     if file := request.config.getoption("--parallel-figures"):
-        write_figures(found, BARS, file)
+        write_figures(found, TOLERANCES, file)
 
 
 @pytest.mark.parametrize(("stage", "model", "grid", "student"), cells())
@@ -105,7 +105,7 @@ def test_grid_against_one_process(
     answers = processes.run(world_size, train_on_grid, stage, folder, student, save, flags)
     found = differences(rows_of(folder, student), answers, expected)
     table[stage, model, grid, student] = found
-    assert all(found[name] <= bar for name, bar in BARS.items()), found
+    assert all(found[name] <= bar for name, bar in TOLERANCES.items()), found
     assert all(norm > 0 for norm in expected[2])
 
 
@@ -122,7 +122,7 @@ def test_bf16(inputs, one_process, tmp_path, stage, grid):
         world_size, train_on_grid, stage, inputs[model], student, tmp_path / "save", flags
     )
     found = differences(rows_of(inputs[model], student), answers, expected)
-    assert all(found[name] <= bar for name, bar in BF16_BARS.items()), found
+    assert all(found[name] <= bar for name, bar in BF16_TOLERANCES.items()), found
 
 
 @pytest.mark.parametrize("grid", ["CP2", pytest.param("TP2 SP", marks=pytest.mark.full)])
@@ -138,7 +138,7 @@ def test_sink_tokens(inputs, one_process, tmp_path, grid):
         world_size, train_on_grid, "stage 2", folder, name, tmp_path / "save", flags
     )
     found = differences(rows_of(folder, name), answers, expected)
-    assert all(found[name] <= bar for name, bar in BARS.items()), found
+    assert all(found[name] <= bar for name, bar in TOLERANCES.items()), found
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_chosen_frequencies(inputs, one_process, tmp_path, stage, grid):
         world_size, train_on_grid, stage, folder, name, tmp_path / "save", flags
     )
     found = differences(rows_of(folder, name), answers, expected)
-    assert all(found[name] <= bar for name, bar in BARS.items()), found
+    assert all(found[name] <= bar for name, bar in TOLERANCES.items()), found
 
 
 @pytest.mark.parametrize("flags", [{}, {"expert_model_parallel_size": 2}], ids=["alone", "EP2"])
@@ -179,7 +179,7 @@ def test_grouped_experts(inputs, one_process, tmp_path, flags):
         flags,
     )
     found = differences(rows_of(inputs["moe"], "mla"), answers, expected)
-    assert all(found[name] <= bar for name, bar in BF16_BARS.items()), found
+    assert all(found[name] <= bar for name, bar in BF16_TOLERANCES.items()), found
 
 
 @pytest.mark.parametrize("grid", [pytest.param("PP2", marks=pytest.mark.full), "PP2 interleaved"])
@@ -191,7 +191,7 @@ def test_tied_embeddings_in_a_pipeline(tmp_path, grid):
     expected = processes.run(1, train_on_grid, *arguments, tmp_path / "one", {})[0]
     answers = processes.run(world_size, train_on_grid, *arguments, tmp_path / "two", flags)
     found = differences(rows_of(folder, "mla"), answers, expected)
-    assert all(found[name] <= bar for name, bar in BARS.items()), found
+    assert all(found[name] <= bar for name, bar in TOLERANCES.items()), found
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_recomputation_changes_nothing(
         1, train_on_grid, "stage 2", inputs["dense"], student, tmp_path / "save", flags
     )
     found = differences(rows_of(inputs["dense"], student), answers, expected)
-    assert all(found[name] <= bar for name, bar in BARS.items()), found
+    assert all(found[name] <= bar for name, bar in TOLERANCES.items()), found
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_stage_with_nothing_to_train(inputs, tmp_path, stage, full_layers, distr
     expected = processes.run(1, train_on_grid, stage, folder, name, tmp_path / "one", {})[0]
     answers = processes.run(2, train_on_grid, stage, folder, name, tmp_path / "two", flags)
     found = differences(rows_of(folder, name), answers, expected)
-    assert all(found[name] <= bar for name, bar in BARS.items()), found
+    assert all(found[name] <= bar for name, bar in TOLERANCES.items()), found
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_planted_mistake_is_found(inputs, one_process, tmp_path, mistake, stag
         flags,
     )
     found = differences(rows_of(inputs["dense"], "mla"), answers, expected)
-    assert found["gradients"] > 10 * BARS["gradients"], found
+    assert found["gradients"] > 10 * TOLERANCES["gradients"], found
 
 
 @pytest.mark.parametrize("stage", ["stage 1", "stage 1 on own inputs", "stage 2 all, jsd"])
@@ -262,4 +262,4 @@ def test_buckets_that_overlap_with_computation(inputs, one_process, tmp_path, st
         2, grids.train_with_small_buckets, stage, folder, "gate_swa", tmp_path / "run", flags
     )
     found = differences(rows_of(folder, "gate_swa"), answers, expected)
-    assert {kind: value for kind, value in found.items() if value > BARS[kind]} == {}
+    assert {kind: value for kind, value in found.items() if value > TOLERANCES[kind]} == {}

@@ -138,7 +138,7 @@ def test_own_inputs_continue_bit_for_bit(inputs, tmp_path, grid):
     """Which layers get the student's hidden states is drawn as if nothing had happened."""
     world_size, fields = GRIDS[grid]
     save = tmp_path / "run"
-    fields = {**fields, "student_input_start": 0.2, "student_input_end": 0.9}
+    fields = {**fields, "scheduled_sampling_start": 0.2, "scheduled_sampling_end": 0.9}
     whole = processes.run(world_size, train_to_the_end, "stage 1", inputs, save, fields)
     logged = metrics(save)
     cut_off(save, 2)
@@ -196,7 +196,7 @@ def test_stage_with_nothing_to_train_continues(inputs, tmp_path, stage, distribu
     ],
 )
 def test_trained_experts_continue(tmp_path, grid, distributed):
-    """Bit for bit on the same grid; up to rounding from and on one process, where mcore has one
+    """Bit for bit on the same layout; up to rounding from and on one process, where mcore has one
     optimizer less, if its states are found by name.
     """
     folder = make_inputs(tmp_path / "inputs", "qwen3_moe", num_hidden_layers=2)

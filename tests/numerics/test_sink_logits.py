@@ -6,14 +6,14 @@ from megatron.core.distributed import finalize_model_grads  # noqa: F401  (impor
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from transformers import AutoModelForCausalLM
 
-from megatron_attnedit.attention.gate_swa.rows import SINKS
+from megatron_attnedit.attention.gate_swa.weight_mapping import SINKS
 from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
 from megatron_attnedit.export.hf import register
 from megatron_attnedit.training.edit import EditConfig, edit
 from megatron_attnedit.training.recipe import Stage2Recipe
 from megatron_attnedit.training.run import prepare
 from tests.numerics.test_export import TOLERANCE, student_logits
-from tests.numerics.test_parallel_invariance import BARS
+from tests.numerics.test_parallel_invariance import TOLERANCES
 from tests.numerics.test_resume import assert_equal, cut_off, losses, train_to_the_end
 from tests.support import processes
 from tests.support.grids import GRIDS, LAYERS, differences, rows_of, train_on_grid
@@ -64,7 +64,7 @@ def test_grid_against_one_process(folder, tmp_path, stage, grid):
         world_size, train_on_grid, stage, folder, "student", tmp_path / "many", flags
     )
     found = differences(rows_of(folder, "student"), answers, expected)
-    assert all(found[name] <= bar for name, bar in BARS.items()), found
+    assert all(found[name] <= bar for name, bar in TOLERANCES.items()), found
     logits = {name for name in expected[3] if name.endswith(SINKS)}
     assert len(logits) == LAYERS - 1 and all(expected[3][name].norm() > 0 for name in logits)
 

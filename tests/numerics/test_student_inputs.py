@@ -5,7 +5,7 @@ import torch
 
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.teacher import backbone
 from megatron_attnedit.training.setup import load_teacher, start_processes
 from megatron_attnedit.training.student import Student, find_student
@@ -41,7 +41,7 @@ def loaded(folder, name):
 
 
 def gradients(student):
-    """By name; taken out, so that the next backward starts anew."""
+    """By name; taken out, so that the next backward restarts."""
     found = {}
     for layer_idx, module in student.attentions.items():
         for name, param in module.named_parameters():

@@ -14,7 +14,7 @@ from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.attention.mla.reference import mla_reference
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.models.config import transformer_config
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.student import fill_attentions
 from tests.support import processes
 from tests.support.models import start_megatron, tiny_hf_dir

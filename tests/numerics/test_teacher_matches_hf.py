@@ -68,7 +68,7 @@ def pipeline_logits(hf_dir, flags, ids):
     from megatron_attnedit.convert.hf_config import read_hf_config
     from megatron_attnedit.data.datasets import Batch
     from megatron_attnedit.models.config import transformer_config
-    from megatron_attnedit.models.grid import ParallelConfig
+    from megatron_attnedit.models.parallel_layout import ParallelConfig
     from megatron_attnedit.models.teacher import (
         backbone,
         build_teacher,

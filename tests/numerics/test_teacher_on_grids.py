@@ -1,10 +1,10 @@
-"""An imported teacher is the same on every grid, whichever format it is loaded from."""
+"""An imported teacher is the same on every layout, whichever format it is loaded from."""
 
 import pytest
 import torch
 
 from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.training.setup import load_teacher, start_processes
 from tests.support import processes
 from tests.support.models import tiny_hf_dir

@@ -16,7 +16,7 @@ import torch
 from megatron_attnedit.convert.legacy_checkpoint import _load
 from megatron_attnedit.core_attention.backends import attention_backend, te
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.teacher import backbone, global_params, vocab_parallel_logits
 from megatron_attnedit.models.transformer_engine import check_transformer_impl
 from megatron_attnedit.training.loop import train
@@ -126,7 +126,7 @@ def test_values_and_gradients(tmp_path, case):
 @needs_te
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(
-    "family, flags", [("qwen3", ["--record"]), ("qwen3_moe", ["--moe-grouped-gemm"])]
+    "family, flags", [("qwen3", ["--enable-cuda-graph"]), ("qwen3_moe", ["--moe-grouped-gemm"])]
 )
 def test_a_run_equals_the_local_one_on_a_cpu(tmp_path, family, flags, stage):
     inputs = write_inputs(tmp_path / "inputs", family)
@@ -233,7 +233,7 @@ def values_and_gradients(model):
 
 
 def train_on_both(folder):
-    """Everything is trained on Transformer Engine's layers, and goes on on the local ones."""
+    """Everything is trained on Transformer Engine's layers, and continues on the local ones."""
     inputs = make_inputs(Path(folder) / "inputs", "qwen3_moe", num_hidden_layers=2)
     losses = {}
     for first in ("local", TE):

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_attnedit.device import recording
+from megatron_attnedit.device import cuda_graph
 
 # They hand numbers to the host, or make tensors whose shapes depend on numbers.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
@@ -69,11 +69,11 @@ class StandInGraph(TorchDispatchMode):
 
 
 def capturing(graphs: list[StandInGraph]) -> Any:
-    """In the place of ``recording.capture``; appends what it makes."""
+    """In the place of ``cuda_graph.capture``; appends what it makes."""
 
     def capture(work: Any, device: torch.device, *, beside: Any = None) -> StandInGraph:
         graph = StandInGraph()
-        with recording.no_random_numbers(), graph:
+        with cuda_graph.no_random_numbers(), graph:
             work()
         with torch.no_grad():
             graph.restore()

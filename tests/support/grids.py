@@ -10,8 +10,8 @@ from megatron.core import parallel_state
 
 from megatron_attnedit.checkpoint import run_folder
 from megatron_attnedit.convert.hf_config import read_hf_config
-from megatron_attnedit.models.grid import place_of_this_process
 from megatron_attnedit.models.lineage import read_lineage
+from megatron_attnedit.models.parallel_layout import place_of_this_process
 from megatron_attnedit.models.student import student_rows
 from megatron_attnedit.training import optimizer
 from megatron_attnedit.training.overlap import wait_for_weights
@@ -62,7 +62,10 @@ STAGES = {
     "stage 2 all, jsd": (Stage2Recipe, {"trainable": "all", "kl": "jsd", "temperature": 2.0}),
     "stage 2 recompute": (Stage2Recipe, {"recompute": "full"}),
     "stage 2 all, recompute": (Stage2Recipe, {"trainable": "all", "recompute": "selective"}),
-    "stage 1 on own inputs": (Stage1Recipe, {"student_input_start": 0.3, "student_input_end": 1.0}),
+    "stage 1 on own inputs": (
+        Stage1Recipe,
+        {"scheduled_sampling_start": 0.3, "scheduled_sampling_end": 1.0},
+    ),
 }
 
 
@@ -124,7 +127,7 @@ def count_visits(run):
         return count
 
     for module in run.stage.modules:
-        # Where the router is the teacher's own object, its passes count, too: on every grid alike.
+        # Where the router is the teacher's own object, its passes count, too: on all layouts alike.
         for layer in getattr(module, "student", module.teacher).decoder.layers:
             if hasattr(layer.mlp, "router"):
                 layer.mlp.router.register_forward_hook(hook(layer.layer_number - 1))

@@ -11,7 +11,7 @@ from megatron_attnedit.convert.families import FAMILIES, teacher_rows
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig, read_hf_config
 from megatron_attnedit.models.config import transformer_config
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.teacher import build_teacher, load_from_hf
 
 VOCAB = 131  # odd, so that tensor parallelism has to pad it

@@ -161,6 +161,30 @@ def test_a_planted_command_is_found():
     assert not in_a_test(["python", "-m", "tools.benchmark.no_such"])
 
 
+WORDS = re.compile(
+    r"\b(far sight|first weights|behind the training|own states|words on this rank|GB beyond|"
+    r"of it exposed|utilisation|grids?|goes on|anew)\b"
+)
+OLD_NAMES = re.compile(
+    r"\b(ParamRow|KeptNumbers|Opened|Recorded|LegacyGrid|blame|called_as_a_whole|send_nothing|"
+    r"reduce_apart|BARS|param_rows|Traffic)\b|--record\b|--student-input-"
+)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=name)
+def test_words_are_those_of_the_field(page):
+    text = re.sub(r"`[^`\n]*`", "", without_code(page.read_text()))
+    assert WORDS.findall(text) == [], name(page)
+
+
+def test_old_names_are_gone():
+    """But for the one file that accepts old flags."""
+    for folder in ("megatron_attnedit", "tools", "docs"):
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in (".py", ".md"):
+                assert not OLD_NAMES.search(file.read_text()), name(file)
+
+
 def test_flags_are_those_of_the_tools():
     """After a flag has changed: python -m tools.benchmark.flags_page."""
     assert (DOCS / "reference" / "flags.md").read_text() == flags_page.page()

@@ -7,9 +7,9 @@ kernels:   other kernels for MLA's head sizes and for windows, beside those in u
 kl:        the chunked KL loss against kl_div on full logits, and against its matrix products.
 stage1:    layer-wise distillation against a plain transformers script, random weights.
 stage2:    model-level distillation against the same.
-scaling:   under torchrun, one grid of processes beside one process.
+scaling:   under torchrun, one layout of processes beside one process.
 decode:    an exported student in transformers against its teacher there, random weights.
-checkpoint: how long saving stops a stage-1 run, before going on and behind it.
+checkpoint: how long saving stops a stage-1 run, before continuing and behind it.
 convert:   import and export of a model, against cp of the same bytes.
 """
 
@@ -167,9 +167,9 @@ def add_scaling_flags(parser: argparse.ArgumentParser) -> None:
     scaling.add_argument("--overlap-grad-reduce", action="store_true")
     scaling.add_argument("--overlap-param-gather", action="store_true")
     from megatron_attnedit.models.flags import add_flags_of
-    from megatron_attnedit.models.grid import ParallelConfig
+    from megatron_attnedit.models.parallel_layout import ParallelConfig
 
-    add_flags_of(parser, "scaling: the grid", ParallelConfig)
+    add_flags_of(parser, "scaling: the parallel layout", ParallelConfig)
 
 
 def read_config(args: argparse.Namespace) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def workload(args: argparse.Namespace, config: dict[str, Any]) -> Any:
 
 
 def scaling_fields(args: argparse.Namespace) -> dict[str, Any]:
-    from megatron_attnedit.models.grid import ParallelConfig
+    from megatron_attnedit.models.parallel_layout import ParallelConfig
 
     if args.suite != "scaling":
         return {}

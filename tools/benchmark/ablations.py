@@ -26,7 +26,7 @@ class Arm:
         init: ``teacher`` or ``random``.
         stages: ``1 + 2``, ``1 + own + 2`` (own: on the student's own hidden states), ``1`` or
             ``2``; empty without training.
-        shape: MLA: latent + rotary numbers per token and layer; GateSWA: how its full layers were
+        shape: MLA: latent + rotary elements per token and layer; GateSWA: how its full layers were
             chosen, ``uniform`` or ``measured``, and sink tokens.
         trainable: In stage 2, ``attention`` or ``all``.
     """
@@ -154,7 +154,7 @@ def curve(report: Entry) -> tuple[list[str], list[list[str]]]:
 
 
 def fits(report: Entry) -> tuple[list[str], list[list[str]]]:
-    """MLA right after the edit, by the way its first weights were made."""
+    """MLA right after the edit, by the way its initialization was made."""
     teacher = report["teacher"]["perplexity"]
 
     def excess(student: Entry) -> float | None:

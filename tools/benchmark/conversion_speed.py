@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from megatron_attnedit import stop_signals
+from megatron_attnedit.convert.checked_reader import DTYPES
 from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.convert.hf_writer import HFWriter
-from megatron_attnedit.convert.pieces import Piece
-from megatron_attnedit.convert.reading import DTYPES
+from megatron_attnedit.convert.slices import TensorSlice
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.files import write_output
 
@@ -31,7 +31,7 @@ def synthetic_model(config: dict[str, Any], folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     pool = (torch.randn(2**24, generator=generator) * 0.02).to(torch.bfloat16)
 
-    def read(piece: Piece) -> list[torch.Tensor]:
+    def read(piece: TensorSlice) -> list[torch.Tensor]:
         tensors = []
         for (_, start, stop), shape in zip(piece.hf_slices(), piece.row.hf_shapes, strict=False):
             count = (stop - start) * torch.Size(shape[1:]).numel()

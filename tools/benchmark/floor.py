@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.core_attention.windows import mean_visible_keys
 from megatron_attnedit.planning.flops import mlp_flops
 
@@ -17,7 +17,7 @@ from megatron_attnedit.planning.flops import mlp_flops
 INPUT_PROJECTIONS = ("linear_q_proj", "linear_kv_down_proj", "linear_qkv", "linear_gate")
 
 
-def _matrices(rows: Sequence[ParamRow]) -> tuple[int, int]:
+def _matrices(rows: Sequence[ParamMapping]) -> tuple[int, int]:
     """Numbers in an attention's matrices, and of them in those that read the layer's input."""
     matrices = {row.megatron_param: math.prod(row.shape) for row in rows if len(row.shape) == 2}
     return sum(matrices.values()), sum(

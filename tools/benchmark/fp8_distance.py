@@ -111,7 +111,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Tensor]:
     from megatron_attnedit.convert.hf_config import read_hf_config
     from megatron_attnedit.evaluate.text import token_windows
     from megatron_attnedit.models.config import transformer_config
-    from megatron_attnedit.models.grid import ParallelConfig
+    from megatron_attnedit.models.parallel_layout import ParallelConfig
     from megatron_attnedit.models.teacher import build_teacher
     from megatron_attnedit.training.setup import load_teacher, start_processes, teacher_hf_dir
     from tools.benchmark.workload import fill_with_noise

@@ -12,7 +12,7 @@ from megatron_attnedit.core_attention.backends import attention_backend
 from megatron_attnedit.core_attention.windows import mean_visible_keys, to_window_size
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.distill.kl import chunked_divergence
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.training.setup import start_processes
 from tools.benchmark.timing import matmul_rate, measure, row, side
 from tools.benchmark.workload import packed_documents

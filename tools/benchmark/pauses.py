@@ -1,4 +1,4 @@
-"""How long a checkpoint stops the training, written before it goes on and behind it."""
+"""How long a checkpoint stops the training, written before it continues and behind it."""
 
 import time
 from pathlib import Path

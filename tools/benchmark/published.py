@@ -9,6 +9,7 @@ from megatron_attnedit.attention.flags import student_flag_names
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.evaluate.report import to_json
 from megatron_attnedit.files import read_input, write_output
+from megatron_attnedit.training.renamed_options import RENAMED
 
 Kinds = dict[str, Any]  # by key, what ``isinstance`` takes
 
@@ -22,7 +23,13 @@ SETTINGS: tuple[str, ...] = ("init", "seed", "student_attention", "full_layer_sc
 SETTINGS += student_flag_names()
 SETTINGS += ("lr", "min_lr", "lr_warmup_iters", "train_iters", "global_batch_size", "seq_length")
 SETTINGS += ("trainable", "kl", "temperature", "feature_matching_weight", "normalisation", "bf16")
-SETTINGS += ("lr_decay_style", "lr_wsd_decay_iters", "student_input_start", "student_input_end")
+SETTINGS += (
+    "lr_decay_style",
+    "lr_wsd_decay_iters",
+    "scheduled_sampling_start",
+    "scheduled_sampling_end",
+)
+SETTINGS += tuple(RENAMED)  # reports of before
 SAME = ("data", "dtype")
 # What every table or `add_report` looks at; a number that JSON lacks is null.
 FIGURE, FIGURE_OR_NULL = (int, float), (int, float, type(None))

@@ -1,6 +1,6 @@
-"""One grid of processes beside one process: rate of each, memory, time spent on communication.
+"""One layout of processes beside one process: rate of each, memory, time spent on communication.
 
-Every process gets the same number of samples per optimizer step on every grid, so that a pipeline
+Every process gets the same number of samples per optimizer step on every layout, so that a pipeline
 or a tensor-parallel group computes the samples of all its processes.
 """
 
@@ -33,7 +33,7 @@ def scaling_row(work: Workload, world_size: int) -> dict[str, Any]:
         world_size: Processes.
 
     Raises:
-        UserError: the grid does not fill the processes, or cannot cut the model or the sequence.
+        UserError: the layout does not fill the processes, or cannot cut the model or the sequence.
     """
     work.parallel.check_processes(world_size)
     work.parallel.check_sequence(work.seq_length)

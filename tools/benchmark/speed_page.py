@@ -57,16 +57,16 @@ SUITES = {
 SCALING_COLUMNS = (
     ("ms", "ms", "{:,.1f}"),
     ("tokens_per_s", "tokens/s of each process", "{:,}"),
-    ("utilisation", "utilisation", "{:.1%}"),
+    ("utilisation", "MFU", "{:.1%}"),
     ("peak_gb", "peak GB", "{:.1f}"),
     ("communication_busy", "communicating", "{:.1%}"),
-    ("communication_exposed", "of it exposed", "{:.1%}"),
+    ("communication_exposed", "exposed communication", "{:.1%}"),
 )
 COLUMNS = (
     ("ms", "ms", "{:,.1f}"),
     ("tokens_per_s", "tokens/s", "{:,}"),
-    ("beyond_gb", "GB beyond", "{:.2f}"),
-    ("utilisation", "utilisation", "{:.1%}"),
+    ("beyond_gb", "activation GB", "{:.2f}"),
+    ("utilisation", "MFU", "{:.1%}"),
 )
 DECODE_COLUMNS = (
     ("ms", "ms per token", "{:,.1f}"),
@@ -102,12 +102,12 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def _scaling_tables(rows: list[dict[str, Any]]) -> list[str]:
-    """A table per task and device; a row is a grid."""
+    """A table per task and device; a row is a layout."""
     mine = [entry for entry in rows if entry["suite"] == "scaling"]
     parts = []
     for task, device in dict.fromkeys((r["task"], r["device"]) for r in mine):
         same = [r for r in mine if (r["task"], r["device"]) == (task, device)]
-        heads = ["grid", "processes", *(name for _, name, _ in SCALING_COLUMNS), "efficiency"]
+        heads = ["layout", "processes", *(name for _, name, _ in SCALING_COLUMNS), "efficiency"]
         lines = []
         for r in same:
             ours = r["ours"]

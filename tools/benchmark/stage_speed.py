@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_attnedit.device import bootstrap
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.planning import memory
 from megatron_attnedit.training.setup import stop_processes
 from tools.benchmark import baseline, workload

@@ -18,7 +18,7 @@ from megatron_attnedit.data.datasets import Batch
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.models.config import transformer_config
 from megatron_attnedit.models.frozen_fp8 import models_to_fp8
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.student import build_student, edited_attentions
 from megatron_attnedit.models.teacher import build_teacher
 from megatron_attnedit.training.building import Models, build
@@ -44,7 +44,7 @@ class Workload:
         moe_grouped_gemm: Experts in one grouped matrix product.
         transformer_impl: See the recipe.
         recompute: See the recipe.
-        parallel: The grid; what is left of the processes is data parallelism.
+        parallel: The layout; what is left of the processes is data parallelism.
         use_distributed_optimizer: See the recipe.
         overlap_grad_reduce: See the recipe.
         overlap_param_gather: See the recipe.
@@ -146,13 +146,14 @@ def _recipe(work: Workload) -> Recipe:
         "overlap_grad_reduce": work.overlap_grad_reduce,
         "overlap_param_gather": work.overlap_param_gather,
         "optimizer_cpu_offload": work.optimizer_cpu_offload,
-        "record": bootstrap().records and (work.stage == 2 or not work.overlap_grad_reduce),
+        "enable_cuda_graph": bootstrap().captures
+        and (work.stage == 2 or not work.overlap_grad_reduce),
         "frozen_precision": work.frozen_precision,
         "frozen_precision_layers": work.frozen_precision_layers,
     }
     if work.stage == 1:
         share = float(work.runs_student)
-        return Stage1Recipe(**common, student_input_start=share, student_input_end=share)
+        return Stage1Recipe(**common, scheduled_sampling_start=share, scheduled_sampling_end=share)
     if work.frozen_precision != "bf16":
         common |= {"frozen_precision_until": 1.0, "valid_data_path": ["-"]}
     return Stage2Recipe(**common, recompute=work.recompute, trainable=work.trainable)

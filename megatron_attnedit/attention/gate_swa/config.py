@@ -14,16 +14,16 @@ from torch import Generator, Tensor
 from typing_extensions import Self
 
 from megatron_attnedit.attention.cached_layers import CachedLayers, cached_by_teacher
+from megatron_attnedit.attention.communication_volume import AttentionVolume, volume_of_teacher
 from megatron_attnedit.attention.engines import Engine
-from megatron_attnedit.attention.gate_swa import init, rows
+from megatron_attnedit.attention.gate_swa import init, weight_mapping
 from megatron_attnedit.attention.gate_swa.spec import gate_swa_spec
-from megatron_attnedit.attention.kept import KeptNumbers, kept_by_teacher
+from megatron_attnedit.attention.saved_activations import SavedActivations, kept_by_teacher
 from megatron_attnedit.attention.sink_fit import fit_sink_logits
 from megatron_attnedit.attention.student_attention import StudentAttention
-from megatron_attnedit.attention.traffic import AttentionTraffic, traffic_of_teacher
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.json_files import shown
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.core_attention.backends import FLEX_PAYS
 from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.windows import (
@@ -73,7 +73,7 @@ class GateSWA(StudentAttention):
         },
         "full_layers": {
             "help": "layers that stay full, such as 4,9, or none; auto, at edit time: as many as "
-            "by default, those without whose far sight the teacher's loss rises most "
+            "by default, those without whose long-range attention the teacher's loss rises most "
             "(default: every fifth)"
         },
         "output_gate": {"help": "elementwise (default), headwise or none"},
@@ -165,8 +165,8 @@ class GateSWA(StudentAttention):
             attention_backend=attention_backend,
         )
 
-    def rows(self, teacher: HFConfig, layer_idx: int) -> list[ParamRow]:
-        return rows.gate_swa_rows(
+    def rows(self, teacher: HFConfig, layer_idx: int) -> list[ParamMapping]:
+        return weight_mapping.gate_swa_rows(
             teacher, self.output_gate, layer_idx, sink_logits=self.sink_logits
         )
 
@@ -175,7 +175,7 @@ class GateSWA(StudentAttention):
     ) -> dict[str, Tensor]:
         weights = init.random_weights(self.output_gate, teacher_weights, teacher, generator)
         if self.sink_logits:
-            weights[rows.SINKS] = torch.zeros(teacher.num_attention_heads)
+            weights[weight_mapping.SINKS] = torch.zeros(teacher.num_attention_heads)
         return weights
 
     def init_from_teacher(
@@ -188,7 +188,7 @@ class GateSWA(StudentAttention):
     ) -> dict[str, Tensor]:
         weights = init.copy_of_teacher(self.output_gate, teacher_weights, teacher)
         if self.sink_logits:
-            weights[rows.SINKS] = fit_sink_logits(
+            weights[weight_mapping.SINKS] = fit_sink_logits(
                 weights,
                 teacher,
                 inputs,
@@ -205,7 +205,7 @@ class GateSWA(StudentAttention):
             added["sink_tokens"] = self.sink_tokens
         if self.sink_logits:
             added["sink"] = self.sink
-        return rows.gate_swa_config(teacher, layer_types, added)
+        return weight_mapping.gate_swa_config(teacher, layer_types, added)
 
     def describe(self) -> str:
         sinks = f" and {self.sink_tokens} sinks" if self.sink_tokens else ""
@@ -242,19 +242,19 @@ class GateSWA(StudentAttention):
         sliding = sliding._replace(window=self.visible_tokens)
         return [sliding] if full.num_layers == 0 else [full, sliding]
 
-    def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
+    def kept_numbers(self, teacher: HFConfig) -> SavedActivations:
         kept = kept_by_teacher(teacher)
         besides, gradients = 0, kept.gradients
         if self.output_gate != "none":
             # The gate before its sigmoid, and what is multiplied by it.
-            besides = gradients = rows.gate_dim(teacher, self.output_gate) + kept.output
+            besides = gradients = weight_mapping.gate_dim(teacher, self.output_gate) + kept.output
         if self.sink_logits and self.sliding_window >= FLEX_PAYS:
             besides += kept.output  # FlexAttention's own output, which the logits act on
         return dataclasses.replace(kept, besides=kept.besides + besides, gradients=gradients)
 
-    def traffic(self, teacher: HFConfig) -> AttentionTraffic:
+    def communication_volume(self, teacher: HFConfig) -> AttentionVolume:
         projections = 1 if self.output_gate == "none" else 2
-        return dataclasses.replace(traffic_of_teacher(teacher), input_projections=projections)
+        return dataclasses.replace(volume_of_teacher(teacher), input_projections=projections)
 
     def check(self, *, tp_size: int, seq_length: int, cp_size: int = 1) -> None:
         if self.visible_tokens >= seq_length:

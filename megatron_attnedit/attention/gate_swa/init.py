@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_attnedit.attention.gate_swa.rows import gate_dim
+from megatron_attnedit.attention.gate_swa.weight_mapping import gate_dim
 from megatron_attnedit.attention.teacher_weights import random_matrix
 from megatron_attnedit.convert.hf_config import HFConfig
 

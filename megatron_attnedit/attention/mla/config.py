@@ -13,9 +13,9 @@ from torch import Generator, Tensor
 from typing_extensions import Self
 
 from megatron_attnedit.attention.cached_layers import CachedLayers
+from megatron_attnedit.attention.communication_volume import AttentionVolume
 from megatron_attnedit.attention.engines import Engine
-from megatron_attnedit.attention.kept import KeptNumbers
-from megatron_attnedit.attention.mla import init, padding, rows
+from megatron_attnedit.attention.mla import init, padding, weight_mapping
 from megatron_attnedit.attention.mla.cache_cut import Cut, Sample, best_cut, judging_layers
 from megatron_attnedit.attention.mla.dims import LATENT_SCALE, MLADims
 from megatron_attnedit.attention.mla.flags import FLAGS, ROTARY, fields_from, frequency_fields
@@ -26,11 +26,11 @@ from megatron_attnedit.attention.mla.served_sizes import (
     served,
 )
 from megatron_attnedit.attention.mla.spec import mla_spec
+from megatron_attnedit.attention.saved_activations import SavedActivations
 from megatron_attnedit.attention.student_attention import Padding, StudentAttention
-from megatron_attnedit.attention.traffic import AttentionTraffic
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.json_files import shown
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.core_attention.documents import Documents
 from megatron_attnedit.core_attention.windows import mean_visible_keys
 from megatron_attnedit.errors import UserError
@@ -50,7 +50,7 @@ class MLA(MLADims, StudentAttention):
     """Every layer gets multi-head latent attention.
 
     Attributes:
-        fit: How first weights are fitted to the teacher, a name in ``init.FITS``.
+        fit: How initial weights are fitted to the teacher, a name in ``init.FITS``.
         rotary: How ``rotary_pairs`` were chosen, one of ``ROTARY``.
         cuts: Latent and rotary sizes to choose among at edit time; empty: they are given.
     """
@@ -155,8 +155,8 @@ class MLA(MLADims, StudentAttention):
     def spec(self, config: TransformerConfig, *, attention_backend: str) -> ModuleSpec:
         return mla_spec(self, attention_backend=attention_backend)
 
-    def rows(self, teacher: HFConfig, layer_idx: int) -> list[ParamRow]:
-        return rows.deepseek_v3_rows(self, teacher.hidden_size, layer_idx)
+    def rows(self, teacher: HFConfig, layer_idx: int) -> list[ParamMapping]:
+        return weight_mapping.deepseek_v3_rows(self, teacher.hidden_size, layer_idx)
 
     def init_random(
         self, teacher_weights: Mapping[str, Tensor], teacher: HFConfig, generator: Generator
@@ -178,8 +178,8 @@ class MLA(MLADims, StudentAttention):
 
     def hf_config(self, teacher: HFConfig) -> dict[str, Any]:
         if teacher.num_experts:
-            return rows.deepseek_v2_config(self, teacher)
-        return rows.deepseek_v3_config(self, teacher)
+            return weight_mapping.deepseek_v2_config(self, teacher)
+        return weight_mapping.deepseek_v3_config(self, teacher)
 
     def describe(self) -> str:
         norm = "+QK-norm" if self.qk_norm_groups else ""
@@ -196,7 +196,7 @@ class MLA(MLADims, StudentAttention):
         return [HF_CLASSES / f"{name}.py" for name in names]
 
     def hf_zeros(self, teacher: HFConfig) -> Mapping[str, tuple[int, ...]]:
-        return rows.zero_shared_experts(teacher) if teacher.num_experts else {}
+        return weight_mapping.zero_shared_experts(teacher) if teacher.num_experts else {}
 
     def engines(self, teacher: HFConfig) -> Sequence[Engine]:
         problem, padded = served(*self._sizes()), self._padded()
@@ -204,14 +204,14 @@ class MLA(MLADims, StudentAttention):
             ours = self.kv_lora_rank + self.qk_pos_emb_head_dim
             problem += (
                 "; export --pad-for-serving adds zeros, and the cache is "
-                f"{padded.kv_lora_rank + padded.qk_pos_emb_head_dim} numbers per token and layer "
+                f"{padded.kv_lora_rank + padded.qk_pos_emb_head_dim} elements per token and layer "
                 f"instead of {ours} (the teacher's "
                 f"{2 * teacher.num_key_value_heads * teacher.head_dim})"
             )
         own = "trust_remote_code=True: decodes from the latent"
         if self.qk_norm_groups:
             return Engine("transformers", own), Engine("vllm", "", NO_KERNEL)
-        how = f"as {rows.architecture(self, teacher)}"
+        how = f"as {weight_mapping.architecture(self, teacher)}"
         if self.rotary_pairs:
             how += ", with this package installed beside it, a plug-in"
             stock = self.rotary == ROTARY[2] and not teacher.num_experts
@@ -241,9 +241,9 @@ class MLA(MLADims, StudentAttention):
             numbers = padded.kv_lora_rank + padded.qk_pos_emb_head_dim
         return [CachedLayers(teacher.num_hidden_layers, numbers, heads=1)]
 
-    def kept_numbers(self, teacher: HFConfig) -> KeptNumbers:
+    def kept_numbers(self, teacher: HFConfig) -> SavedActivations:
         n, query = self.num_attention_heads, self.num_attention_heads * self.query_dim
-        return KeptNumbers(
+        return SavedActivations(
             # The latent with the rotary key, and the latent after its norm.
             latent=2 * self.kv_lora_rank + self.qk_pos_emb_head_dim,
             query=query,
@@ -253,9 +253,9 @@ class MLA(MLADims, StudentAttention):
             num_heads=n,
         )
 
-    def traffic(self, teacher: HFConfig) -> AttentionTraffic:
+    def communication_volume(self, teacher: HFConfig) -> AttentionVolume:
         n = self.num_attention_heads
-        return AttentionTraffic(
+        return AttentionVolume(
             input_projections=1,
             projected=self.kv_lora_rank,
             shared=self.qk_pos_emb_head_dim,

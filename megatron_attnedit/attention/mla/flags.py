@@ -85,7 +85,7 @@ def _count_or_auto(text: str) -> int | str:
 FLAGS: Mapping[str, Mapping[str, Any]] = {
     "kv_lora_rank": {
         "type": _count_or_auto,
-        "help": "numbers of the cached latent; auto, at edit time: latent and rotary part of "
+        "help": "elements of the cached latent; auto, at edit time: latent and rotary part of "
         "sizes within --kv-budget, those with which fitted layers come closest",
     },
     "kv_budget": {

@@ -79,7 +79,7 @@ class ReplicatedLinear(torch.nn.Linear):
 
 
 class MLASelfAttention(MegatronModule):
-    """Keys and values come from a latent of ``kv_lora_rank`` numbers per token.
+    """Keys and values come from a latent of ``kv_lora_rank`` elements per token.
 
     Not mcore's class of that name: there, for tensor parallelism, the gradient of the shared
     rotary key is not summed over the ranks, whose heads all use it.

@@ -7,7 +7,7 @@ To add one, write another ``Family``, here or in a file beside this one, and nam
 from megatron_attnedit.convert.config_fields import Field, count, only
 from megatron_attnedit.convert.families import decoder
 from megatron_attnedit.convert.families.base import Family, HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 
 # transformers' classes fall back to numbers that are no real model's: better no default.
 _STATED_GROUPS = {"num_key_value_heads": count(2**16, null=True)}
@@ -50,17 +50,17 @@ LLAMA = Family(
 FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN3, QWEN3_MOE, QWEN2, LLAMA)}
 
 
-def shared_rows(config: HFConfig) -> list[ParamRow]:
+def shared_rows(config: HFConfig) -> list[ParamMapping]:
     """Embedding, norms, MLP and output layer."""
     return config.family.shared_rows(config)
 
 
-def attention_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+def attention_rows(config: HFConfig, layer_idx: int) -> list[ParamMapping]:
     """The teacher's attention of layer ``layer_idx`` (0-based)."""
     return config.family.attention_rows(config, layer_idx)
 
 
-def teacher_rows(config: HFConfig) -> list[ParamRow]:
+def teacher_rows(config: HFConfig) -> list[ParamMapping]:
     """The whole teacher."""
     rows = shared_rows(config)
     for layer_idx in range(config.num_hidden_layers):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attnedit.convert.config_fields import COMMON, EXPERTS, MOST_EXPERTS, Field
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.errors import UserError
 
 
@@ -30,8 +30,8 @@ class Family:
     """
 
     name: str
-    shared_rows: "Callable[[HFConfig], list[ParamRow]]"
-    attention_rows: "Callable[[HFConfig, int], list[ParamRow]]"
+    shared_rows: "Callable[[HFConfig], list[ParamMapping]]"
+    attention_rows: "Callable[[HFConfig, int], list[ParamMapping]]"
     qk_norm: bool = False
     qkv_bias: bool = False
     experts: bool = False
@@ -55,9 +55,9 @@ class HFConfig:
         rope_scaling: Parameters of Llama 3's scaling (``rope_type: llama3``); None without.
         dtype: Type of the stored tensors.
         num_experts: Experts of every layer; 0 in a dense model.
-        num_experts_per_tok: Experts that a token visits.
+        num_experts_per_tok: Experts a token is routed to.
         moe_intermediate_size: Width of an expert.
-        norm_topk_prob: Do the weights of the visited experts sum to one?
+        norm_topk_prob: Do the weights of the chosen experts sum to one?
         raw: Everything in the file, for export.
 
     Raises:

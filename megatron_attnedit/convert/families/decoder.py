@@ -2,10 +2,10 @@
 
 from megatron_attnedit.convert.families.base import HFConfig
 from megatron_attnedit.convert.layouts import QKVPerQueryGroup, Stacked
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 
 
-def shared_rows(config: HFConfig) -> list[ParamRow]:
+def shared_rows(config: HFConfig) -> list[ParamMapping]:
     """Everything but attention: embedding, norms, MLP or experts, output layer."""
     mlp_rows = expert_rows if config.family.experts else dense_mlp_rows
     rows = embedding_rows(config)
@@ -14,7 +14,7 @@ def shared_rows(config: HFConfig) -> list[ParamRow]:
     return rows
 
 
-def attention_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+def attention_rows(config: HFConfig, layer_idx: int) -> list[ParamMapping]:
     """Grouped-query attention, with biases and QK-norm where the family has them."""
     rows = gqa_rows(config, layer_idx)
     if config.qkv_bias:
@@ -24,18 +24,18 @@ def attention_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
     return rows
 
 
-def embedding_rows(config: HFConfig) -> list[ParamRow]:
+def embedding_rows(config: HFConfig) -> list[ParamMapping]:
     """Embedding, final norm and output layer (absent when tied)."""
     vocab = (config.vocab_size, config.hidden_size)
     rows = [
-        ParamRow(
+        ParamMapping(
             megatron_param="embedding.word_embeddings.weight",
             hf_params=("model.embed_tokens.weight",),
             hf_shapes=(vocab,),
             tp_dim=0,
             pad_to_tp=True,
         ),
-        ParamRow(
+        ParamMapping(
             megatron_param="decoder.final_layernorm.weight",
             hf_params=("model.norm.weight",),
             hf_shapes=((config.hidden_size,),),
@@ -43,7 +43,7 @@ def embedding_rows(config: HFConfig) -> list[ParamRow]:
     ]
     if not config.tie_word_embeddings:
         rows.append(
-            ParamRow(
+            ParamMapping(
                 megatron_param="output_layer.weight",
                 hf_params=("lm_head.weight",),
                 hf_shapes=(vocab,),
@@ -54,14 +54,14 @@ def embedding_rows(config: HFConfig) -> list[ParamRow]:
     return rows
 
 
-def norm_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+def norm_rows(config: HFConfig, layer_idx: int) -> list[ParamMapping]:
     """The two norms of a layer."""
     names = {
         "input_layernorm": "input_layernorm",
         "pre_mlp_layernorm": "post_attention_layernorm",
     }
     return [
-        ParamRow(
+        ParamMapping(
             megatron_param=f"decoder.layers.{layer_idx}.{megatron}.weight",
             hf_params=(f"model.layers.{layer_idx}.{hf}.weight",),
             hf_shapes=((config.hidden_size,),),
@@ -70,7 +70,7 @@ def norm_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
     ]
 
 
-def dense_mlp_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+def dense_mlp_rows(config: HFConfig, layer_idx: int) -> list[ParamMapping]:
     """SwiGLU."""
     return _swiglu_rows(
         f"decoder.layers.{layer_idx}.mlp",
@@ -79,12 +79,12 @@ def dense_mlp_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
     )
 
 
-def expert_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+def expert_rows(config: HFConfig, layer_idx: int) -> list[ParamMapping]:
     """The router, and a SwiGLU per expert."""
     megatron = f"decoder.layers.{layer_idx}.mlp"
     hf = f"model.layers.{layer_idx}.mlp"
     rows = [
-        ParamRow(
+        ParamMapping(
             megatron_param=f"{megatron}.router.weight",
             hf_params=(f"{hf}.gate.weight",),
             hf_shapes=((config.num_experts, config.hidden_size),),
@@ -102,9 +102,9 @@ def expert_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
 
 def _swiglu_rows(
     megatron: str, hf: str, up: tuple[int, int], *, in_expert: bool = False
-) -> list[ParamRow]:
+) -> list[ParamMapping]:
     return [
-        ParamRow(
+        ParamMapping(
             megatron_param=f"{megatron}.linear_fc1.weight",
             hf_params=(f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
             hf_shapes=(up, up),
@@ -112,7 +112,7 @@ def _swiglu_rows(
             tp_dim=0,
             in_expert=in_expert,
         ),
-        ParamRow(
+        ParamMapping(
             megatron_param=f"{megatron}.linear_fc2.weight",
             hf_params=(f"{hf}.down_proj.weight",),
             hf_shapes=(up[::-1],),
@@ -122,7 +122,7 @@ def _swiglu_rows(
     ]
 
 
-def gqa_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+def gqa_rows(config: HFConfig, layer_idx: int) -> list[ParamMapping]:
     """Query, key, value and output projections without biases."""
     megatron = f"decoder.layers.{layer_idx}.self_attention"
     hf = f"model.layers.{layer_idx}.self_attn"
@@ -130,7 +130,7 @@ def gqa_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
     keys = config.num_key_value_heads * config.head_dim
     h = config.hidden_size
     return [
-        ParamRow(
+        ParamMapping(
             megatron_param=f"{megatron}.linear_qkv.weight",
             hf_params=tuple(f"{hf}.{name}_proj.weight" for name in "qkv"),
             hf_shapes=((queries, h), (keys, h), (keys, h)),
@@ -139,7 +139,7 @@ def gqa_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
             ),
             tp_dim=0,
         ),
-        ParamRow(
+        ParamMapping(
             megatron_param=f"{megatron}.linear_proj.weight",
             hf_params=(f"{hf}.o_proj.weight",),
             hf_shapes=((h, queries),),
@@ -148,12 +148,12 @@ def gqa_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
     ]
 
 
-def qkv_bias_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+def qkv_bias_rows(config: HFConfig, layer_idx: int) -> list[ParamMapping]:
     """Biases of the query, key and value projections."""
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     return [
-        ParamRow(
+        ParamMapping(
             megatron_param=f"decoder.layers.{layer_idx}.self_attention.linear_qkv.bias",
             hf_params=tuple(f"model.layers.{layer_idx}.self_attn.{n}_proj.bias" for n in "qkv"),
             hf_shapes=((queries,), (keys,), (keys,)),
@@ -165,10 +165,10 @@ def qkv_bias_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
     ]
 
 
-def qk_norm_rows(config: HFConfig, layer_idx: int) -> list[ParamRow]:
+def qk_norm_rows(config: HFConfig, layer_idx: int) -> list[ParamMapping]:
     """RMSNorm of queries and keys, shared by the heads."""
     return [
-        ParamRow(
+        ParamMapping(
             megatron_param=f"decoder.layers.{layer_idx}.self_attention.{name}_layernorm.weight",
             hf_params=(f"model.layers.{layer_idx}.self_attn.{name}_norm.weight",),
             hf_shapes=((config.head_dim,),),

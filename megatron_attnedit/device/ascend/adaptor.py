@@ -63,7 +63,7 @@ class Adaptor:
     repatch: Callable[[dict[str, Any]], object] | None = None
 
     def configure(self, grid: Mapping[str, Any]) -> None:
-        """Hand over the run's grid and the fixed options; before Megatron's groups are formed.
+        """Hand over the run's layout and the fixed options; before Megatron's groups are formed.
 
         MindSpeed puts them into every ``TransformerConfig`` that does not set them itself, where
         an empty text is no default: an empty pipeline layout is one without layers. What is empty

@@ -10,13 +10,13 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_attnedit.attention.cached_layers import cached_by_teacher
+from megatron_attnedit.attention.communication_volume import volume_of_teacher
 from megatron_attnedit.attention.input_linear import InputColumnParallelLinear
-from megatron_attnedit.attention.kept import kept_by_teacher
 from megatron_attnedit.attention.norm import RMSNorm
+from megatron_attnedit.attention.saved_activations import kept_by_teacher
 from megatron_attnedit.attention.self_attention import CausalSelfAttention
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.attention.teacher_weights import random_matrix
-from megatron_attnedit.attention.traffic import traffic_of_teacher
 from megatron_attnedit.convert.families import attention_rows
 from megatron_attnedit.core_attention.module import CoreAttention
 from megatron_attnedit.core_attention.windows import mean_visible_keys, to_window_size
@@ -91,8 +91,8 @@ class WindowOnly(StudentAttention):
     def kept_numbers(self, teacher):
         return kept_by_teacher(teacher)
 
-    def traffic(self, teacher):
-        return traffic_of_teacher(teacher)
+    def communication_volume(self, teacher):
+        return volume_of_teacher(teacher)
 
     def check(self, *, tp_size, seq_length, cp_size=1):
         if cp_size > 1:

@@ -5,7 +5,7 @@ import torch
 
 from megatron_attnedit.attention.gate_swa.config import GateSWA
 from megatron_attnedit.attention.gate_swa.reference import gate_swa_reference
-from megatron_attnedit.attention.gate_swa.rows import SINKS
+from megatron_attnedit.attention.gate_swa.weight_mapping import SINKS
 from megatron_attnedit.attention.sink_fit import nearest_logits
 from tests.unit.attention.test_init import normed_inputs, teacher_of, teacher_output
 

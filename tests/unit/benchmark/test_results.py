@@ -201,12 +201,12 @@ def test_an_arm_that_ran_away(report, tmp_path):
 def test_an_arm_with_a_phase_between_the_stages(report, tmp_path):
     own = arm(0.3)
     own["metrics"]["between"] = stage(1, [0.5] * 50)
-    own["runs"]["between"] = {"lr": 4e-3, "seed": 3, "student_input_end": 1.0}
+    own["runs"]["between"] = {"lr": 4e-3, "seed": 3, "scheduled_sampling_end": 1.0}
     assert tokens_to_reach(own, 5.0) == pytest.approx(1.6e6)
     report["students"] = {"own": own, "plain": arm(0.4)}
     add_report(report, tmp_path / "kept.json")
     kept = json.loads((tmp_path / "kept.json").read_text())["students"]["own"]
-    assert kept["runs"]["between"]["student_input_end"] == 1
+    assert kept["runs"]["between"]["scheduled_sampling_end"] == 1
     rows = cells("arms", tmp_path)
     assert [row[2] for row in rows] == ["1 + own + 2", "1 + 2"]
     assert rows[0][7] == "2e-3 + 4e-3 + 1e-3" and rows[0][9] == "2.5"

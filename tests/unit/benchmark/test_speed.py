@@ -15,7 +15,7 @@ from megatron_attnedit.attention.registry import student_attention_class
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.core_attention.windows import mean_visible_keys as visible_keys
 from megatron_attnedit.device.communication import covered, shares
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from tests.support import processes
 from tools.benchmark import speed_page, timing
 from tools.benchmark.decode import decode_suite

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_attnedit.convert.converter import check_tensor_parallel
 from megatron_attnedit.convert.families import ignored_names, teacher_rows
 from megatron_attnedit.convert.hf_checkpoint import INDEX, HFReader
 from megatron_attnedit.convert.hf_config import read_hf_config
+from megatron_attnedit.convert.load_weights import check_tensor_parallel
 from megatron_attnedit.errors import UserError
 from tests.support.models import tiny_hf_dir
 

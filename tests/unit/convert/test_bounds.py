@@ -13,7 +13,7 @@ from megatron_attnedit.convert.hf_checkpoint import INDEX, SINGLE
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.convert.integrity import seal
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.training.edit import EditConfig, edit
 from megatron_attnedit.training.setup import load_teacher, start_processes, stop_processes
 from megatron_attnedit.training.student import Student, find_student

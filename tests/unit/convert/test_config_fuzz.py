@@ -8,9 +8,9 @@ import transformers
 
 from megatron_attnedit.attention.registry import student_attention_class
 from megatron_attnedit.convert import families
+from megatron_attnedit.convert.checked_reader import MANIFEST
 from megatron_attnedit.convert.hf_config import read_hf_config
-from megatron_attnedit.convert.reading import MANIFEST
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.planning.plan import RunSize, plan
 from tests.fuzzing import MISSING, VALUES, changed, refusal
 from tests.support.conversions import FAMILIES, make

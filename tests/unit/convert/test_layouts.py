@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_attnedit.convert.layouts import InterleavedRotary, QKVPerQueryGroup, Same, Stacked
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 
 H, HEADS, GROUPS, DIM = 6, 8, 2, 4
 CASES = {
@@ -23,7 +23,7 @@ CASES = {
 def test_round_trip_over_tensor_parallel_ranks(case, tp_size):
     layout, shapes = CASES[case]
     tensors = [torch.randn(shape) for shape in shapes]
-    row = ParamRow(
+    row = ParamMapping(
         megatron_param="m",
         hf_params=tuple(map(str, range(len(shapes)))),
         hf_shapes=tuple(shapes),

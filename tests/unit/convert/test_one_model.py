@@ -16,7 +16,7 @@ from megatron_attnedit.convert.legacy_checkpoint import _load
 from megatron_attnedit.convert.model_files import COPIED, copied_files
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.export.hf import register
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.training.setup import load_teacher, start_processes, stop_processes
 from megatron_attnedit.training.student import find_student
 from tests.support.conversions import FAMILIES, change, change_config, make

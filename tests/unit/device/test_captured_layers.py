@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_attnedit.device import CapturedLayers, forget_recordings, recording
-from megatron_attnedit.device.recording import WARMUP
+from megatron_attnedit.device import CapturedLayers, cuda_graph, forget_recordings
+from megatron_attnedit.device.cuda_graph import WARMUP
 from tests.support.graphs import capturing
 from tests.unit.device.test_recording import Parts
 
@@ -15,8 +15,8 @@ from tests.unit.device.test_recording import Parts
 @pytest.fixture
 def graphs(monkeypatch):
     found = []
-    monkeypatch.setattr(recording, "capture", capturing(found))
-    monkeypatch.setattr(recording, "scratch", lambda: [])
+    monkeypatch.setattr(cuda_graph, "capture", capturing(found))
+    monkeypatch.setattr(cuda_graph, "scratch", lambda: [])
     return found
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from megatron_attnedit.device import Recorded, forget_recordings
-from megatron_attnedit.device.recording import WARMUP, _Recording, clone
+from megatron_attnedit.device import CudaGraph, forget_recordings
+from megatron_attnedit.device.cuda_graph import WARMUP, _Capture, clone
 
 
 def test_forgotten_recordings_are_freed_and_made_anew(monkeypatch):
@@ -15,11 +15,11 @@ def test_forgotten_recordings_are_freed_and_made_anew(monkeypatch):
     def record(self, inputs):
         graph = SimpleNamespace(replay=lambda: replays.append(len(made)))
         made.append(graph)
-        return _Recording([t.clone() for t in inputs], graph, inputs[0], [])
+        return _Capture([t.clone() for t in inputs], graph, inputs[0], [])
 
     made = []
-    monkeypatch.setattr(Recorded, "_record", record)
-    recorded = Recorded(lambda t: t + 1)
+    monkeypatch.setattr(CudaGraph, "_record", record)
+    recorded = CudaGraph(lambda t: t + 1)
     for _ in range(WARMUP + 2):
         recorded(torch.zeros(3))
     assert (len(made), replays) == (1, [1, 1])
@@ -43,11 +43,11 @@ def test_a_dataclass_of_tensors_is_copied_into_what_was_recorded(monkeypatch):
         out = torch.zeros(())
         replay = lambda: out.copy_(self.function(*fixed))  # noqa: E731
         made.append(fixed)
-        return _Recording(fixed, SimpleNamespace(replay=replay), out, [])
+        return _Capture(fixed, SimpleNamespace(replay=replay), out, [])
 
     made = []
-    monkeypatch.setattr(Recorded, "_record", record)
-    recorded = Recorded(
+    monkeypatch.setattr(CudaGraph, "_record", record)
+    recorded = CudaGraph(
         lambda t, parts: t.sum() + parts.first.sum() + (0 if parts.second is None else 100)
     )
     for i in range(WARMUP + 3):

@@ -63,6 +63,9 @@ def test_the_teacher_stops_where_nothing_is_left_to_imitate(models, name, flags,
 
 def test_a_flag_that_does_nothing_is_said(one_process, caplog):
     models = SimpleNamespace(teacher=[SimpleNamespace(config=SimpleNamespace())])
-    assert not building._records(SimpleNamespace(record=False), models) and not caplog.text
-    assert not building._records(SimpleNamespace(record=True), models)
-    assert "--record is ignored" in caplog.text
+    assert (
+        not building._uses_cuda_graph(SimpleNamespace(enable_cuda_graph=False), models)
+        and not caplog.text
+    )
+    assert not building._uses_cuda_graph(SimpleNamespace(enable_cuda_graph=True), models)
+    assert "--enable-cuda-graph is ignored" in caplog.text

@@ -13,9 +13,9 @@ from megatron_attnedit.checkpoint.verify import manifest_of, verify
 from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.convert.legacy_checkpoint import _load
-from megatron_attnedit.convert.param_rows import hf_shapes
+from megatron_attnedit.convert.weight_mapping import hf_shapes
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.planning.plan import RunSize, plan
 from tests.support.conversions import FAMILIES, make, same_files
 from tests.support.inputs import make_student

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from tests.support.models import tiny_hf_dir
 
 PP, VPP, LAYOUT = (

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.models.config import transformer_config
-from megatron_attnedit.models.grid import ParallelConfig
 from megatron_attnedit.models.grouped_experts import GroupedExperts
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.models.teacher import build_teacher
 
 

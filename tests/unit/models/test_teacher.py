@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_attnedit.models.teacher import can_be_recorded
+from megatron_attnedit.models.teacher import can_be_captured
 
 GROUPED = {"num_moe_experts": 8, "moe_grouped_gemm": True}
 
@@ -36,4 +36,4 @@ def test_what_can_be_recorded(fields, possible):
         "tensor_model_parallel_size": 1,
         "context_parallel_size": 1,
     }
-    assert can_be_recorded(SimpleNamespace(**usual | fields)) == possible
+    assert can_be_captured(SimpleNamespace(**usual | fields)) == possible

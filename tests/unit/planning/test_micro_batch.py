@@ -7,7 +7,7 @@ import pytest
 
 from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.convert.hf_config import read_hf_config
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.planning.memory import RESERVE_BYTES, Workload, memory_of_stages
 from megatron_attnedit.planning.micro_batch import largest_micro_batch
 

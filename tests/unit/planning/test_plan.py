@@ -9,7 +9,7 @@ from megatron_attnedit.attention.gate_swa.config import GateSWA
 from megatron_attnedit.attention.mla.config import MLA
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.planning.plan import RunSize, plan
 from tools import plan as tool
 

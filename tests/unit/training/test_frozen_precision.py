@@ -11,7 +11,7 @@ from megatron_attnedit.convert.families import teacher_rows
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
 from megatron_attnedit.models.frozen_fp8 import rows_in_fp8
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.training.frozen_precision import check_fp8_device, check_fp8_sizes
 from megatron_attnedit.training.recipe import Stage1Recipe, Stage2Recipe
 

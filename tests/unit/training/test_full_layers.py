@@ -1,4 +1,4 @@
-"""The choice of full layers on models that need one layer's far sight and no other's."""
+"""The choice of full layers on models that need one layer's long-range attention and no other's."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A run's log goes on after an interruption, and counts nothing twice."""
+"""A run's log continues after an interruption, and counts nothing twice."""
 
 import json
 import sys

@@ -120,17 +120,21 @@ def test_refused_values(argv, words):
 
 
 def test_a_recorded_run_cannot_overlap():
-    with pytest.raises(UserError, match="--record does not go with --overlap-grad-reduce"):
-        parse("--record", "--overlap-grad-reduce", cls=Stage1Recipe)
+    with pytest.raises(
+        UserError, match="--enable-cuda-graph does not go with --overlap-grad-reduce"
+    ):
+        parse("--enable-cuda-graph", "--overlap-grad-reduce", cls=Stage1Recipe)
 
 
 def test_a_recorded_teacher_has_no_features():
-    with pytest.raises(UserError, match="--record does not go with --feature-matching-weight"):
-        parse("--record", "--feature-matching-weight", "0.1", cls=Stage2Recipe)
-    assert parse("--record", "--overlap-grad-reduce", cls=Stage2Recipe).record
+    with pytest.raises(
+        UserError, match="--enable-cuda-graph does not go with --feature-matching-weight"
+    ):
+        parse("--enable-cuda-graph", "--feature-matching-weight", "0.1", cls=Stage2Recipe)
+    assert parse("--enable-cuda-graph", "--overlap-grad-reduce", cls=Stage2Recipe).enable_cuda_graph
 
 
-@pytest.mark.parametrize("flag", ["--student-input-start", "--student-input-end"])
+@pytest.mark.parametrize("flag", ["--scheduled-sampling-start", "--scheduled-sampling-end"])
 @pytest.mark.parametrize("value", ["1.5", "-0.1", "nan"])
 def test_probabilities_are_from_0_to_1(flag, value):
     refused([f"{flag} {float(value)}", "from 0 to 1"], flag, value, cls=Stage1Recipe)

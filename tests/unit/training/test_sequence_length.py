@@ -8,7 +8,7 @@ import pytest
 from megatron_attnedit.attention.gate_swa.config import GateSWA
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.models.grid import ParallelConfig
+from megatron_attnedit.models.parallel_layout import ParallelConfig
 from megatron_attnedit.planning.plan import RunSize, plan
 from megatron_attnedit.training.dry_run import dry_run
 from megatron_attnedit.training.edit import EditConfig, edit

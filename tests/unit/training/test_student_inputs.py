@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_attnedit.training.student_inputs import StudentInputs
+from megatron_attnedit.training.scheduled_sampling import ScheduledSampling
 
-INPUTS = StudentInputs(start=0.2, end=0.8, train_iters=7, global_batch_size=4, seed=5, num_layers=6)
+INPUTS = ScheduledSampling(
+    start=0.2, end=0.8, train_iters=7, global_batch_size=4, seed=5, num_layers=6
+)
 
 
 def test_probability_is_linear():

@@ -30,9 +30,9 @@ class GateSWAConfig(Qwen3Config):
         attention_bias: Bias of the query, key and value projections.
         attention_output_bias: Bias of the output projection.
         num_experts: Experts of every layer (Qwen3-MoE); 0 is a dense MLP.
-        num_experts_per_tok: Experts that a token visits.
+        num_experts_per_tok: Experts a token is routed to.
         moe_intermediate_size: Width of an expert.
-        norm_topk_prob: Whether the weights of the visited experts are scaled to sum to one.
+        norm_topk_prob: Whether the weights of the chosen experts are scaled to sum to one.
 
     Raises:
         ValueError: The layer types, the window, the output gate or the sinks make no model.

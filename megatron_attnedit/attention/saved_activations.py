@@ -6,7 +6,7 @@ from megatron_attnedit.convert.hf_config import HFConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptNumbers:
+class SavedActivations:
     """Numbers per token that an attention keeps for backward, all heads together.
 
     Attributes:
@@ -28,11 +28,11 @@ class KeptNumbers:
     num_heads: int
 
 
-def kept_by_teacher(hf: HFConfig) -> KeptNumbers:
+def kept_by_teacher(hf: HFConfig) -> SavedActivations:
     """The teacher's attention with grouped queries; values stay in the projection's output."""
     query = hf.num_attention_heads * hf.head_dim
     groups = hf.num_key_value_heads * hf.head_dim
-    return KeptNumbers(
+    return SavedActivations(
         query=query,
         key_value=groups,
         output=query,

@@ -12,8 +12,8 @@ from typing_extensions import Self
 
 from megatron_attnedit import stop_signals
 from megatron_attnedit.convert.completeness import check_finite
-from megatron_attnedit.convert.param_rows import ParamRow, hf_shapes
-from megatron_attnedit.convert.pieces import Piece, Read
+from megatron_attnedit.convert.slices import Read, TensorSlice
+from megatron_attnedit.convert.weight_mapping import ParamMapping, hf_shapes
 
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,7 +38,7 @@ class Reading:
         read: Read,
         *,
         where: str,
-        rows: Sequence[ParamRow],
+        rows: Sequence[ParamMapping],
         stored: torch.dtype,
         dtype: torch.dtype | None = None,
         verify: Callable[[], None],
@@ -52,7 +52,7 @@ class Reading:
         self._digests: dict[str, hashlib._Hash] = {}
         self._dtypes: dict[str, str] = {}
         self._shapes = hf_shapes(rows)
-        total = sum(Piece(row).numel for row in rows) * stored.itemsize
+        total = sum(TensorSlice(row).numel for row in rows) * stored.itemsize
         self._bar = tqdm(desc=text, total=total, unit="B", unit_scale=True, disable=not progress)
 
     def __enter__(self) -> Self:
@@ -61,7 +61,7 @@ class Reading:
     def __exit__(self, *error: object) -> None:
         self._bar.close()
 
-    def __call__(self, piece: Piece) -> list[Tensor]:
+    def __call__(self, piece: TensorSlice) -> list[Tensor]:
         stop_signals.check()
         result = []
         for (name, _, _), tensor in zip(piece.hf_slices(), self._read(piece), strict=True):

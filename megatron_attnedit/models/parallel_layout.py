@@ -9,15 +9,15 @@ from megatron.core import parallel_state
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_attnedit.attention.student_attention import StudentAttention
-from megatron_attnedit.convert.converter import check_tensor_parallel
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import TensorParallelPlace
+from megatron_attnedit.convert.load_weights import check_tensor_parallel
+from megatron_attnedit.convert.weight_mapping import TensorParallelPlace
 from megatron_attnedit.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The grid; what is left of the processes is data parallelism.
+    """The layout; what is left of the processes is data parallelism.
 
     Attributes:
         tensor_model_parallel_size: Processes that share each layer.
@@ -43,7 +43,7 @@ class ParallelConfig:
 
     @classmethod
     def from_fields(cls, values: Mapping[str, Any]) -> "ParallelConfig":
-        """The grid's part of a recipe's or a command line's values."""
+        """The layout's part of a recipe's or a command line's values."""
         return cls(**{item.name: values[item.name] for item in fields(cls)})
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class ParallelConfig:
         return world_size // (model * self.pipeline_model_parallel_size)
 
     def check_processes(self, world_size: int) -> None:
-        """Refuse a number of processes that the grid does not fill.
+        """Refuse a number of processes that the layout does not fill.
 
         Raises:
             UserError: names the flags.
@@ -128,7 +128,7 @@ class ParallelConfig:
                 )
 
     def check_model(self, hf: HFConfig) -> None:
-        """Refuse a grid that cannot cut this model.
+        """Refuse a layout that cannot cut this model.
 
         Raises:
             UserError: names the flag and the field of ``config.json``.
@@ -225,7 +225,7 @@ class ParallelConfig:
         """Micro-batches of one process in an iteration.
 
         Raises:
-            UserError: the grid does not fill the processes, or the batch does not divide.
+            UserError: the layout does not fill the processes, or the batch does not divide.
         """
         self.check_processes(world_size)
         copies = self.data_parallel_size(world_size)

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attnedit.convert.layouts import Same, Stacked
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 
 PIECE_NUMBERS = 64 * 2**20  # 128 MiB of bfloat16
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """Rows ``start:stop`` (dimension 0) of one Hugging Face tensor of a row, or a row whole.
 
     Attributes:
@@ -26,7 +26,7 @@ class Piece:
         stop: Past the last row.
     """
 
-    row: ParamRow
+    row: ParamMapping
     part: int | None = None
     start: int = 0
     stop: int = 0
@@ -66,21 +66,21 @@ class Piece:
         return (last - first) * math.prod(self.row.shape[1:])
 
 
-Read = Callable[[Piece], list[Tensor]]
+Read = Callable[[TensorSlice], list[Tensor]]
 
 
-def pieces_of(row: ParamRow) -> Iterator[Piece]:
+def pieces_of(row: ParamMapping) -> Iterator[TensorSlice]:
     """Pieces of at most ``PIECE_NUMBERS`` where the layout can be cut; in order."""
     if not isinstance(row.layout, Same | Stacked):
-        yield Piece(row)
+        yield TensorSlice(row)
         return
     for part, shape in enumerate(row.hf_shapes):
         rows = max(1, PIECE_NUMBERS // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], rows):
-            yield Piece(row, part, start, min(start + rows, shape[0]))
+            yield TensorSlice(row, part, start, min(start + rows, shape[0]))
 
 
-def same_numbers(row: ParamRow, read: Read, other: Read) -> bool:
+def same_numbers(row: ParamMapping, read: Read, other: Read) -> bool:
     """Whether two sources hold the same in a row, in the first one's type.
 
     Args:
@@ -95,10 +95,12 @@ def same_numbers(row: ParamRow, read: Read, other: Read) -> bool:
     )
 
 
-def read_ahead(pieces: Iterable[Piece], read: Read) -> Iterator[tuple[Piece, list[Tensor]]]:
+def read_ahead(
+    pieces: Iterable[TensorSlice], read: Read
+) -> Iterator[tuple[TensorSlice, list[Tensor]]]:
     """Pieces in their order; the next one is read and hashed while the caller writes one."""
     with ThreadPoolExecutor(1) as reader:
-        before: tuple[Piece, Future[list[Tensor]]] | None = None
+        before: tuple[TensorSlice, Future[list[Tensor]]] | None = None
         for piece in pieces:
             following = piece, reader.submit(read, piece)
             if before:
@@ -108,7 +110,7 @@ def read_ahead(pieces: Iterable[Piece], read: Read) -> Iterator[tuple[Piece, lis
             yield before[0], before[1].result()
 
 
-def share_of(rows: Sequence[ParamRow], rank: int, size: int) -> list[ParamRow]:
+def share_of(rows: Sequence[ParamMapping], rank: int, size: int) -> list[ParamMapping]:
     """The rows that one of ``size`` processes converts: like numbers of bytes, order kept.
 
     Args:
@@ -118,16 +120,16 @@ def share_of(rows: Sequence[ParamRow], rank: int, size: int) -> list[ParamRow]:
     """
     loads = [0] * size
     mine = []
-    for row in sorted(rows, key=lambda row: -Piece(row).numel):
+    for row in sorted(rows, key=lambda row: -TensorSlice(row).numel):
         lightest = loads.index(min(loads))
-        loads[lightest] += Piece(row).numel
+        loads[lightest] += TensorSlice(row).numel
         if lightest == rank:
             mine.append(row.megatron_param)
     chosen = set(mine)
     return [row for row in rows if row.megatron_param in chosen]
 
 
-def my_share(rows: Sequence[ParamRow]) -> list[ParamRow]:
+def my_share(rows: Sequence[ParamMapping]) -> list[ParamMapping]:
     """The rows that this process converts."""
     if not dist.is_initialized():
         return list(rows)

@@ -9,14 +9,14 @@ from tqdm import tqdm
 from megatron_attnedit.convert.completeness import check_finite
 from megatron_attnedit.convert.hf_checkpoint import HFReader
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow, TensorParallelPlace
+from megatron_attnedit.convert.weight_mapping import ParamMapping, TensorParallelPlace
 from megatron_attnedit.errors import UserError
 
 
 @torch.no_grad()
 def hf_to_megatron(
     reader: HFReader,
-    rows: Sequence[ParamRow],
+    rows: Sequence[ParamMapping],
     params: Mapping[str, Tensor],
     *,
     ignored: Mapping[str, str],

@@ -26,7 +26,7 @@ class TensorParallelPlace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParamRow:
+class ParamMapping:
     """One Megatron parameter and the Hugging Face tensors it is made of.
 
     Attributes:
@@ -123,7 +123,7 @@ class ParamRow:
         return self.layout.split(whole)
 
 
-def hf_shapes(rows: Sequence[ParamRow]) -> dict[str, tuple[int, ...]]:
+def hf_shapes(rows: Sequence[ParamMapping]) -> dict[str, tuple[int, ...]]:
     """Shape of every Hugging Face tensor of the rows, by name and in order."""
     return {
         name: shape

@@ -11,11 +11,11 @@ from megatron_attnedit.training.recipe import Stage1Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentInputs:
+class ScheduledSampling:
     """A probability that changes linearly over the run, and draws with it.
 
     A draw is a function of the seed, the sample's number in the run and the layer, so that a run
-    that goes on, and one on another grid, draws the same.
+    that continues, and one on another layout, draws the same.
 
     Attributes:
         start: Probability in the first iteration.
@@ -34,13 +34,13 @@ class StudentInputs:
     num_layers: int
 
     @classmethod
-    def of(cls, recipe: Stage1Recipe, num_layers: int) -> "StudentInputs | None":
+    def of(cls, recipe: Stage1Recipe, num_layers: int) -> "ScheduledSampling | None":
         """A run's, or None where all layers receive the teacher's."""
         if not recipe.runs_student:
             return None
         return cls(
-            start=recipe.student_input_start,
-            end=recipe.student_input_end,
+            start=recipe.scheduled_sampling_start,
+            end=recipe.scheduled_sampling_end,
             train_iters=recipe.train_iters,
             global_batch_size=recipe.global_batch_size,
             seed=recipe.seed,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_attnedit.convert.grouped_experts import expert_by_expert
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.errors import UserError
 
 ITERATION = 1  # older Megatron-LM takes 0 for no checkpoint
@@ -19,8 +19,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class LegacyGrid:
-    """The grid that the files are for; experts are cut over tensor parallelism, too.
+class LegacyLayout:
+    """The layout that the files are for; experts are cut over tensor parallelism, too.
 
     Raises:
         UserError: a size does not divide the layers, the experts or their width.
@@ -101,7 +101,7 @@ class LegacyGrid:
             homes += [(self.pp - 1, rank, OUTPUT) for rank in expert_ranks]
         return homes
 
-    def shapes(self, rows: Sequence[ParamRow]) -> dict[tuple[int, int], Shapes]:
+    def shapes(self, rows: Sequence[ParamMapping]) -> dict[tuple[int, int], Shapes]:
         """By pipeline and expert rank, what a rank holds, experts one by one.
 
         Raises:

@@ -70,7 +70,7 @@ def capture(work: Callable[[], object], device: torch.device, *, beside: Any = N
     module = torch.get_device_module(device)
     graph = module.CUDAGraph()
     pool = None if beside is None else beside.pool()
-    # Other threads, such as the one that watches collectives, may go on calling the driver.
+    # Other threads, such as the one that watches collectives, may continue calling the driver.
     graphing = module.graph(
         graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"
     )
@@ -93,7 +93,7 @@ def forget_recordings() -> None:
 
 
 @dataclass(frozen=True)
-class _Recording:
+class _Capture:
     inputs: list[Any]
     graph: Any
     output: Tensor
@@ -123,7 +123,7 @@ def copy_into(fixed: Any, given: Any) -> None:
             copy_into(getattr(fixed, name), value)
 
 
-class Recorded:
+class CudaGraph:
     """A function of tensors that is recorded for each combination of their shapes.
 
     An argument is a tensor, None, or a dataclass of these.
@@ -140,7 +140,7 @@ class Recorded:
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         self._calls: Counter[Any] = Counter()
-        self._recordings: dict[Any, _Recording] = {}
+        self._recordings: dict[Any, _Capture] = {}
         remember(self)
 
     def __call__(self, *inputs: Any) -> Tensor:
@@ -162,7 +162,7 @@ class Recorded:
         """Free what is recorded; further calls record anew."""
         self._recordings.clear()
 
-    def _record(self, inputs: tuple[Any, ...]) -> _Recording:
+    def _record(self, inputs: tuple[Any, ...]) -> _Capture:
         fixed, made = [clone(given) for given in inputs], []
         graph = capture(lambda: made.append(self.function(*fixed)), fixed[0].device)
-        return _Recording(fixed, graph, made[0], scratch())
+        return _Capture(fixed, graph, made[0], scratch())

@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron_attnedit.convert.families import attention_rows
 from megatron_attnedit.convert.hf_config import HFConfig
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 from megatron_attnedit.core_attention.windows import SLIDING
 
 SINKS = "core_attention.softmax_offset"
@@ -19,7 +19,7 @@ def gate_dim(teacher: HFConfig, output_gate: str) -> int:
 
 def gate_swa_rows(
     teacher: HFConfig, output_gate: str, layer_idx: int, *, sink_logits: bool = False
-) -> list[ParamRow]:
+) -> list[ParamMapping]:
     """The attention of one sliding layer (0-based): the teacher's rows, the gate and the sinks.
 
     A sink logit has the name that gpt-oss has for it, which servers read.
@@ -27,7 +27,7 @@ def gate_swa_rows(
     gates = gate_dim(teacher, output_gate)
     shapes = {"weight": (gates, teacher.hidden_size), "bias": (gates,)}
     rows = attention_rows(teacher, layer_idx) + [
-        ParamRow(
+        ParamMapping(
             megatron_param=f"decoder.layers.{layer_idx}.self_attention.linear_gate.{part}",
             hf_params=(f"model.layers.{layer_idx}.self_attn.g_proj.{part}",),
             hf_shapes=(shape,),
@@ -38,7 +38,7 @@ def gate_swa_rows(
     ]
     if sink_logits:
         rows.append(
-            ParamRow(
+            ParamMapping(
                 megatron_param=f"decoder.layers.{layer_idx}.self_attention.{SINKS}",
                 hf_params=(f"model.layers.{layer_idx}.self_attn.sinks",),
                 hf_shapes=((teacher.num_attention_heads,),),

@@ -6,7 +6,7 @@ from megatron_attnedit.convert.hf_config import HFConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionTraffic:
+class AttentionVolume:
     """Numbers per token, all heads together.
 
     Attributes:
@@ -27,10 +27,10 @@ class AttentionTraffic:
     groups: int
 
 
-def traffic_of_teacher(hf: HFConfig) -> AttentionTraffic:
+def volume_of_teacher(hf: HFConfig) -> AttentionVolume:
     """The teacher's attention with grouped queries."""
     keys = hf.num_key_value_heads * hf.head_dim
-    return AttentionTraffic(
+    return AttentionVolume(
         input_projections=1,
         fused_projection=hf.num_attention_heads * hf.head_dim + 2 * keys,
         keys=(keys, keys),

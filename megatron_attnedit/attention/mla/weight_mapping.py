@@ -12,7 +12,7 @@ from megatron_attnedit.attention.mla.dims import MLADims
 from megatron_attnedit.attention.mla.plain import student_angles
 from megatron_attnedit.convert.hf_config import HFConfig
 from megatron_attnedit.convert.layouts import InterleavedRotary, Layout, Same
-from megatron_attnedit.convert.param_rows import ParamRow
+from megatron_attnedit.convert.weight_mapping import ParamMapping
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM")  # dense, with experts
 # With frequencies of their own in each layer, which stock classes cannot have.
@@ -21,7 +21,7 @@ LISTED_ARCHITECTURES = ("MLAForCausalLM", "MoEMLAForCausalLM")
 QK_NORM_ARCHITECTURES = ("QKNormMLAForCausalLM", "QKNormMoEMLAForCausalLM")
 
 
-def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[ParamRow]:
+def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[ParamMapping]:
     """The attention of one layer (0-based)."""
     rotary = dims.qk_pos_emb_head_dim
     layouts: dict[str, tuple[str, Layout, int | None]] = {
@@ -39,7 +39,7 @@ def deepseek_v3_rows(dims: MLADims, hidden_size: int, layer_idx: int) -> list[Pa
     if dims.qk_norm_groups:
         layouts["qk_norm"] = "qk_norm", layouts["linear_q_proj"][1], 0
     return [
-        ParamRow(
+        ParamMapping(
             megatron_param=f"decoder.layers.{layer_idx}.self_attention.{name}.weight",
             hf_params=(f"model.layers.{layer_idx}.self_attn.{hf}.weight",),
             hf_shapes=(shapes[f"{name}.weight"],),
