@@ -27,7 +27,9 @@ def iterations(folder, student, save, record, fields, count=3):
         patch.setattr(Accelerator, "captures", True)
         if "frozen_precision" in fields:
             fields = {**fields, "valid_data_path": [str(folder / "data")]}
-        run = prepare(recipe(Stage2Recipe, folder, student, save, record=record, **fields))
+        run = prepare(
+            recipe(Stage2Recipe, folder, student, save, enable_cuda_graph=record, **fields)
+        )
         batches, losses, gradients = run.batches(run.train_data, 0), [], []
         for _ in range(count):
             run.optimizer.zero_grad()
