@@ -53,7 +53,7 @@ def iterations(folder, student, save, monkeypatch, **fields):
 def compare(folder, student, tmp_path, monkeypatch, **fields):
     losses, gradients, none = iterations(folder, student, tmp_path / "plain", monkeypatch, **fields)
     found, ours, graphs = iterations(
-        folder, student, tmp_path / "captured", monkeypatch, record=True, **fields
+        folder, student, tmp_path / "captured", monkeypatch, enable_cuda_graph=True, **fields
     )
     assert (none, graphs) == (0, 3)  # the teacher; the student's forward and backward
     assert found == pytest.approx(losses, rel=2e-3)
