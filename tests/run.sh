@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up, lint, test. Arguments go to pytest: bash tests/run.sh tests/unit -k data
-# On another megatron-core, in an environment of its own (docs/versions.md), without linting:
+# On another megatron-core, in an environment of its own (docs/reference/versions.md), without linting:
 # bash tests/run.sh --core 0.19.2 [arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

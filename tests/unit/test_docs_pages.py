@@ -93,7 +93,7 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 @functools.cache
-def tests_text() -> str:
+def text_of_tests() -> str:
     """All tests but this one."""
     files = (p for p in (ROOT / "tests").rglob("*") if p.suffix in (".py", ".sh"))
     return "\n".join(p.read_text() for p in files if p != Path(__file__))
@@ -143,9 +143,9 @@ def in_a_test(words: list[str]) -> bool:
         return True
     if "-m" in words:
         module = words[words.index("-m") + 1]
-        return module == "pytest" or module in tests_text()
+        return module == "pytest" or module in text_of_tests()
     program = next(w for w in words if re.match(r"(tools|examples|tests)/.*\.(py|sh|sbatch)$", w))
-    return Path(program).stem in tests_text()
+    return Path(program).stem in text_of_tests()
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=name)
