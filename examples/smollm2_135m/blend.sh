@@ -65,7 +65,7 @@ declare -A data=(
     [plain]="$work/data/train"
     [blend]="0.3 $work/data/train 0.7 $work/data/answers"
 )
-declare -A needs=([plain]=answers_validation [blend]=answers_validation,answers)
+declare -A needs=([plain]=answers_validation [blend]='answers_validation,answers')
 if [ -n "$answers" ]; then
     read -ra more <<<"$answers"
     for part in answers_validation answers; do

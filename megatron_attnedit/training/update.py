@@ -67,7 +67,9 @@ def prepare_update(optimizer: MegatronOptimizer) -> LateNumbers | None:
     gradients: dict[Any, list[Tensor]] = defaultdict(list)
     for part in _parts(optimizer):
         group = part.get_grad_stats_parallel_group()
-        gradients[group] += part.get_main_grads_for_grad_norm()
+        # Its name until megatron-core 0.18, and since.
+        grads = getattr(part, "get_main_grads_for_grad_norm", None) or part.get_grads_for_grad_norm
+        gradients[group] += grads()
     squares = torch.zeros(len(gradients), device=bootstrap().device)
     for square, (group, mine) in zip(squares, gradients.items(), strict=True):
         if mine:

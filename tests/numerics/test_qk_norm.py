@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -89,6 +90,10 @@ def test_its_cache_has_a_number_more_per_key_value_head(student):
 
 def test_the_directory_alone_is_enough(student, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    # Packages that were imported from another cache are still looked for there.
+    for module in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(tmp_path)
     out = student.parent / "out"
     named = json.loads((out / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
     written = get_class_from_dynamic_module(named, out).from_pretrained(out).eval()

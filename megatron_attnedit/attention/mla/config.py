@@ -74,7 +74,7 @@ class MLA(MLADims, StudentAttention):
                 f"{self.rotary}, or one list a layer"
             )
         if self.fit not in init.FITS:
-            raise UserError(f"--mla-fit {self.fit}: expected one of {', '.join(init.FITS)}")
+            raise UserError(f"--mla-fit {shown(self.fit)}: expected one of {', '.join(init.FITS)}")
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any], teacher: HFConfig) -> Self:
