@@ -21,7 +21,7 @@ SIZES = [1, 2, 4]
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "tp", "pp"), every_other(FAMILIES, [False, True], SIZES, SIZES)
+    ("family", "tied", "tp", "pp"), every_other(FAMILIES, [False, True], SIZES, SIZES, of=4)
 )
 def test_round_trip(models, tmp_path, family, tied, tp, pp):
     source = models(family, tied)
