@@ -11,6 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_attnedit.attention.student_attention import StudentAttention
 from megatron_attnedit.convert.hf_config import HFConfig
+from megatron_attnedit.core_attention.backends import FLEX_PAYS
 from megatron_attnedit.device import bootstrap
 from megatron_attnedit.distill.layerwise import LayerwiseDistillation
 from megatron_attnedit.distill.model_level import ModelLevelConfig, ModelLevelDistillation
@@ -75,7 +76,23 @@ def _uses_cuda_graph(recipe: Recipe, models: Models) -> bool:
         logger.warning(
             "warning: --enable-cuda-graph is ignored: not on this device, or this model and layout"
         )
+    if recipe.enable_cuda_graph and possible and masks_documents_by_flex(recipe, models):
+        logger.warning(
+            "warning: --enable-cuda-graph is ignored: with --reset-attention-mask, windows from "
+            "%d and sink tokens have FlexAttention's masks, which no replay was seen to renew",
+            FLEX_PAYS,
+        )
+        return False
     return recipe.enable_cuda_graph and possible
+
+
+def masks_documents_by_flex(recipe: Recipe, models: Models) -> bool:
+    """Does FlexAttention keep packed documents apart? On a GPU a replay of that was not exact."""
+    if not recipe.reset_attention_mask:
+        return False
+    windows = [layers.window or 0 for layers in models.attention.cached_layers(models.hf)]
+    sinks = getattr(models.attention, "sink_tokens", 0)
+    return bool(recipe.attention_backend == "flex" or sinks or max(windows) >= FLEX_PAYS)
 
 
 def _captures_student(recipe: Stage2Recipe, *, records: bool) -> bool:
