@@ -74,7 +74,8 @@ class MLA(MLADims, StudentAttention):
                 f"{self.rotary}, or one list a layer"
             )
         if self.fit not in init.FITS:
-            raise UserError(f"--mla-fit {shown(self.fit)}: expected one of {', '.join(init.FITS)}")
+            given = shown(self.fit).strip("'")
+            raise UserError(f"--mla-fit {given}: expected one of {', '.join(init.FITS)}")
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any], teacher: HFConfig) -> Self:
