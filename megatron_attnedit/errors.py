@@ -49,5 +49,6 @@ def run_tool(main: Callable[[], None]) -> None:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        # With its end of line in one piece: other ranks write to the same place.
+        print(f"error{where}: {error}\n", end="", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
