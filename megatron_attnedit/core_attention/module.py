@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_attnedit.core_attention.backends import AttentionBackend, attention_backend
 from megatron_attnedit.core_attention.context import attend_in_parts
 from megatron_attnedit.core_attention.documents import Documents, Span
+from megatron_attnedit.core_attention.per_head import per_head_parameter, sharded_by_heads
 
 
 class CoreAttention(MegatronModule):
@@ -136,24 +135,13 @@ class CoreAttention(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """For mcore's checkpoints: the sink logits, cut by heads."""
-        state = self.state_dict(prefix="", keep_vars=True)
-        group = (metadata or {}).get("dp_cp_group")
-        return make_sharded_tensors_for_checkpoint(
-            state,
-            prefix,
-            {"softmax_offset": 0},
-            sharded_offsets,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_cp_group=group or parallel_state.get_data_parallel_group(with_context_parallel=True),
-        )
+        return sharded_by_heads(self, "softmax_offset", prefix, sharded_offsets, metadata)
 
 
 def _logits_of_heads(config: TransformerConfig) -> torch.nn.Parameter:
-    """``[n]`` of this rank's heads, marked as cut by tensor parallelism."""
+    """``[n]`` of this rank's heads."""
     size = config.num_attention_heads // config.tensor_model_parallel_size
-    device = torch.get_default_device() if config.use_cpu_initialization else None
-    logits = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=device))
+    logits = per_head_parameter(config, size)
     assert config.init_method is not None
     config.init_method(logits)
-    set_tensor_model_parallel_attributes(logits, is_parallel=True, dim=0, stride=1)
     return logits

@@ -11,16 +11,14 @@ Shapes: s tokens, b micro-batch, n heads on this rank, d + r numbers of a head, 
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_attnedit.attention.mla.dims import MLADims
+from megatron_attnedit.core_attention.per_head import per_head_parameter, sharded_by_heads
 from megatron_attnedit.device import fused
 
 
@@ -38,10 +36,8 @@ class QKNorm(MegatronModule):
         self.eps = config.layernorm_epsilon
         self.groups, self.head, self.tp_group = dims.qk_norm_groups, dims.query_dim, tp_group
         heads = dims.num_attention_heads // tp_group.size()
-        device = torch.get_default_device() if config.use_cpu_initialization else None
-        ones = torch.ones(heads * dims.query_dim, dtype=config.params_dtype, device=device)
-        self.weight = torch.nn.Parameter(ones)
-        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+        self.weight = per_head_parameter(config, heads * dims.query_dim)
+        torch.nn.init.ones_(self.weight)
 
     def query(self, query: Tensor) -> Tensor:
         """Norm queries before their rotation, ``[s, b, n * (d + r)]``."""
@@ -64,15 +60,7 @@ class QKNorm(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """For mcore's checkpoints: the weight, cut by heads."""
-        group = (metadata or {}).get("dp_cp_group")
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_cp_group=group or parallel_state.get_data_parallel_group(with_context_parallel=True),
-        )
+        return sharded_by_heads(self, "weight", prefix, sharded_offsets, metadata)
 
 
 def inverse_rms(mean_squares: Tensor, groups: int, eps: float) -> Tensor:
