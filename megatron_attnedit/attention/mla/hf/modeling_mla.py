@@ -66,16 +66,20 @@ class LatentAttention(DeepseekV3Attention):
         if self.frequencies is not None:
             position_embeddings = self._rotation(position_embeddings, hidden_states)
         cache = past_key_values if cache is None else cache
-        one_token = hidden_states.shape[1] == 1 and cache is not None
-        known_mask = attention_mask is None or getattr(attention_mask, "ndim", 0) == 4
-        plain_weights = type(self.kv_b_proj) is nn.Linear  # not quantised
-        if not (one_token and known_mask and plain_weights and CACHES_LATENTS):
+        if not (CACHES_LATENTS and self._meets_latents(hidden_states, attention_mask, cache)):
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, **{CACHE: cache}, **kwargs
             )
         query, latent, key = self._one_token(hidden_states, position_embeddings)
         latent, key = cache.update(latent, key, self.layer_idx)  # [b, 1, k, c], [.., r]
         return self._attend(query, latent, key, attention_mask), None
+
+    def _meets_latents(self, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> bool:
+        """Is this a token whose query can be multiplied with the cached latents?"""
+        one_token = hidden_states.shape[1] == 1 and cache is not None
+        known_mask = mask is None or getattr(mask, "ndim", 0) == 4
+        plain_weights = type(self.kv_b_proj) is nn.Linear  # not quantised
+        return one_token and known_mask and plain_weights
 
     def _one_token(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]

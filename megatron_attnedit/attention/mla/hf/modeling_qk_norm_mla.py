@@ -75,9 +75,7 @@ class NormedLatentAttention(LatentAttention):
         if cache is not None:
             latent, key = cache.update(latent, key, self.layer_idx)
         key, scales = key.split([self.qk_rope_head_dim, self.groups], dim=-1)
-        known_mask = attention_mask is None or getattr(attention_mask, "ndim", 0) == 4
-        plain_weights = type(self.kv_b_proj) is nn.Linear  # not quantised
-        if hidden_states.shape[1] == 1 and cache is not None and known_mask and plain_weights:
+        if self._meets_latents(hidden_states, attention_mask, cache):
             scales = self._of_all_heads(scales)[..., 0]  # [b, n, k]
             return self._attend(query, latent, key, attention_mask, scales), None
         keys, values = self._expanded(latent, key)
