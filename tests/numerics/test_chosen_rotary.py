@@ -10,11 +10,11 @@ from megatron_attnedit.attention.plain import teacher_frequencies
 from megatron_attnedit.checkpoint.verify import manifest_of
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.export.hf import causal_lm_class
 from megatron_attnedit.models.lineage import read_lineage
 from tests.numerics.test_export import student_logits
 from tests.numerics.test_served_exports import LLAMA3
 from tests.support import processes
+from tests.support.conversions import load_export as load
 from tests.support.conversions import make, same_files
 from tests.support.inputs import make_student
 from tests.support.models import tiny_data, tiny_hf_dir, tokens
@@ -43,11 +43,6 @@ def student(request, tmp_path_factory):
     make_student(folder, "mla", "mla", flags, calibration=folder / "data")
     make(folder / "mla", folder / "out", "hf", dtype="float32")
     return folder / "mla"
-
-
-def load(directory):
-    config = json.loads((directory / "config.json").read_text())
-    return causal_lm_class(config).from_pretrained(directory).eval()
 
 
 def attention(student):

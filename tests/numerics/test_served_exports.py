@@ -11,9 +11,9 @@ from megatron_attnedit.attention.mla.served_sizes import served
 from megatron_attnedit.checkpoint.verify import manifest_of
 from megatron_attnedit.convert.hf_config import read_hf_config
 from megatron_attnedit.errors import UserError
-from megatron_attnedit.export.hf import causal_lm_class
 from megatron_attnedit.models.lineage import read_lineage
 from tests.support.conversions import change, make, same_files
+from tests.support.conversions import load_export as load
 from tests.support.inputs import make_student
 from tests.support.models import tiny_hf_dir, tokens
 
@@ -41,11 +41,6 @@ def student(request, tmp_path_factory):
 
 def exported(student, out, **flags):
     return make(student, out, "hf", dtype="float32", **flags)
-
-
-def load(directory):
-    config = json.loads((directory / "config.json").read_text())
-    return causal_lm_class(config).from_pretrained(directory).eval()
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_attnedit.checkpoint.conversion import ConversionConfig, convert
 from megatron_attnedit.convert import families
+from megatron_attnedit.export.hf import causal_lm_class
 
 FAMILIES = list(families.FAMILIES)
 
@@ -13,6 +14,12 @@ FAMILIES = list(families.FAMILIES)
 def make(source, output, format="torch_dist", **fields):
     convert(ConversionConfig(source=source, output=output, format=format, **fields))
     return output
+
+
+def load_export(directory):
+    """An exported student in transformers, of this package's classes where it needs them."""
+    config = json.loads((directory / "config.json").read_text())
+    return causal_lm_class(config).from_pretrained(directory).eval()
 
 
 def same_files(a, b, *names):
