@@ -69,13 +69,7 @@ def measured_full_layers(
         UserError: no data, or samples that a window holds whole.
     """
     window, sinks = sliding_window or 128, sink_tokens or 0
-    if not calibration_data_path:
-        raise UserError("--full-layers auto needs --calibration-data-path")
-    if seq_length <= window + sinks:
-        raise UserError(
-            f"--seq-length {seq_length}: --full-layers auto needs more than the window {window}"
-            + (f" and {sinks} sink tokens" if sinks else "")
-        )
+    _check_samples(calibration_data_path, seq_length, window, sinks)
     hf = read_hf_config(teacher_hf_dir(teacher))
     data_config = calibration_data(
         calibration_data_path,
@@ -108,6 +102,16 @@ def measured_full_layers(
     logger.info("rise of the teacher's loss when one layer slides, nats: %s", shown)
     logger.info("full layers: %s", ", ".join(map(str, layers)))
     return {"full_layers": ",".join(map(str, layers)), "full_layer_scores": rises}
+
+
+def _check_samples(data_path: list[str], seq_length: int, window: int, sinks: int) -> None:
+    if not data_path:
+        raise UserError("--full-layers auto needs --calibration-data-path")
+    if seq_length <= window + sinks:
+        raise UserError(
+            f"--seq-length {seq_length}: --full-layers auto needs more than the window {window}"
+            + (f" and {sinks} sink tokens" if sinks else "")
+        )
 
 
 def largest(scores: list[float], count: int) -> list[int]:

@@ -124,15 +124,9 @@ def fit_to_teacher(
         q, k = before_norm(flat, teacher_weights, teacher)
     down_rotary, q_rotary, k_missed = _rotary_part(dims, flat, q, k, rotation, layer_idx)
     q_content, k_content = _content(dims, as_pairs(q) * rotation, k_missed)
-    # Where there is room for more, keys start at zero; queries do not, so that keys get a gradient.
-    q_no_pe = torch.cat([q_content, q[..., : dims.qk_head_dim - q_content.shape[-1]]], dim=-1)
-    # The student's softmax divides by the root of another head size.
-    rescale = (dims.query_dim / teacher.head_dim) ** 0.5
     inherited = teacher_weights["linear_proj.weight"]
     weights = {
-        "linear_q_proj.weight": regress(
-            flat, torch.cat([q_no_pe, q_rotary], dim=-1).flatten(1) * rescale
-        ),
+        "linear_q_proj.weight": _query_map(dims, teacher, flat, q, q_content, q_rotary),
         "linear_proj.weight": inherited.clone(),
     }
     key_metric, value_metric = _metrics(q_content, v, inherited, fit)
@@ -159,6 +153,17 @@ def fit_to_teacher(
     few, eps = documents and documents.samples(slice(FEW)), teacher.rms_norm_eps
     best = nearest(candidates, inputs[:, :FEW], target[:, :FEW], dims, angles, few, eps)
     return corrected(best, mla_heads(best, inputs, dims, angles, documents, eps), target)
+
+
+def _query_map(
+    dims: MLADims, teacher: HFConfig, inputs: Tensor, q: Tensor, content: Tensor, rotary: Tensor
+) -> Tensor:
+    """``[n * (qk_head_dim + r), h]`` for queries of both parts, ``[t, n, ...]``."""
+    # Where there is room for more, keys start at zero; queries do not, so that keys get a gradient.
+    no_pe = torch.cat([content, q[..., : dims.qk_head_dim - content.shape[-1]]], dim=-1)
+    # The student's softmax divides by the root of another head size.
+    rescale = (dims.query_dim / teacher.head_dim) ** 0.5
+    return regress(inputs, torch.cat([no_pe, rotary], dim=-1).flatten(1) * rescale)
 
 
 def rotary_keys(
